@@ -1,0 +1,46 @@
+"""Builds `snapshot.kernel._native`, the C core, with cffi in API mode.
+
+Every `*.h` in this folder is both the C header of its `*.c` and, with the preprocessor lines that
+cffi cannot parse left out, the declaration that Python sees: a signature is written once.
+A `#define NAME integer` reaches Python too.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+
+
+def declarations(header: str) -> str:
+    """What cffi may see of a header: no includes, guards or attributes, integer defines kept."""
+    kept = []
+    for line in header.splitlines():
+        if line.startswith("#"):
+            if re.match(r"#define\s+\w+\s+[-\w(]", line):
+                name = line.split()[1]
+                kept.append(f"#define {name} ...")
+            continue
+        kept.append(line)
+    return "\n".join(kept)
+
+
+headers = sorted(HERE.glob("*.h"))
+ffibuilder = FFI()
+for header in headers:
+    ffibuilder.cdef(declarations(header.read_text()))
+ffibuilder.set_source(
+    "snapshot.kernel._native",
+    "".join(f'#include "{header.name}"\n' for header in headers),
+    sources=[str(path.relative_to(ROOT)) for path in sorted(HERE.glob("*.c"))],
+    include_dirs=[str(HERE.relative_to(ROOT))],
+    extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"],
+    extra_link_args=["-pthread"],
+)
+
+if __name__ == "__main__":
+    ffibuilder.compile(tmpdir=str(ROOT), verbose=True)
