@@ -36,7 +36,7 @@ MappingKind = Literal[
 ]
 
 
-class Mapping(Record):
+class Mapping(Record, frozen=True):
     """One line of /proc/PID/maps at T0 with what smaps adds."""
 
     start: int
@@ -58,7 +58,7 @@ class Mapping(Record):
         return self.end - self.start
 
 
-class MappedFile(Record):
+class MappedFile(Record, frozen=True):
     """A file that mappings of kind "file" need again, and how to know that it is the same."""
 
     id: int
@@ -70,8 +70,8 @@ class MappedFile(Record):
     writable: bool  # must be opened O_RDWR (a MAP_SHARED mapping that could be written)
 
 
-class SharedObject(Record):
-    """Memory that lives outside any one process. Its bytes are chunks of space OBJECT_SPACE + id."""
+class SharedObject(Record, frozen=True):
+    """Memory outside any one process; its bytes are chunks of space OBJECT_SPACE + id."""
 
     id: int
     kind: Literal["anon", "memfd", "tmpfs"]
@@ -89,7 +89,7 @@ OBJECT_SPACE = 1 << 16
 addresses are offsets in the object."""
 
 
-class Rseq(Record):
+class Rseq(Record, frozen=True):
     address: int
     size: int
     signature: int
@@ -97,7 +97,7 @@ class Rseq(Record):
     critical_section: int = 0  # the 8 bytes at address + 8 (rseq_cs) at T0
 
 
-class Thread(Record):
+class Thread(Record, frozen=True):
     tid: int
     comm: bytes
     registers: bytes  # struct user_regs_struct (216 bytes on x86-64), as the kernel reported at T0
@@ -111,7 +111,7 @@ class Thread(Record):
     state: dict[str, msgspec.Raw] = {}  # other resource modules, by NAME (e.g. "scheduling")
 
 
-class OpenFile(Record):
+class OpenFile(Record, frozen=True):
     """One struct file: descriptors that share it (dup, fork) share offset and flags."""
 
     id: int
@@ -123,13 +123,13 @@ class OpenFile(Record):
     state: msgspec.Raw = msgspec.Raw(b"\xc0")  # the module's own
 
 
-class Descriptor(Record):
+class Descriptor(Record, frozen=True):
     fd: int
     file: int  # OpenFile.id
     cloexec: bool = False
 
 
-class MemoryLayout(Record):
+class MemoryLayout(Record, frozen=True):
     """struct prctl_mm_map: the fields of mm that PR_SET_MM_MAP puts back. auxv as raw bytes."""
 
     start_code: int
@@ -146,7 +146,7 @@ class MemoryLayout(Record):
     auxv: bytes
 
 
-class Process(Record):
+class Process(Record, frozen=True):
     index: int  # the space of its private memory
     pid: int
     ppid: int
@@ -169,7 +169,7 @@ class Process(Record):
     state: dict[str, msgspec.Raw] = {}  # resource modules by NAME: "signals", "timers", …
 
 
-class Host(Record):
+class Host(Record, frozen=True):
     boot_id: str
     kernel: str  # uname release
     machine: str  # "x86_64"
@@ -177,7 +177,7 @@ class Host(Record):
     xcr0: int = 0  # XFEATURE mask in the XSAVE area's header layout
 
 
-class TakeStats(Record):
+class TakeStats(Record, frozen=True):
     """What a take measured; also its `--json` (docs/cli-contract.md)."""
 
     threads: int = 0
@@ -198,7 +198,7 @@ class TakeStats(Record):
     stages_us: dict[str, int] = {}  # where the pause went: "freeze", "capture", "arm", …
 
 
-class Manifest(Record):
+class Manifest(Record, frozen=True):
     image: str
     taken_at: float  # seconds since the epoch, T0
     host: Host
@@ -213,7 +213,7 @@ _decoder = msgspec.msgpack.Decoder(Manifest)
 
 
 def encode(manifest: Manifest) -> bytes:
-    """MAGIC, version (2 bytes, big endian), msgpack of the Manifest (maps, keys are field names)."""
+    """MAGIC, version (2 bytes, big endian), msgpack of the Manifest (keyed by field names)."""
     return MAGIC + VERSION.to_bytes(2, "big") + msgspec.msgpack.encode(manifest)
 
 
@@ -248,4 +248,5 @@ def unpack(raw: msgspec.Raw, kind: type[T]) -> T:
     try:
         return msgspec.msgpack.decode(raw, type=kind)
     except msgspec.MsgspecError as error:
-        raise DamagedError(f"{kind.__name__} in the manifest: {error}", "snap verify IMAGE") from None
+        message = f"{kind.__name__} in the manifest: {error}"
+        raise DamagedError(message, "snap verify IMAGE") from None
