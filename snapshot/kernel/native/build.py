@@ -2,7 +2,7 @@
 
 Every `*.h` in this folder is both the C header of its `*.c` and, with the preprocessor lines that
 cffi cannot parse left out, the declaration that Python sees: a signature is written once.
-A `#define NAME integer` reaches Python too.
+A `#define NAME integer` reaches Python too. A header named `*_internal.h` is shared by C files only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def declarations(header: str) -> str:
     return "\n".join(kept)
 
 
-headers = sorted(HERE.glob("*.h"))
+headers = sorted(path for path in HERE.glob("*.h") if not path.stem.endswith("_internal"))
 ffibuilder = FFI()
 for header in headers:
     ffibuilder.cdef(declarations(header.read_text()))

@@ -1,0 +1,53 @@
+#include "pagemap.h"
+
+#include <errno.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+/* Debian 12's headers (6.1) are older than this ABI; layout of struct pm_scan_arg in Linux 6.7. */
+struct scan_arg {
+    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+#define PAGEMAP_SCAN_IOCTL _IOWR('f', 16, struct scan_arg)
+
+#define PAGE_SHIFT 12
+#define PM_UFFD_WP (UINT64_C(1) << 57) /* Documentation/admin-guide/mm/pagemap.rst */
+
+int64_t snap_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t inverted, uint64_t mask,
+                          uint64_t anyof, snap_page_range *out, uint64_t capacity, uint64_t *next)
+{
+    struct scan_arg arg = {
+        .size = sizeof arg, .start = start, .end = end,
+        .vec = (uintptr_t)out, .vec_len = capacity,
+        .category_inverted = inverted, .category_mask = mask, .category_anyof_mask = anyof,
+        .return_mask = SNAP_PAGE_FILE | SNAP_PAGE_PRESENT | SNAP_PAGE_SWAPPED | SNAP_PAGE_HUGE,
+    };
+    int found;
+    do {
+        found = ioctl(fd, PAGEMAP_SCAN_IOCTL, &arg);
+    } while (found < 0 && errno == EINTR);
+    if (found < 0)
+        return -errno;
+    *next = arg.walk_end;
+    return found;
+}
+
+int snap_pagemap_armed(int fd, uint64_t start, unsigned pages, uint64_t *armed)
+{
+    uint64_t entries[64];
+    if (pages > 64)
+        return -EINVAL;
+    ssize_t want = (ssize_t)(pages * sizeof entries[0]);
+    ssize_t got = pread(fd, entries, (size_t)want, (off_t)((start >> PAGE_SHIFT) * sizeof entries[0]));
+    if (got < 0)
+        return -errno;
+    if (got != want)
+        return -ESRCH; /* the address space has ended: pagemap reads as empty */
+    uint64_t bits = 0;
+    for (unsigned i = 0; i < pages; i++)
+        if (entries[i] & PM_UFFD_WP)
+            bits |= UINT64_C(1) << i;
+    *armed = bits;
+    return 0;
+}
