@@ -1,0 +1,133 @@
+"""Live snapshots of running processes: the public API. Nothing else in here is public.
+
+    import snapshot
+
+    with snapshot.take(4711, name="before-upgrade") as image:  # the process runs on
+        image.read(0x7F0000000000, 4096)  # its memory at T0
+        snapshot.restore(image, lazy=True).wait()
+
+Importing is cheap: what take and restore need is imported when they are called. Every failure that
+a caller can expect is a `SnapError`, with a message, a hint and an exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from .errors import SnapError
+from .units import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from .hooks import HookMapping, Hooks
+    from .image import Image
+    from .restore import Restored
+    from .stats import ProgressCallback
+
+__all__ = ["SnapError", "open_image", "restore", "take"]
+
+
+def take(
+    pid: int,
+    *,
+    name: str | None = None,
+    store: str | os.PathLike[str] | None = None,
+    memory: int = 256 * MIB,
+    hooks: HookMapping | None = None,
+    progress: ProgressCallback | None = None,
+) -> Image:
+    """Snapshot the process `pid` while it runs; returns the committed image.
+
+    `memory` bounds the staging buffer, in bytes. `hooks` maps stages (docs/cli-contract.md) to
+    callables that get a HookContext; `progress` is called now and then from the taking thread.
+    The image holds the store open: close it, or use it in a `with` statement.
+
+    `pid` may be the caller's own: a helper process takes the image then (snapshot/inprocess.py
+    says what is different, and what `take` returns in the restored process).
+
+    Raises SnapError, in every case with the target running on as before; ValueError for an
+    unknown stage.
+    """
+    if pid == os.getpid():
+        from .inprocess import take_self
+
+        return take_self(name=name, store=store, memory=memory, hooks=hooks)
+    from .hooks import TAKE_STAGES
+    from .take import take as run
+
+    joined = _join(hooks, TAKE_STAGES)
+    path = _store_path(store)
+    return run(pid, store=path, name=name, memory=memory, hooks=joined, progress=progress)
+
+
+def restore(
+    image: Image | str,
+    *,
+    lazy: bool = True,
+    pid: Literal["keep", "new"] = "keep",
+    store: str | os.PathLike[str] | None = None,
+    hooks: HookMapping | None = None,
+    stdio: tuple[int, int, int] = (0, 1, 2),
+    progress: ProgressCallback | None = None,
+) -> Restored:
+    """Bring the process of `image` (or of the image of that name) back; returns when it runs.
+
+    `lazy` lets it run before its memory is there. `pid="new"` restores into a fresh pid namespace.
+    `stdio` are the caller's descriptors that stand in for those that led outside.
+
+    Raises SnapError, with nothing left running; ValueError for an unknown stage.
+    """
+    from .hooks import RESTORE_STAGES
+    from .restore import restore as run
+
+    joined = _join(hooks, RESTORE_STAGES)
+    opened = open_image(image, store=store) if isinstance(image, str) else image
+    return run(opened, lazy=lazy, pid=pid, hooks=joined, stdio=stdio, progress=progress)
+
+
+def open_image(name: str, *, store: str | os.PathLike[str] | None = None) -> Image:
+    """The image `name`: `manifest`, `read(address, length)`, `mappings`, `threads`.
+
+    It holds the store open: close it, or use it in a `with` statement. Raises StoreError when there
+    is no such store or image, DamagedError when its manifest cannot be read.
+    """
+    from .store import Store
+
+    return Store.open(_store_path(store)).image(name)
+
+
+def _store_path(store: str | os.PathLike[str] | None) -> Path:
+    """The store meant: the one given, else $SNAP_STORE, else the user's own (XDG data dir)."""
+    from pathlib import Path
+
+    given = store or os.environ.get("SNAP_STORE")
+    if given:
+        return Path(given)
+    data = os.environ.get("XDG_DATA_HOME", "")
+    base = Path(data) if data.startswith("/") else Path.home() / ".local" / "share"
+    return base / "livesnap"
+
+
+def _join(given: HookMapping | None, stages: Sequence[str]) -> Hooks:
+    from .hooks import Hooks, check_stage
+
+    for stage in given or {}:
+        check_stage(stage, stages)
+    return Hooks(given)
+
+
+class _Package(ModuleType):
+    """Keeps the functions `take` and `restore`: importing the modules snapshot.take and
+    snapshot.restore would otherwise put the modules in their place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in ("take", "restore") and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -14,11 +14,13 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import HookError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 TAKE_STAGES = ("before-freeze", "frozen", "resumed", "committed", "failed")
 RESTORE_STAGES = ("before-restore", "rebuilt", "running", "complete")
@@ -74,6 +76,8 @@ class Hooks:
         self.warnings: list[str] = []
         self._entries: list[_Entry] = []
         if installed:
+            from importlib.metadata import entry_points  # slow, and not needed for `--help`
+
             for entry in entry_points(group=GROUP):
                 self._entries += _load(entry)
         for stage, given in (callables or {}).items():
