@@ -61,7 +61,7 @@ def take(
     from .take import take as run
 
     joined = _join(hooks, TAKE_STAGES)
-    path = _store_path(store)
+    path = store_path(store)
     return run(pid, store=path, name=name, memory=memory, hooks=joined, progress=progress)
 
 
@@ -98,10 +98,10 @@ def open_image(name: str, *, store: str | os.PathLike[str] | None = None) -> Ima
     """
     from .store import Store
 
-    return Store.open(_store_path(store)).image(name)
+    return Store.open(store_path(store)).image(name)
 
 
-def _store_path(store: str | os.PathLike[str] | None) -> Path:
+def store_path(store: str | os.PathLike[str] | None) -> Path:
     """The store meant: the one given, else $SNAP_STORE, else the user's own (XDG data dir)."""
     from pathlib import Path
 

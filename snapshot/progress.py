@@ -76,6 +76,8 @@ class _Line:
             TextColumn("{task.fields[saved]}  {task.fields[faults]}  {task.fields[rate]}"),
             console=Console(file=stream),
             transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._task = self._bar.add_task("", total=None, saved="", faults="", rate="")
         self._bar.start()
