@@ -1,21 +1,72 @@
-# `make help` lists the targets.
+# `make` or `make help` lists the targets. As root, what is missing is installed through apt.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
+export PYTHON
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard snapshot/kernel/native/*.[ch]) snapshot/kernel/native/build.py setup.py
+NATIVE := snapshot/kernel/native
+SOURCES := $(wildcard $(NATIVE)/*.[ch]) $(NATIVE)/build.py setup.py
+CORE := snapshot/kernel/_native.abi3.so
+LOCK := flock /tmp/snap-build.lock
+PYTEST := $(BIN)/python -m pytest -q
+SANITIZE := -std=gnu11 -g -O1 -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer \
+	-fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help build lint types check test demo stress clean
+.PHONY: help build demo test check stress bench lint types native-test dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-
-$(VENV)/.ready: pyproject.toml $(NATIVE) | $(BIN)/python
-	@flock $(VENV) $(BIN)/pip install --disable-pip-version-check -q -e '.[dev]'
+$(VENV)/.ready: pyproject.toml
+	@scripts/setup build
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check -q setuptools wheel
+	@$(LOCK) $(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
 	@touch $@
 
-build: $(VENV)/.ready ## the virtual environment and the C core
+$(CORE): $(SOURCES) | $(VENV)/.ready
+	@$(LOCK) $(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+build: $(VENV)/.ready $(CORE) ## the virtual environment, the `snap` command and its C core
+
+demo: build ## a redis-server under load: snapshot it, kill it, bring it back
+	@scripts/setup demo
+	@$(BIN)/python bench/demo.py
+
+test: build ## lint, types and all tests (those that lack something say what, and skip)
+	@scripts/setup test
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+	@$(PYTEST)
+
+check: lint types native-test test ## what CI runs
+
+stress: build ## the long runs: hundreds of takes that must each be one instant
+	@scripts/setup test
+	@SNAP_STRESS=1 $(PYTEST) tests/live tests/fault
+
+bench: build ## measured series, side by side with the peers
+	@$(BIN)/python bench/run.py
+
+lint: build ## ruff
+	@$(BIN)/ruff check
+
+types: build ## mypy, strict
+	@$(BIN)/mypy
+
+native-test: build ## the C core under AddressSanitizer and UndefinedBehaviorSanitizer
+	@for test in $(wildcard tests/native/test_*.c); do \
+		mkdir -p build/native && out=build/native/$$(basename $$test .c) && echo "$$test" && \
+		gcc $(SANITIZE) -I$(NATIVE) -o $$out $$test $(wildcard $(NATIVE)/*.c) && ./$$out || exit 1; \
+	done
+
+dist: build ## wheel and sdist, in dist/
+	@$(BIN)/python -m build -q
+
+clean: ## what was built, but for the virtual environment (.venv)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -f snapshot/kernel/_native.* tests/targets/bin/*
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
