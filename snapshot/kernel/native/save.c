@@ -1,0 +1,329 @@
+/* Copying a chunk so that it is the chunk of T0, and no other.
+ *
+ * The address space may change under the copy. Two checks make it exact:
+ *  1. After the copy every wanted page still carries its uffd-wp mark. Only arming at T0 sets the
+ *     mark, so a page that has it now has not been written, discarded or replaced since T0.
+ *  2. A marked page could have been moved (mremap) to where another was, with the event still
+ *     unread. While any event is unread UFFDIO_WRITEPROTECT fails with EAGAIN (mm/userfaultfd.c,
+ *     mmap_changing), so a release that succeeds *after* the copy is a fence: every change that
+ *     had begun before it has been read, and undone in the ledger by save_forget. Until then a
+ *     copy is tentative.
+ */
+#define _GNU_SOURCE
+#include "pagemap.h"
+#include "pump_internal.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define NO_PLACE INT64_MIN
+
+uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* A staging slot, or for the urgent a slot of the spill file; NO_PLACE when there is none. */
+static int64_t take_place(snap_pump *p, bool urgent, bool no_spill)
+{
+    int64_t place = NO_PLACE;
+    uint64_t reserve = urgent ? 0 : p->slots / 4;
+    pthread_mutex_lock(&p->lock);
+    if (p->free_count > reserve) {
+        place = p->free_slots[--p->free_count];
+        uint64_t used = p->slots - p->free_count;
+        if (used > p->counters.peak_slots)
+            p->counters.peak_slots = used;
+    } else if (urgent && !no_spill && p->spill >= 0) {
+        uint64_t slot = p->free_spill.count ? p->free_spill.at[--p->free_spill.count] : p->spill_end++;
+        place = -(int64_t)slot - 1;
+        p->counters.spilled_chunks++;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return place;
+}
+
+static void give_place(snap_pump *p, int64_t place)
+{
+    pthread_mutex_lock(&p->lock);
+    if (place >= 0) {
+        p->free_slots[p->free_count++] = (uint32_t)place;
+    } else {
+        uint32_t *slot = VECTOR_PUSH(&p->free_spill);
+        if (slot) /* without memory the slot is only not used again */
+            *slot = (uint32_t)(-place - 1);
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* A place whatever it takes: waits for the consumers when staging and spill are full. */
+static int urgent_place(snap_pump *p, bool no_spill, int64_t *place)
+{
+    bool stalled = false;
+    while ((*place = take_place(p, true, no_spill)) == NO_PLACE) {
+        if (atomic_load(&p->stop))
+            return -ECANCELED;
+        if (!stalled) {
+            stalled = true;
+            pthread_mutex_lock(&p->lock);
+            p->counters.stalls++;
+            pthread_mutex_unlock(&p->lock);
+        }
+        struct pollfd wake = {.fd = p->wake, .events = POLLIN};
+        if (poll(&wake, 1, 100) > 0) {
+            uint64_t count;
+            (void)!read(p->wake, &count, sizeof count);
+        }
+    }
+    return 0;
+}
+
+/* Reads what process_vm_readv may not (PROT_NONE, a target that became undumpable) through
+ * /proc/PID/mem, which was opened before T0 and stays with the old address space after exec. */
+static int read_by_mem(const snap_pump *p, const struct iovec *local, const struct iovec *remote, int n)
+{
+    for (int i = 0; i < n; i++) {
+        size_t done = 0;
+        while (done < remote[i].iov_len) {
+            ssize_t got = pread(p->mem, (char *)local[i].iov_base + done, remote[i].iov_len - done,
+                                (off_t)((uintptr_t)remote[i].iov_base + done));
+            if (got == 0)
+                return -ESRCH;
+            if (got < 0)
+                return errno == EIO || errno == EFAULT ? -EAGAIN : -errno;
+            done += (size_t)got;
+        }
+    }
+    return 0;
+}
+
+static int read_runs(const snap_pump *p, const struct iovec *local, const struct iovec *remote, int n)
+{
+    if (!n)
+        return 0;
+    size_t total = 0;
+    for (int i = 0; i < n; i++)
+        total += remote[i].iov_len;
+    ssize_t got = process_vm_readv(p->pid, local, (unsigned long)n, remote, (unsigned long)n, 0);
+    if (got == (ssize_t)total)
+        return 0;
+    return read_by_mem(p, local, remote, n);
+}
+
+/* A shared object is read through its own descriptor: a hole read through the process would be
+ * filled with a page that was not there. */
+static int read_object(int object, uint64_t offset, uint8_t *out)
+{
+    size_t done = 0;
+    while (done < CHUNK) {
+        ssize_t got = pread(object, out + done, CHUNK - done, (off_t)(offset + done));
+        if (got < 0)
+            return -errno;
+        if (got == 0)
+            break;
+        done += (size_t)got;
+    }
+    memset(out + done, 0, CHUNK - done);
+    return 0;
+}
+
+/* Copies chunk `index` of `a` to `out`, zeros where it is not wanted. With `check` the marks are
+ * looked at afterwards (see above). [*low, *high) becomes where it was read from. */
+static int copy_chunk(snap_pump *p, const area *a, uint64_t index, uint8_t *out, bool check,
+                      uint64_t *low, uint64_t *high)
+{
+    struct iovec local[CHUNK_PAGES], remote[CHUNK_PAGES];
+    struct {
+        uint64_t start;
+        uint16_t want; /* bit 0 is the page at start */
+        unsigned pages;
+    } parts[CHUNK_PAGES];
+    int runs = 0, part_count = 0, object = -1;
+    uint64_t base = a->start + index * CHUNK;
+    uint16_t want = a->want[index], covered = 0;
+    *low = UINT64_MAX;
+    *high = 0;
+
+    for (size_t k = ledger_first(p, a, base); k < a->first_window + a->windows; k++) {
+        const window *w = &p->windows.at[k];
+        uint64_t w_end = w->at + (w->end - w->start);
+        if (w->at >= base + CHUNK)
+            break;
+        if (w_end <= base)
+            continue;
+        uint64_t from = w->at > base ? w->at : base, to = w_end < base + CHUNK ? w_end : base + CHUNK;
+        unsigned first = (unsigned)((from - base) / PAGE), pages = (unsigned)((to - from) / PAGE);
+        uint16_t inside = (uint16_t)(((1u << pages) - 1) << first);
+        uint64_t start = from - w->at + w->start;
+        covered |= inside;
+        if (w->object >= 0)
+            object = w->object;
+        if (!(want & inside))
+            continue;
+        if (start < *low)
+            *low = start;
+        if (start + (to - from) > *high)
+            *high = start + (to - from);
+        if (w->armed && part_count < CHUNK_PAGES) {
+            parts[part_count].start = start;
+            parts[part_count].pages = pages;
+            parts[part_count++].want = (uint16_t)((want & inside) >> first);
+        }
+        if (w->object >= 0)
+            continue;
+        for (unsigned i = first; i < first + pages;) {
+            if (!(want >> i & 1)) {
+                i++;
+                continue;
+            }
+            unsigned j = i;
+            while (j < first + pages && want >> j & 1)
+                j++;
+            local[runs] = (struct iovec){out + i * PAGE, (j - i) * PAGE};
+            remote[runs++] = (struct iovec){(void *)(uintptr_t)(start + (i - first) * PAGE), (j - i) * PAGE};
+            i = j;
+        }
+    }
+    if (want & ~covered)
+        return -EAGAIN;
+    int r = object >= 0 ? read_object(object, base, out) : read_runs(p, local, remote, runs);
+    if (r)
+        return r;
+    for (unsigned i = 0; i < CHUNK_PAGES; i++)
+        if (!(want >> i & 1))
+            memset(out + i * PAGE, 0, PAGE);
+    for (int i = 0; check && i < part_count; i++) {
+        uint64_t armed;
+        r = snap_pagemap_armed(p->pagemap, parts[i].start, parts[i].pages, &armed);
+        if (r)
+            return r;
+        if (parts[i].want & ~armed)
+            return -EAGAIN;
+    }
+    return 0;
+}
+
+/* Copies into a place of its own; *saved and [*low, *high) describe it. */
+static int copy_to_place(snap_pump *p, const area *a, uint64_t index, bool urgent, bool check,
+                         tentative *t)
+{
+    bool no_spill = false;
+    for (;;) {
+        int64_t place = NO_PLACE;
+        int r = 0;
+        if (urgent)
+            r = urgent_place(p, no_spill, &place);
+        else if ((place = take_place(p, false, false)) == NO_PLACE)
+            r = -ENOBUFS;
+        if (r)
+            return r;
+        uint8_t *out = place >= 0 ? p->staging + (uint64_t)place * CHUNK : p->bounce;
+        r = copy_chunk(p, a, index, out, check, &t->low, &t->high);
+        if (!r && place < 0 &&
+            pwrite(p->spill, out, CHUNK, (off_t)((uint64_t)(-place - 1) * CHUNK)) != (ssize_t)CHUNK) {
+            give_place(p, place);
+            no_spill = true; /* the disk is full: now writers have to wait for a slot */
+            continue;
+        }
+        if (r) {
+            give_place(p, place);
+            return r;
+        }
+        t->saved.place = place;
+        t->saved.space = a->space;
+        t->saved.address = a->start + index * CHUNK;
+        t->saved.pages = a->want[index];
+        return 0;
+    }
+}
+
+/* Hands a saved chunk to the consumers. Caller holds the lock. */
+static int enqueue(snap_pump *p, const snap_saved *saved)
+{
+    snap_saved *slot = VECTOR_PUSH(&p->queue);
+    if (!slot)
+        return -ENOMEM;
+    *slot = *saved;
+    p->counters.saved_bytes += (uint64_t)__builtin_popcount(saved->pages) * PAGE;
+    pthread_cond_signal(&p->ready);
+    return 0;
+}
+
+int save_chunk(snap_pump *p, uint32_t area_id, uint64_t index, bool urgent)
+{
+    area *a = &p->areas.at[area_id];
+    tentative *t = VECTOR_PUSH(&p->tentative);
+    if (!t)
+        return -ENOMEM;
+    t->area = area_id;
+    t->index = index;
+    int r = copy_to_place(p, a, index, urgent, true, t);
+    if (r) {
+        p->tentative.count--;
+        return r;
+    }
+    a->state[index] = TENTATIVE;
+    p->unsaved_chunks--;
+    pthread_mutex_lock(&p->lock);
+    if (urgent)
+        p->counters.fault_chunks++;
+    else
+        p->counters.sweep_chunks++;
+    pthread_mutex_unlock(&p->lock);
+    return 0;
+}
+
+int save_stopped(snap_pump *p, uint32_t area_id, uint64_t index)
+{
+    area *a = &p->areas.at[area_id];
+    tentative t;
+    int r = copy_to_place(p, a, index, true, false, &t);
+    if (r)
+        return r;
+    a->state[index] = SAVED;
+    pthread_mutex_lock(&p->lock);
+    p->counters.stopped_bytes += (uint64_t)__builtin_popcount(t.saved.pages) * PAGE;
+    r = enqueue(p, &t.saved);
+    pthread_mutex_unlock(&p->lock);
+    return r;
+}
+
+int save_publish(snap_pump *p)
+{
+    int r = 0;
+    if (!p->tentative.count)
+        return 0;
+    pthread_mutex_lock(&p->lock);
+    for (size_t i = 0; i < p->tentative.count; i++) {
+        const tentative *t = &p->tentative.at[i];
+        p->areas.at[t->area].state[t->index] = SAVED;
+        if (!r)
+            r = enqueue(p, &t->saved);
+    }
+    p->tentative.count = 0;
+    pthread_mutex_unlock(&p->lock);
+    return r;
+}
+
+void save_forget(snap_pump *p, uint64_t start, uint64_t end)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < p->tentative.count; i++) {
+        tentative t = p->tentative.at[i];
+        if (t.low < end && t.high > start) {
+            p->areas.at[t.area].state[t.index] = UNSAVED;
+            p->unsaved_chunks++;
+            give_place(p, t.saved.place);
+        } else {
+            p->tentative.at[kept++] = t;
+        }
+    }
+    p->tentative.count = kept;
+}

@@ -1,0 +1,242 @@
+"""What becomes of each mapping of a target: armed, copied in the pause, opened again, or refused.
+
+Pure: the facts about mapped files come from the caller. Addresses and sizes are bytes, ranges are
+half open: [start, end).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from .manifest import OBJECT_SPACE, MappedFile, Mapping, MappingKind, SharedObject
+from .maps import Line
+from .units import CHUNK, PAGE, align_down, align_up
+
+KERNEL_OWN = (b"[vdso]", b"[vvar]", b"[vvar_vclock]")
+NOWHERE = 1 << 62
+"""Run-time addresses from here on stand for bytes of shared objects that nobody has mapped."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What stat and the mount table say of the file behind a mapping."""
+
+    path: bytes
+    named: bool  # the path still leads to this very file
+    tmpfs: bool
+    character: bool  # a character device
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    mode: int
+    written: bool = False  # a descriptor of the target can write to it
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Memory that the pump saves: the target's [start, end) are the bytes of `space` from `at`."""
+
+    space: int
+    start: int
+    end: int
+    at: int
+    armed: bool  # write-protected at T0; otherwise copied in the pause
+    object: int | None = None  # SharedObject.id whose descriptor it is read from
+    whole: bool = False  # every page belongs to the image, also those that are the file's
+
+
+@dataclass(slots=True)
+class Plan:
+    """All mappings of one process, and what the image needs beside them."""
+
+    space: int
+    mappings: list[Mapping] = field(default_factory=list)
+    windows: list[Window] = field(default_factory=list)
+    files: dict[tuple[int, int], MappedFile] = field(default_factory=dict)  # by (device, inode)
+    objects: dict[tuple[int, int], SharedObject] = field(default_factory=dict)
+    object_source: dict[int, Line] = field(default_factory=dict)  # a mapping to open it through
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def areas(self) -> list[tuple[int, int, int]]:
+        """(space, start, end), chunk aligned, merged where they touch: windows lie inside."""
+        spans = sorted(
+            (w.space, align_down(w.at, CHUNK), align_up(w.at + w.end - w.start, CHUNK))
+            for w in self.windows
+        )
+        merged: list[tuple[int, int, int]] = []
+        for space, start, end in spans:
+            if merged and merged[-1][0] == space and start <= merged[-1][2]:
+                merged[-1] = (space, merged[-1][1], max(end, merged[-1][2]))
+            else:
+                merged.append((space, start, end))
+        return merged
+
+
+def plan(lines: Iterable[Line], space: int, facts: Callable[[Line], FileFacts]) -> Plan:
+    """`lines` are those of smaps (VmFlags decide). `facts` is asked for mappings with an inode."""
+    made = Plan(space)
+    for line in lines:
+        refusal = _refusal(line)
+        if refusal:
+            made.problems.append(f"{where(line)}: {refusal}")
+        elif line.name == b"[vsyscall]":
+            _keep(made, line, "vsyscall")
+        elif line.name in KERNEL_OWN:
+            _keep(made, line, "vdso")
+        elif line.inode == 0 or (line.name == b"/dev/zero" and not line.shared):
+            # Droppable memory ("dp") may read as zeros at any time: so it may after a restore.
+            _keep(made, line, "anon")
+            if "dp" not in line.vm_flags:
+                _save(made, line, armed=True)
+        else:
+            _file(made, line, facts(line))
+    _unmapped_parts(made)
+    return made
+
+
+def where(line: Line) -> str:
+    """`7f12a000-7f12c000 rw-s /dev/dri/card0`, as a message names a mapping."""
+    prot = "".join(c if line.prot & bit else "-" for c, bit in (("r", 1), ("w", 2), ("x", 4)))
+    name = line.printed.decode("utf-8", "backslashreplace")
+    return f"{line.start:x}-{line.end:x} {prot}{'s' if line.shared else 'p'} {name}".rstrip()
+
+
+def _refusal(line: Line) -> str:
+    flags = line.vm_flags
+    if line.name in (*KERNEL_OWN, b"[vsyscall]"):
+        return ""
+    if "um" in flags or "uw" in flags or "ui" in flags:
+        return "belongs to another userfaultfd"
+    if "io" in flags or "pf" in flags or "mm" in flags:
+        return "memory of a device"
+    if "ht" in flags:
+        return "huge pages of hugetlbfs"
+    if "ss" in flags:
+        return "a shadow stack"
+    if line.name.startswith(b"/SYSV") and line.shared:
+        return "System V shared memory"
+    if line.name.startswith((b"/[aio]", b"anon_inode:", b"socket:", b"/secretmem", b"[uprobes]")):
+        return "memory that the kernel shares with the process"
+    return ""
+
+
+def _keep(
+    made: Plan,
+    line: Line,
+    kind: MappingKind,
+    file: int | None = None,
+    shared_object: int | None = None,
+) -> None:
+    made.mappings.append(
+        Mapping(
+            start=line.start,
+            end=line.end,
+            prot=line.prot,
+            shared=line.shared and kind != "anon",
+            kind=kind,
+            offset=line.offset if kind in ("file", "shared") else 0,
+            device=line.device,
+            inode=line.inode,
+            name=line.printed,
+            vm_flags=line.vm_flags,
+            file=file,
+            object=shared_object,
+        )
+    )
+
+
+def _save(made: Plan, line: Line, *, armed: bool, whole: bool = False, end: int = 0) -> None:
+    end = end or line.end
+    made.windows.append(Window(made.space, line.start, end, line.start, armed=armed, whole=whole))
+
+
+def _file(made: Plan, line: Line, facts: FileFacts) -> None:
+    name = facts.path.decode("utf-8", "backslashreplace")
+    memfd = line.name.startswith(b"/memfd:")
+    nameless = memfd or (line.name == b"/dev/zero" and line.shared)
+    if facts.character and not nameless:
+        made.problems.append(f"{where(line)}: memory of the device {name}")
+    elif line.shared and (nameless or facts.tmpfs):
+        _shared(made, line, facts, memfd)
+    elif line.shared and not facts.named:
+        made.problems.append(f"{where(line)}: a shared mapping of a file that has no name any more")
+    elif line.shared or facts.named:
+        key = (facts.device, facts.inode)
+        writable = line.shared and "mw" in line.vm_flags
+        known = made.files.get(key)
+        made.files[key] = MappedFile(
+            id=known.id if known else len(made.files),
+            path=facts.path,
+            device=facts.device,
+            inode=facts.inode,
+            size=facts.size,
+            mtime_ns=facts.mtime_ns,
+            writable=writable or (known.writable if known else False),
+        )
+        _keep(made, line, "file", file=made.files[key].id)
+        if not line.shared:
+            _save(made, line, armed=False)
+    else:
+        # The file cannot be opened again, so its pages go into the image; those past its end
+        # cannot be read by anybody (SIGBUS).
+        readable = min(line.end, line.start + max(0, align_up(facts.size, PAGE) - line.offset))
+        _keep(made, line, "anon")
+        if readable > line.start:
+            _save(made, line, armed=False, whole=True, end=readable)
+        made.warnings.append(
+            f"{where(line)}: the file has no name any more; its bytes are in the image and come "
+            "back as private memory"
+        )
+
+
+def _shared(made: Plan, line: Line, facts: FileFacts, memfd: bool) -> None:
+    key = (line.device, line.inode)
+    known = made.objects.get(key)
+    if known is None:
+        kind = "memfd" if memfd else "anon" if line.name == b"/dev/zero" else "tmpfs"
+        known = SharedObject(
+            id=len(made.objects),
+            kind=kind,  # type: ignore[arg-type]
+            name=line.name.removeprefix(b"/memfd:") if memfd else facts.path,
+            device=line.device,
+            inode=line.inode,
+            size=facts.size,
+            mode=facts.mode & 0o7777,
+            linked=facts.named and not memfd,
+        )
+        made.objects[key] = known
+        made.object_source[known.id] = line
+    _keep(made, line, "shared", shared_object=known.id)
+    # write(2), ftruncate and fallocate reach the object without a fault of any mapping.
+    length = min(line.size, max(0, align_up(known.size, PAGE) - line.offset))
+    if length:
+        made.windows.append(
+            Window(
+                OBJECT_SPACE + known.id,
+                line.start,
+                line.start + length,
+                line.offset,
+                armed=not facts.written,
+                object=known.id,
+            )
+        )
+
+
+def _unmapped_parts(made: Plan) -> None:
+    """Bytes of shared objects outside every window: nothing traps their writers, so the pause."""
+    nowhere = NOWHERE
+    for known in made.objects.values():
+        space = OBJECT_SPACE + known.id
+        covered = sorted((w.at, w.at + w.end - w.start) for w in made.windows if w.space == space)
+        at = 0
+        size = align_up(known.size, PAGE)
+        for start, end in [*covered, (size, size)]:
+            if start > at:
+                made.windows.append(
+                    Window(space, nowhere, nowhere + start - at, at, armed=False, object=known.id)
+                )
+                nowhere += start - at
+            at = max(at, end)
