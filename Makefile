@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml
 	@scripts/setup build
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --disable-pip-version-check -q setuptools wheel
-	@$(LOCK) $(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
+	@PYTHONWARNINGS=ignore $(LOCK) $(BIN)/python -m pip install --disable-pip-version-check -q -e '.[dev]'
 	@touch $@
 
 $(CORE): $(SOURCES) | $(VENV)/.ready
