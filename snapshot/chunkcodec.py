@@ -1,0 +1,166 @@
+"""One chunk of memory ⇄ the value that the store keeps of it. Pure.
+
+docs/image-format.md says the same in words. A value is a header and a payload:
+
+    present   u16   bit i: the page at i * 4 KiB belongs to the image
+    nonzero   u16   bit i: its bytes are in the payload (a subset of present); else they are zeros
+    codec     u8    0: the payload is those pages as they are; 1: one zstd frame of them
+    reserved  3 bytes, 0
+    digest    16 bytes: BLAKE3 of present, nonzero (4 bytes as above) and the pages of the payload
+
+All integers big endian. The pages are in ascending order.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import zstandard
+from blake3 import blake3
+
+from .errors import DamagedError
+from .units import ALL_PAGES, CHUNK, PAGE, PAGES_PER_CHUNK
+
+HEADER = struct.Struct(">HHB3x16s")
+RAW, ZSTD = 0, 1
+DIGEST_BYTES = 16
+LEVEL = -1
+"""zstd level: about 1 GB/s a core on heaps; higher ones cost more time than they save."""
+
+_BITMAPS = struct.Struct(">HH")
+_ZERO_PAGE = bytearray(PAGE)
+"""A bytearray, because its == takes any buffer and is one memcmp; that of memoryview is a loop."""
+_ZERO_CHUNK = bytes(CHUNK)
+_PAGES = tuple(slice(start, start + PAGE) for start in range(0, CHUNK, PAGE))
+Bytes = bytes | bytearray | memoryview
+
+
+class _Contexts(threading.local):
+    """One of each for each thread: a zstd context must not be shared."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_contexts = _Contexts()
+
+
+class Chunk(NamedTuple):
+    """64 KiB of an image. Pages that are not present are zeros in `data`."""
+
+    present: int  # bit i: the page at i * PAGE belongs to the image
+    data: bytes  # CHUNK bytes
+    nonzero: int  # bit i: the page at i * PAGE holds anything but zeros
+
+
+class Content(NamedTuple):
+    """What a chunk holds, before it is compressed."""
+
+    present: int
+    nonzero: int
+    digest: bytes
+    payload: Bytes  # the nonzero pages in order
+
+
+def examine(present: int, data: memoryview) -> Content:
+    """Finds the nonzero pages among `present` of the CHUNK bytes of `data` and their digest."""
+    nonzero = 0
+    for page, where in enumerate(_PAGES):
+        if present >> page & 1 and not _ZERO_PAGE == data[where]:  # noqa: SIM201, SIM300
+            nonzero |= 1 << page
+    payload: Bytes = data
+    if nonzero != ALL_PAGES:
+        payload = b"".join([data[_PAGES[i]] for i in range(PAGES_PER_CHUNK) if nonzero >> i & 1])
+    return Content(present, nonzero, _digest(present, nonzero, payload), payload)
+
+
+def overlay(chunk: Chunk, present: int, data: memoryview) -> Content:
+    """`chunk` with the pages in `present` replaced by those of the CHUNK bytes of `data`."""
+    merged = bytearray(chunk.data)
+    for page, where in enumerate(_PAGES):
+        if present >> page & 1:
+            merged[where] = data[where]
+    return examine(chunk.present | present, memoryview(merged))
+
+
+def encode(contents: Sequence[Content]) -> list[bytes]:
+    """The values of many chunks at once: zstd with the GIL released for all of them together."""
+    full = [content.payload for content in contents if content.payload]
+    frames = iter(_contexts.compressor.multi_compress_to_buffer(full) if full else ())
+    return [_encode(content, next(frames) if content.payload else b"") for content in contents]
+
+
+def digest_of(value: Bytes) -> bytes:
+    """The digest that a value says it has, unchecked."""
+    _, _, _, digest = _header(value)
+    return digest
+
+
+def decode(value: Bytes) -> tuple[Chunk, bytes]:
+    """The chunk and its digest, verified. DamagedError when the value is not what was written."""
+    present, nonzero, codec, digest = _header(value)
+    payload = _payload(codec, value[HEADER.size :], nonzero.bit_count() * PAGE)
+    if _digest(present, nonzero, payload) != digest:
+        raise DamagedError("the content does not match its checksum")
+    return Chunk(present, _spread(nonzero, payload), nonzero), digest
+
+
+def _digest(present: int, nonzero: int, payload: Bytes) -> bytes:
+    hasher = blake3(_BITMAPS.pack(present, nonzero))
+    hasher.update(payload)
+    return hasher.digest(DIGEST_BYTES)
+
+
+def _encode(content: Content, frame: Any) -> bytes:
+    """`frame` is a zstandard.BufferSegment, or empty."""
+    present, nonzero, digest, payload = content
+    if len(frame) < len(payload):
+        return HEADER.pack(present, nonzero, ZSTD, digest) + bytes(frame)
+    return HEADER.pack(present, nonzero, RAW, digest) + bytes(payload)
+
+
+def _header(value: Bytes) -> tuple[int, int, int, bytes]:
+    if len(value) < HEADER.size:
+        raise DamagedError(f"a chunk of {len(value)} bytes, shorter than its header")
+    present, nonzero, codec, digest = HEADER.unpack_from(value)
+    if nonzero & ~present:
+        raise DamagedError(f"pages {nonzero & ~present:#06x} are filled but not present")
+    return present, nonzero, codec, digest
+
+
+def _payload(codec: int, stored: Bytes, size: int) -> bytes:
+    """`size` bytes, or DamagedError: a frame that says or gives more is never unpacked."""
+    if codec == RAW:
+        payload = bytes(stored)
+    elif codec == ZSTD:
+        try:
+            said = zstandard.frame_content_size(stored)
+            if said != size:
+                raise DamagedError(f"a frame of {said} bytes where {size} belong")
+            payload = _contexts.decompressor.decompress(stored, max_output_size=size)
+        except zstandard.ZstdError as error:
+            raise DamagedError(f"not a zstd frame: {error}") from None
+    else:
+        raise DamagedError(f"unknown codec {codec}")
+    if len(payload) != size:
+        raise DamagedError(f"{len(payload)} bytes of pages where {size} belong")
+    return payload
+
+
+def _spread(nonzero: int, payload: bytes) -> bytes:
+    """The pages of `payload` at their places, zeros between them."""
+    if nonzero == ALL_PAGES:
+        return payload
+    if nonzero == 0:
+        return _ZERO_CHUNK
+    data = bytearray(CHUNK)
+    taken = 0
+    for page, where in enumerate(_PAGES):
+        if nonzero >> page & 1:
+            data[where] = payload[taken : taken + PAGE]
+            taken += PAGE
+    return bytes(data)

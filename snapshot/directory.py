@@ -1,0 +1,87 @@
+"""The directory of a store: where it is, whose it is, and making a new one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import lease
+from .environment import DATA, LOCK, is_lmdb
+from .errors import StoreError
+
+
+def default_path() -> Path:
+    """$SNAP_STORE, else `livesnap` in the XDG data directory."""
+    given = os.environ.get("SNAP_STORE")
+    if given:
+        return Path(given)
+    data = os.environ.get("XDG_DATA_HOME", "")
+    base = Path(data) if data.startswith("/") else Path.home() / ".local" / "share"
+    return base / "livesnap"
+
+
+def check_trust(path: Path) -> None:
+    """An image holds every secret of a process, and what is restored from it runs: StoreError for a
+    store that others may write to, or that is somebody else's."""
+    try:
+        if not path.is_dir():
+            raise no_store(path)
+        for place in (path, path / DATA):
+            if place.exists():
+                _check_place(place)
+    except OSError as error:
+        message = f"cannot open the store {path}: {error.strerror}"
+        raise StoreError(message, f"ls -ld {path}") from None
+
+
+def _check_place(place: Path) -> None:
+    stat = place.stat()
+    if stat.st_uid != os.geteuid():
+        raise StoreError(
+            f"{place} belongs to user {stat.st_uid}, not to {os.geteuid()}: whoever can write to a "
+            "store decides what a restored process does",
+            f"ls -ld {place}",
+        )
+    if stat.st_mode & 0o022:
+        message = f"others may write to {place} (mode {stat.st_mode & 0o7777:o})"
+        raise StoreError(message, f"chmod go-rwx {place}")
+
+
+@contextmanager
+def made(path: Path) -> Iterator[bool]:
+    """Makes the directory; says whether it still needs a store in it. Whoever else does the same
+    meanwhile waits. StoreError when something else is in it."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_trust(path)
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        message = f"cannot make a store in {path}: {error.strerror}"
+        raise StoreError(message, f"ls -ld {path}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        empty = not is_lmdb(path / DATA)
+        if empty:
+            _check_empty(path)
+            (path / lease.DIRECTORY).mkdir(mode=0o700, exist_ok=True)
+        yield empty
+    finally:
+        os.close(handle)
+
+
+def _check_empty(path: Path) -> None:
+    """A store whose making was cut short counts as empty."""
+    foreign = {entry.name for entry in path.iterdir()} - {DATA, LOCK, lease.DIRECTORY}
+    if foreign or ((path / DATA).exists() and (path / DATA).stat().st_size):
+        message = f"{path} is neither a store of snap nor empty"
+        raise StoreError(message, "snap --store NEW_DIRECTORY list")
+
+
+def no_store(path: Path) -> StoreError:
+    return StoreError(
+        f"there is no store of snap in {path}",
+        f"the first take makes one: snap --store {path} take PID",
+    )

@@ -1,0 +1,241 @@
+"""The LMDB environment under a store: opened once in a process, grown when full, never torn.
+
+What LMDB asks of its users and does not check is kept here, so that nobody else needs to know it:
+one environment per file and process, none used after fork, no growth while a transaction is open,
+no page read beyond the end of a file that was cut off.
+
+Transactions are durable in order: each is synced before the page that makes it visible is written
+(`metasync=False`), so a power failure undoes the last ones and tears none. `sync` makes them final.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lmdb
+
+from .errors import DamagedError, SnapError, StoreError
+from .units import MIB, mib
+
+T = TypeVar("T")
+
+DATA, LOCK = "data.mdb", "lock.mdb"
+DATABASES = ("meta", "images", "manifests", "takes", "index", "chunks")
+MAP_BYTES = 1 << 36
+"""Address space reserved at first; it costs nothing, and doubles when the store outgrows it."""
+SLACK = 64 * MIB
+"""The file is kept this much longer than LMDB has written (sparse: no disk), because LMDB may count
+free pages beyond its end. So a file shorter than its last page has certainly been cut off."""
+
+_PAGE_HEADER = 16
+_MAGIC_AND_VERSION = struct.pack("=II", 0xBEEFC0DE, 1)  # LMDB writes in the machine's byte order
+_READERS = 510
+
+Transaction = Any
+"""lmdb.Transaction: typed by the newest lmdb alone."""
+
+
+class Environment:
+    """One LMDB environment; use `open_environment`, which never makes two of the same file.
+
+    Reads run side by side from any thread; writes one at a time. Neither may be nested.
+    """
+
+    def __init__(self, path: Path, map_bytes: int) -> None:
+        self.path = path
+        self._pid = os.getpid()
+        self._gate = threading.Condition()
+        self._active = 0  # transactions of this process; growth waits until there are none
+        self._growing = False
+        self._writing = threading.Lock()
+        with self._understood("cannot open"):
+            self._lmdb = lmdb.open(
+                str(path),
+                map_size=map_bytes,
+                max_dbs=len(DATABASES),
+                max_readers=_READERS,
+                metasync=False,
+                mode=0o600,
+                max_spare_txns=8,
+            )
+            self._begin_lmdb: Callable[..., Transaction] = self._lmdb.begin
+            self._check_length()
+            self._lmdb.reader_check()
+            self.databases = {}
+            for name in DATABASES:
+                self.databases[name] = self._lmdb.open_db(name.encode())
+        self._data = os.open(path / DATA, os.O_RDWR | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._data)
+
+    @contextmanager
+    def read(self, buffers: bool = True) -> Iterator[Transaction]:
+        """A read transaction. Keep it short: pages freed meanwhile cannot be used again. With
+        `buffers` its values are views that are void when it ends, else bytes."""
+        self._enter()
+        try:
+            with self._understood("cannot read"), self._begin(False, buffers) as transaction:
+                yield transaction
+        finally:
+            self._leave()
+
+    def write(self, work: Callable[[Transaction], T]) -> T:
+        """Runs `work` in a write transaction and commits it; again from its start when the map had
+        to grow. So `work` must not change anything but the transaction."""
+        with self._writing, self._understood("cannot write to"):
+            while True:
+                self._enter()
+                try:
+                    with self._begin(True, True) as transaction:
+                        self._lengthen()
+                        return work(transaction)
+                except lmdb.MapFullError:
+                    pass
+                finally:
+                    self._leave()
+                self._resize(2 * int(self._lmdb.info()["map_size"]))
+
+    def sync(self) -> None:
+        """When it returns, all that was committed outlives a power failure."""
+        self._check_process()
+        with self._understood("cannot write to"):
+            self._lmdb.sync(True)
+
+    def used_bytes(self) -> int:
+        """Length of the part of the data file that LMDB uses or has used."""
+        self._check_process()
+        return (int(self._lmdb.info()["last_pgno"]) + 1) * self._page_bytes()
+
+    def _begin(self, write: bool, buffers: bool) -> Transaction:
+        while True:
+            try:
+                return self._begin_lmdb(write=write, buffers=buffers)
+            except lmdb.MapResizedError:  # by another process
+                self._leave()
+                try:
+                    self._resize(0)
+                finally:
+                    self._enter()
+
+    def _enter(self) -> None:
+        self._check_process()
+        with self._gate:
+            while self._growing:
+                self._gate.wait()
+            self._active += 1
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._active -= 1
+            if self._growing:
+                self._gate.notify_all()
+
+    def _resize(self, size: int) -> None:
+        """A map of `size` bytes, or as large as another process made it (0). The caller has no
+        transaction open; waits until no thread has."""
+        with self._gate:
+            while self._growing:
+                self._gate.wait()
+            self._growing = True
+            try:
+                while self._active:
+                    self._gate.wait()
+                self._lmdb.set_mapsize(size)
+            finally:
+                self._growing = False
+                self._gate.notify_all()
+
+    def _lengthen(self) -> None:
+        """Keeps the file ahead of its pages; within a write transaction, so one process at once."""
+        wanted = self.used_bytes() + SLACK // 2
+        if os.fstat(self._data).st_size < wanted:
+            os.ftruncate(self._data, wanted + SLACK // 2)
+
+    def _check_length(self) -> None:
+        """Reading beyond the end of a mapped file is SIGBUS: DamagedError instead."""
+        used = self.used_bytes()
+        length = (self.path / DATA).stat().st_size
+        if length < used:
+            raise DamagedError(
+                f"{self.path / DATA} was cut off: it has {length} bytes of {used}",
+                f"restore the file from a copy, or start a new store: snap --store DIR {'list'}",
+            )
+
+    def _page_bytes(self) -> int:
+        return int(self._lmdb.stat()["psize"])
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise StoreError(
+                f"the store {self.path} was opened by process {self._pid}, before a fork",
+                "open it again in the new process: Store.open(path)",
+            )
+
+    @contextmanager
+    def _understood(self, doing: str) -> Iterator[None]:
+        """Errors of LMDB and of the system become ours, with the space that is left."""
+        try:
+            yield
+        except (SnapError, lmdb.MapFullError, lmdb.MapResizedError):
+            raise
+        except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError) as error:
+            raise DamagedError(
+                f"the store {self.path} is damaged: {error}", "snap verify IMAGE"
+            ) from error
+        except (lmdb.Error, OSError) as error:
+            raise self._failure(doing, error) from error
+
+    def _failure(self, doing: str, error: Exception) -> StoreError:
+        try:
+            stat = os.statvfs(self.path)
+            free = stat.f_bavail * stat.f_frsize
+        except OSError:
+            return StoreError(f"{doing} the store {self.path}: {error}", f"ls -ld {self.path}")
+        return StoreError(
+            f"{doing} the store {self.path}: {error} ({mib(free)} free on its disk)",
+            f"df -h {self.path}" if free < SLACK else f"ls -l {self.path}",
+        )
+
+
+_open: weakref.WeakValueDictionary[tuple[int, int], Environment] = weakref.WeakValueDictionary()
+_opening = threading.Lock()
+_inherited: list[Environment] = []  # of the parent; closing them here would disturb its locks
+
+
+def open_environment(path: Path, map_bytes: int = MAP_BYTES) -> Environment:
+    """The environment in the directory `path`, the same object while anyone in this process holds
+    it. The directory and a data file, unless it is empty, must be there and be trusted."""
+    with _opening:
+        stat = path.stat()
+        key = stat.st_dev, stat.st_ino
+        environment = _open.get(key)
+        if environment is None:
+            environment = Environment(path, map_bytes)
+            _open[key] = environment
+        return environment
+
+
+def is_lmdb(path: Path) -> bool:
+    """Whether the file begins as an LMDB data file of the version that we write does."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_PAGE_HEADER + len(_MAGIC_AND_VERSION))
+    except OSError:
+        return False
+    return head[_PAGE_HEADER:] == _MAGIC_AND_VERSION
+
+
+def _after_fork() -> None:
+    global _open, _opening
+    _inherited.extend(_open.values())
+    _open = weakref.WeakValueDictionary()
+    _opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,62 @@
+"""Who uses an image: a lock file for each image number, held with flock.
+
+A take holds its image's alone, a reader shares it, `rm` and `gc` need it alone. The kernel lets go
+of it when the last process that holds it ends, however it ends: nothing is left to clean up, and
+no pid can be mistaken for another.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import weakref
+from pathlib import Path
+
+DIRECTORY = "use"
+
+
+class Lease:
+    """A held lock; a forked child holds it too, until both have closed it."""
+
+    def __init__(self, handle: int) -> None:
+        self._close = weakref.finalize(self, os.close, handle)
+
+    def release(self) -> None:
+        self._close()
+
+
+def acquire(store: Path, number: int, alone: bool) -> Lease | None:
+    """The lease of an image number, or None when it is held by others. Never waits."""
+    path = _path(store, number)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lease = Lease(handle)
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink:
+                return lease
+        except BlockingIOError:
+            lease.release()
+            return None
+        lease.release()  # `forget` came between open and flock
+
+
+def forget(store: Path, number: int) -> None:
+    """Removes the lock file of an image that is no more. The caller holds its lease alone."""
+    _path(store, number).unlink(missing_ok=True)
+
+
+def holders(store: Path, number: int) -> list[int]:
+    """The pids that hold the lease, as far as /proc/locks can tell from here (for messages)."""
+    try:
+        inode = _path(store, number).stat().st_ino
+        locks = Path("/proc/locks").read_text()
+    except OSError:
+        return []
+    found = re.findall(rf" FLOCK +\w+ +\w+ +(\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", locks)
+    return sorted({int(pid) for pid in found})
+
+
+def _path(store: Path, number: int) -> Path:
+    return store / DIRECTORY / str(number)

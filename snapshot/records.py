@@ -1,0 +1,97 @@
+"""Keys and small records of the store ⇄ bytes; docs/image-format.md says the same in words. Pure.
+
+Integers in keys and values are big endian, so that LMDB's byte order is the numeric one.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple, TypeVar
+
+import msgspec
+from blake3 import blake3
+
+from .chunkcodec import DIGEST_BYTES, Bytes
+from .errors import DamagedError
+from .manifest import Record
+
+FORMAT = b"livesnap store 1"
+FORMAT_KEY, NEXT_SEQUENCE_KEY, NEXT_IMAGE_KEY = b"format", b"next sequence", b"next image"
+
+NUMBER = struct.Struct(">Q")
+"""An image's number, a chunk's sequence number: counted up, never used twice."""
+INDEX_KEY = struct.Struct(">QIQ")  # image number, space, chunk address
+INDEX_VALUE = struct.Struct(f">Q{DIGEST_BYTES}s")  # sequence number, digest of the content
+INDEX_ENTRY = struct.Struct(f">QQ{DIGEST_BYTES}s")
+"""Chunk address and index value: what the digest of a space is made of."""
+
+R = TypeVar("R", bound=Record)
+
+
+class ProcessIdentity(NamedTuple):
+    """One process among all that ever ran."""
+
+    boot_id: str
+    pid: int
+    start_ticks: int
+
+
+class SpaceSummary(Record, frozen=True):
+    """What the index must hold of one space, so that no entry can be lost or changed unseen."""
+
+    space: int
+    chunks: int
+    digest: bytes  # BLAKE3-128 of (address, sequence number, content digest) of each, in order
+
+
+class ImageRecord(Record, frozen=True):
+    """The value of `images`, by name: the image exists when it does."""
+
+    number: int
+    pid: int
+    comm: bytes
+    boot_id: str
+    start_ticks: int
+    taken_at: float
+    saved_bytes: int
+    stored_bytes: int
+    manifest: bytes  # BLAKE3-128 of the manifest's bytes
+    spaces: tuple[SpaceSummary, ...]
+
+    @property
+    def identity(self) -> ProcessIdentity:
+        return ProcessIdentity(self.boot_id, self.pid, self.start_ticks)
+
+
+class TakeRecord(Record, frozen=True):
+    """The value of `takes`, by image number: a take that goes on or died, or an image that was
+    removed. Its index entries are rubbish as soon as nobody holds its lease."""
+
+    name: str
+    pid: int
+    first_sequence: int  # chunks from here on that it names are its own and no other image's
+    removed: bool = False
+
+
+def digest(*parts: Bytes) -> bytes:
+    hasher = blake3()
+    for part in parts:
+        hasher.update(part)
+    return hasher.digest(DIGEST_BYTES)
+
+
+def seal(key: bytes, record: Record) -> bytes:
+    """BLAKE3-128 of key and record, then the record as msgpack."""
+    body = msgspec.msgpack.encode(record)
+    return digest(key, body) + body
+
+
+def unseal(key: bytes, value: Bytes, kind: type[R]) -> R:
+    """The inverse of `seal`; DamagedError when value or key are not what was sealed."""
+    body = bytes(value[DIGEST_BYTES:])
+    if digest(key, body) != value[:DIGEST_BYTES]:
+        raise DamagedError(f"the record of {key!r} does not match its checksum")
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise DamagedError(f"the record of {key!r}: {error}") from None

@@ -1,0 +1,294 @@
+"""The store: images and the chunks they share, in one LMDB environment; docs/image-format.md.
+
+An image exists from the transaction that puts its record into `images` until the one that takes it
+out. What takes put before that is named in `takes` and is rubbish once their lease is free.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from . import directory, lease, sweep
+from .environment import (
+    DATA,
+    MAP_BYTES,
+    Environment,
+    Transaction,
+    is_lmdb,
+    open_environment,
+)
+from .errors import DamagedError, StoreError
+from .image import Image
+from .records import (
+    FORMAT,
+    FORMAT_KEY,
+    NEXT_IMAGE_KEY,
+    NEXT_SEQUENCE_KEY,
+    NUMBER,
+    ImageRecord,
+    ProcessIdentity,
+    TakeRecord,
+    seal,
+    unseal,
+)
+from .writer import ImageWriter, RawChunk
+
+__all__ = ["ImageInfo", "ImageWriter", "ProcessIdentity", "RawChunk", "Store"]
+
+
+class ImageInfo(NamedTuple):
+    image: str
+    pid: int
+    comm: str
+    taken_at: float  # seconds since the epoch, T0
+    saved_bytes: int
+    stored_bytes: int
+    damaged: bool = False  # its record cannot be read; the other fields are empty
+
+
+class Store:
+    """An open store. Cheap to open again: a process has one environment of it, whatever it does."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self.path = environment.path
+
+    @classmethod
+    def open(
+        cls, path: Path | None = None, create: bool = False, map_bytes: int = MAP_BYTES
+    ) -> Store:
+        """Opens the store in the directory `path`, or makes it when `create`.
+
+        Raises StoreError when it is no store, somebody else's, or others may write to it;
+        DamagedError when its file was cut off.
+        """
+        path = path or directory.default_path()
+        if create:
+            _create(path, map_bytes)
+        directory.check_trust(path)
+        if not is_lmdb(path / DATA):
+            raise directory.no_store(path)
+        store = cls(open_environment(path, map_bytes))
+        store._check_format()
+        return store
+
+    def begin(self, name: str, like: ProcessIdentity | None = None) -> ImageWriter:
+        """A new image, after removing what dead takes left. `like` names its process: chunks equal
+        to those of its newest image, at the same address, are shared with that.
+
+        StoreError when an image of the name exists or is being taken.
+        """
+        if not name or "\0" in name or len(name.encode()) > 255:
+            raise StoreError(
+                f"{name!r} cannot be the name of an image", "snap take PID --name NAME"
+            )
+        sweep.clear_dead(self._environment)
+        held: list[lease.Lease] = []
+
+        def work(transaction: Transaction) -> tuple[int, int]:
+            databases = self._environment.databases
+            self._check_free(transaction, name)
+            meta = databases["meta"]
+            number = NUMBER.unpack(transaction.get(NEXT_IMAGE_KEY, db=meta))[0]
+            sequence = NUMBER.unpack(transaction.get(NEXT_SEQUENCE_KEY, db=meta))[0]
+            got = lease.acquire(self.path, number, alone=True)
+            if got is None:
+                raise StoreError(f"the image number {number} is in use", "snap gc")
+            held[:] = [got]
+            key = NUMBER.pack(number)
+            record = TakeRecord(name=name, pid=os.getpid(), first_sequence=sequence)
+            transaction.put(key, seal(key, record), db=databases["takes"])
+            transaction.put(NEXT_IMAGE_KEY, NUMBER.pack(number + 1), db=meta)
+            return number, sequence
+
+        number, sequence = self._environment.write(work)
+        earlier = self._newest(like) if like else None
+        return ImageWriter(self._environment, name, number, sequence, held[0], earlier)
+
+    def images(self) -> list[ImageInfo]:
+        """All images, the oldest first."""
+        found = []
+        with self._environment.read() as transaction:
+            for key, value in transaction.cursor(self._environment.databases["images"]):
+                found.append(_info(bytes(key), value))
+        return sorted(found, key=lambda info: info.taken_at)
+
+    def image(self, name: str) -> Image:
+        """The image that `resolve` finds. It cannot be removed until it is closed."""
+        name = self.resolve(name)
+        while True:
+            record = self._record(name)
+            held = lease.acquire(self.path, record.number, alone=False)
+            if held is None:
+                raise StoreError(f"the image {name} is being removed", "snap list")
+            try:
+                if self._record(name).number == record.number:
+                    return Image(self._environment, name, record, held)
+            except BaseException:
+                held.release()
+                raise
+            held.release()
+
+    def resolve(self, name: str) -> str:
+        """The image meant by an exact name, the beginning of only one name, or `latest`."""
+        infos = self.images()
+        names = [info.image for info in infos]
+        if name in names:
+            return name
+        if name == "latest" and names:
+            return names[-1]
+        matching = [known for known in names if name and known.startswith(name)]
+        if len(matching) == 1:
+            return matching[0]
+        if matching:
+            listed = ", ".join(matching[:5]) + (", …" if len(matching) > 5 else "")
+            raise StoreError(
+                f"{name} is the beginning of {len(matching)} images: {listed}", "snap list"
+            )
+        raise StoreError(f"no image {name} among the {len(names)} in {self.path}", "snap list")
+
+    def remove(self, name: str) -> None:
+        """Removes the image of this exact name; `collect` gives its space back afterwards.
+
+        StoreError when it is in use: a restored process may still need pages of it.
+        """
+        record = self._record(name)
+        held = lease.acquire(self.path, record.number, alone=True)
+        if held is None:
+            pids = ", ".join(map(str, lease.holders(self.path, record.number))) or "unknown"
+            raise StoreError(
+                f"the image {name} is in use (by process {pids}): a restore is still reading it, "
+                "or a take compares with it",
+                f"ps -p {pids.replace(' ', '')}",
+            )
+        number = NUMBER.pack(record.number)
+        gone = TakeRecord(name=name, pid=os.getpid(), first_sequence=0, removed=True)
+
+        def work(transaction: Transaction) -> None:
+            databases = self._environment.databases
+            transaction.delete(name.encode(), db=databases["images"])
+            transaction.delete(number, db=databases["manifests"])
+            transaction.put(number, seal(number, gone), db=databases["takes"])
+
+        try:
+            self._environment.write(work)
+            sweep.clear_index(self._environment, record.number)
+        finally:
+            held.release()
+
+    def collect(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Removes leftovers of dead takes and chunks that no image names; returns their bytes.
+
+        `progress` is called with the chunks removed and those to remove.
+        """
+        freed = sweep.clear_dead(self._environment)
+        for number, record in sweep.takes(self._environment):
+            if record.removed:
+                sweep.clear_index(self._environment, number)
+        return freed + sweep.sweep(self._environment, progress)
+
+    def close(self) -> None:
+        """Images and writers that are open keep the environment until they are closed."""
+        del self._environment
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _record(self, name: str) -> ImageRecord:
+        key = name.encode()
+        with self._environment.read() as transaction:
+            value = transaction.get(key, db=self._environment.databases["images"])
+            if value is None:
+                raise StoreError(f"no image {name} in {self.path}", "snap list")
+            try:
+                return unseal(key, value, ImageRecord)
+            except DamagedError as error:
+                raise DamagedError(f"image {name}: {error.message}", f"snap rm {name}") from None
+
+    def _newest(self, like: ProcessIdentity) -> tuple[int, lease.Lease] | None:
+        """The newest image of the process that can be held, with its lease."""
+        records = []
+        with self._environment.read() as transaction:
+            for key, value in transaction.cursor(self._environment.databases["images"]):
+                try:
+                    record = unseal(bytes(key), value, ImageRecord)
+                except DamagedError:
+                    continue  # sharing is a saving, not a duty
+                if record.identity == like:
+                    records.append((record.taken_at, bytes(key).decode(), record.number))
+        for _, name, number in sorted(records, reverse=True):
+            held = lease.acquire(self.path, number, alone=False)
+            if held is None:
+                continue
+            try:
+                if self._record(name).number == number:
+                    return number, held
+            except (StoreError, DamagedError):
+                pass
+            held.release()
+        return None
+
+    def _check_free(self, transaction: Transaction, name: str) -> None:
+        if transaction.get(name.encode(), db=self._environment.databases["images"]) is not None:
+            raise StoreError(f"an image named {name} exists", f"snap rm {name}")
+        for key, value in transaction.cursor(self._environment.databases["takes"]):
+            record = unseal(bytes(key), value, TakeRecord)
+            if record.name == name and not record.removed:
+                raise StoreError(
+                    f"an image named {name} is being taken by process {record.pid}",
+                    f"ps -p {record.pid}",
+                )
+
+    def _check_format(self) -> None:
+        with self._environment.read() as transaction:
+            value = transaction.get(FORMAT_KEY, db=self._environment.databases["meta"])
+            found = None if value is None else bytes(value)
+        if found is None or not found.startswith(FORMAT.rpartition(b" ")[0]):
+            raise directory.no_store(self.path)
+        if found != FORMAT:
+            raise StoreError(
+                f"{self.path} is a {found.decode(errors='replace')}; this snap reads "
+                f"{FORMAT.decode()}",
+                "pip install -U livesnap",
+            )
+
+
+def _create(path: Path, map_bytes: int) -> None:
+    """Makes an empty store unless there is one."""
+    with directory.made(path) as empty:
+        if empty:
+            environment = open_environment(path, map_bytes)
+            environment.write(lambda transaction: _format(environment, transaction))
+            environment.sync()
+
+
+def _format(environment: Environment, transaction: Transaction) -> None:
+    meta = environment.databases["meta"]
+    for key, value in (
+        (FORMAT_KEY, FORMAT),
+        (NEXT_SEQUENCE_KEY, NUMBER.pack(1)),
+        (NEXT_IMAGE_KEY, NUMBER.pack(1)),
+    ):
+        transaction.put(key, value, db=meta, overwrite=False)
+
+
+def _info(key: bytes, value: memoryview) -> ImageInfo:
+    name = key.decode(errors="replace")
+    try:
+        record = unseal(key, value, ImageRecord)
+    except DamagedError:
+        return ImageInfo(name, 0, "", 0.0, 0, 0, damaged=True)
+    return ImageInfo(
+        name,
+        record.pid,
+        record.comm.decode(errors="replace"),
+        record.taken_at,
+        record.saved_bytes,
+        record.stored_bytes,
+    )

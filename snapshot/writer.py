@@ -1,0 +1,222 @@
+"""Writing one image into a store: nothing of it is visible before `commit`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import zstandard
+
+from . import chunkcodec, index, sweep
+from . import manifest as manifests
+from .chunkcodec import Chunk, Content
+from .environment import Environment, Transaction
+from .errors import DamagedError, StoreError
+from .lease import Lease
+from .manifest import Manifest
+from .records import (
+    INDEX_KEY,
+    INDEX_VALUE,
+    NEXT_SEQUENCE_KEY,
+    NUMBER,
+    ImageRecord,
+    digest,
+    seal,
+)
+from .units import CHUNK, PAGE
+
+BATCH = 64
+"""Chunks for one call of the compressor and one transaction: 4 MiB of memory."""
+
+
+class RawChunk(NamedTuple):
+    """CHUNK bytes of memory as they were copied; only the pages in `pages` count."""
+
+    space: int
+    address: int
+    pages: int  # bit i: the page at address + i * PAGE belongs to the image
+    data: memoryview
+
+
+class _Pending(NamedTuple):
+    """A chunk on its way: what the index says of it now, and what it will say."""
+
+    key: bytes
+    before: bytes | None  # index value of an earlier put of this image
+    value: bytes | None  # for `chunks`; None when `sequence` holds the same
+    sequence: int
+    content: Content
+    gained: int  # pages that the image did not have before
+
+
+class ImageWriter:
+    """Made by `Store.begin`. `put` may be called by several threads at once, `commit` and `abort`
+    once, when no put is running. Used as a context manager it aborts unless it was committed."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        name: str,
+        number: int,
+        first_sequence: int,
+        lease: Lease,
+        earlier: tuple[int, Lease] | None,
+    ) -> None:
+        self.name = name
+        self.number = number
+        self.saved_bytes = 0
+        """Bytes of the target in the image: every page put counts once."""
+        self.stored_bytes = 0
+        """Bytes of the chunks written for it: what it shares with an earlier image costs none."""
+        self._environment = environment
+        self._first_sequence = first_sequence
+        self._lease = lease
+        self._earlier = earlier
+        self._counting = threading.Lock()
+        self._open = True
+
+    def put(self, batch: Sequence[RawChunk]) -> None:
+        """Saves chunks: all that a call was given, or StoreError and none of its last BATCH.
+
+        A chunk put before gets the pages of the later put over it and keeps its others; puts of one
+        chunk must not run at the same time.
+        """
+        if not self._open:
+            raise StoreError(f"the image {self.name} is finished", "snap list")
+        for start in range(0, len(batch), BATCH):
+            self._put(batch[start : start + BATCH])
+
+    def _put(self, batch: Sequence[RawChunk]) -> None:
+        pending = self._prepare(batch)
+        fresh = [entry for entry in pending if entry.value is None and entry.sequence < 0]
+        values = chunkcodec.encode([entry.content for entry in fresh])
+        by_key = dict(zip((entry.key for entry in fresh), values, strict=True))
+        final = [entry._replace(value=by_key.get(entry.key)) for entry in pending]
+        stored = self._environment.write(lambda transaction: self._store(transaction, final))
+        with self._counting:
+            self.stored_bytes += stored
+            self.saved_bytes += sum(entry.gained for entry in final) * PAGE
+
+    def _prepare(self, batch: Sequence[RawChunk]) -> list[_Pending]:
+        """Finds each chunk's pages and digest, and whether an earlier image holds the same."""
+        pending = []
+        with self._environment.read() as transaction:
+            for space, address, pages, data in batch:
+                if len(data) != CHUNK or address % CHUNK:
+                    raise ValueError(f"not a chunk: {len(data)} bytes at {address:#x}")
+                key = INDEX_KEY.pack(self.number, space, address)
+                before = self._index(transaction, key)
+                old = self._chunk(transaction, before) if before else None
+                if old is None:
+                    content = chunkcodec.examine(pages, data)
+                else:
+                    content = chunkcodec.overlay(old, pages, data)
+                gained = (content.present & ~(old.present if old else 0)).bit_count()
+                same = self._same(transaction, space, address, content.digest)
+                pending.append(_Pending(key, before, None, same, content, gained))
+        return pending
+
+    def _same(self, transaction: Transaction, space: int, address: int, digest: bytes) -> int:
+        """The sequence number of an equal chunk of the earlier image at the same address, or -1."""
+        if self._earlier is None:
+            return -1
+        found = self._index(transaction, INDEX_KEY.pack(self._earlier[0], space, address))
+        if found is None:
+            return -1
+        sequence, its_digest = INDEX_VALUE.unpack(found)
+        return sequence if its_digest == digest else -1
+
+    def _index(self, transaction: Transaction, key: bytes) -> bytes | None:
+        value = transaction.get(key, db=self._environment.databases["index"])
+        return None if value is None else bytes(value)
+
+    def _chunk(self, transaction: Transaction, index_value: bytes) -> Chunk:
+        sequence, its_digest = INDEX_VALUE.unpack(index_value)
+        value = transaction.get(NUMBER.pack(sequence), db=self._environment.databases["chunks"])
+        if value is None or chunkcodec.digest_of(value) != its_digest:
+            raise DamagedError(f"chunk {sequence} of the unfinished image {self.name} is lost")
+        return chunkcodec.decode(value)[0]
+
+    def _store(self, transaction: Transaction, pending: list[_Pending]) -> int:
+        """Chunks and their index entries in one transaction; returns the bytes of the chunks."""
+        databases = self._environment.databases
+        meta, chunks = databases["meta"], databases["chunks"]
+        sequence = NUMBER.unpack(transaction.get(NEXT_SEQUENCE_KEY, db=meta))[0]
+        values = []
+        for entry in pending:
+            at = entry.sequence
+            if entry.value is not None:
+                at = sequence
+                values.append((NUMBER.pack(at), entry.value))
+                sequence += 1
+            if entry.before is not None:
+                self._discard(transaction, entry.before)
+            transaction.put(
+                entry.key, INDEX_VALUE.pack(at, entry.content.digest), db=databases["index"]
+            )
+        if values:
+            transaction.cursor(chunks).putmulti(values, append=True)
+            transaction.put(NEXT_SEQUENCE_KEY, NUMBER.pack(sequence), db=meta)
+        return sum(len(value) for _, value in values)
+
+    def _discard(self, transaction: Transaction, index_value: bytes) -> None:
+        """The chunk of an earlier put, unless it belongs to an earlier image."""
+        sequence = INDEX_VALUE.unpack(index_value)[0]
+        if sequence >= self._first_sequence:
+            transaction.delete(NUMBER.pack(sequence), db=self._environment.databases["chunks"])
+
+    def commit(self, manifest: Manifest) -> None:
+        """Makes the image visible, and durable first: the one commit point.
+
+        Raises StoreError when an image of the name exists by now; the caller aborts then.
+        """
+        if manifest.image != self.name:
+            raise ValueError(f"a manifest of {manifest.image!r} for the image {self.name!r}")
+        data = manifests.encode(manifest)
+        packed = zstandard.ZstdCompressor(level=3).compress(data)
+        process = manifest.processes[0]
+        record = ImageRecord(
+            number=self.number,
+            pid=process.pid,
+            comm=process.comm,
+            boot_id=manifest.host.boot_id,
+            start_ticks=process.start_ticks,
+            taken_at=manifest.taken_at,
+            saved_bytes=self.saved_bytes,
+            stored_bytes=self.stored_bytes,
+            manifest=digest(data),
+            spaces=tuple(space.summary() for space in index.spaces(self._environment, self.number)),
+        )
+        self._environment.sync()
+        key = self.name.encode()
+
+        def work(transaction: Transaction) -> None:
+            databases = self._environment.databases
+            if not transaction.put(key, seal(key, record), db=databases["images"], overwrite=False):
+                raise StoreError(f"an image named {self.name} exists", "snap list")
+            number = NUMBER.pack(self.number)
+            transaction.put(number, packed, db=databases["manifests"])
+            transaction.delete(number, db=databases["takes"])
+
+        self._environment.write(work)
+        self._environment.sync()
+        self._finish()
+
+    def abort(self) -> None:
+        """Removes what was put. Nothing happens after a commit or another abort."""
+        if self._open:
+            sweep.clear_take(self._environment, self.number, self._first_sequence)
+            self._finish()
+
+    def _finish(self) -> None:
+        self._open = False
+        self._lease.release()
+        if self._earlier:
+            self._earlier[1].release()
+
+    def __enter__(self) -> ImageWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abort()
