@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml
 	@touch $@
 
 $(CORE): $(SOURCES) | $(VENV)/.ready
-	@$(LOCK) $(BIN)/python setup.py -q build_ext --inplace
+	@PYTHONWARNINGS=ignore $(LOCK) $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
 build: $(VENV)/.ready $(CORE) ## the virtual environment, the `snap` command and its C core

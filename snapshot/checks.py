@@ -1,0 +1,317 @@
+"""`snap check`: what this kernel, this user and a target allow, item by item.
+
+Every item is found out by doing the thing, on a small process made for it (kernel/selftest.py);
+versions are never asked. A target is only looked at, never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import DeniedError, SnapError, StoreError, TargetError, UnsupportedError
+from .kernel import probes, procfs, yama
+from .kernel.selftest import PATTERN
+from .units import MIB, mib
+
+State = Literal["ok", "degraded", "missing"]
+STAGING = 256 * MIB
+TAKE_FEATURES = (
+    "PAGEFAULT_FLAG_WP",
+    "WP_HUGETLBFS_SHMEM",
+    "WP_UNPOPULATED",
+    "EVENT_REMAP",
+    "EVENT_REMOVE",
+    "EVENT_UNMAP",
+)
+LAZY_FEATURES = ("EVENT_FORK", "MISSING_SHMEM", "MISSING_HUGETLBFS")
+ROOT = "sudo snap check"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """`missing`: a take or a restore cannot work without it; `degraded`: something less can be
+    done. `lost` says what, `command` what would allow it, `exit_code` what a take would end with.
+    """
+
+    item: str
+    state: State
+    detail: str = ""
+    lost: str = ""
+    command: str = ""
+    exit_code: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """The process that probes are made on, and what it found out about itself."""
+
+    pid: int
+    page: int
+    features: list[str]
+    results: dict[str, str]
+
+
+def run(pid: int | None = None, store: Path | None = None) -> list[Item]:
+    """All items; those of the target `pid` last. Raises nothing that an item could say."""
+    try:
+        with _sample() as sample:
+            items = [*_userfaultfd(sample), *_tracing(sample)]
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        code = UnsupportedError.exit_code
+        items = [Item("self-test", "missing", str(error), "everything", ROOT, code)]
+    items += _resources(store)
+    if pid is not None:
+        items += _target(pid)
+    return items
+
+
+def exit_code(items: list[Item]) -> int:
+    """0 when a take and a restore can work; else the code of what a take would end with."""
+    codes = [item.exit_code for item in items if item.state == "missing"]
+    order = (TargetError, DeniedError, UnsupportedError, StoreError)
+    return next(
+        (kind.exit_code for kind in order if kind.exit_code in codes), max(codes, default=0)
+    )
+
+
+def as_json(items: list[Item], pid: int | None) -> dict[str, Any]:
+    return {
+        "ok": exit_code(items) == 0,
+        "pid": pid,
+        "exit_code": exit_code(items),
+        "items": [asdict(item) for item in items],
+    }
+
+
+def as_text(items: list[Item]) -> list[str]:
+    lines = []
+    for item in items:
+        lines.append(f"{item.state:<9} {item.item:<30} {item.detail}".rstrip())
+        if item.state != "ok":
+            lines += [f"{'':<9} lost: {item.lost}"] if item.lost else []
+            lines += [f"{'':<9} try:  {item.command}"] if item.command else []
+    missing = sum(item.state == "missing" for item in items)
+    degraded = sum(item.state == "degraded" for item in items)
+    verdict = f"{missing} missing" if missing else "take and restore can work"
+    return [*lines, f"{verdict}{f', {degraded} degraded' if degraded else ''}"]
+
+
+@contextlib.contextmanager
+def _sample() -> Iterator[_Sample]:
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "snapshot.kernel.selftest"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process.stdin, process.stdout:
+        line = process.stdout.readline()
+        process.wait()  # the first process; the one that answered is nobody's child
+        if not line:
+            raise ValueError("the self-test ended without an answer")
+        yield _Sample(**json.loads(line))
+
+
+# --- this kernel and this user --------------------------------------------------------------------
+
+
+def _item(
+    name: str, reason: str, lost: str, command: str, code: int = UnsupportedError.exit_code
+) -> Item:
+    """Something that cannot be done without; a reason of EPERM or EACCES makes it a denial."""
+    if not reason:
+        return Item(name, "ok")
+    if "EPERM" in reason or "EACCES" in reason or "not permitted" in reason:
+        code = DeniedError.exit_code
+    return Item(name, "missing", reason, lost, command, code)
+
+
+def _optional(name: str, reason: str, lost: str, command: str) -> Item:
+    return Item(name, "degraded", reason, lost, command) if reason else Item(name, "ok")
+
+
+def _userfaultfd(sample: _Sample) -> list[Item]:
+    results, have = sample.results, set(sample.features)
+    call, device = results["system_call"], results["device"]
+    root = os.geteuid() == 0
+    items = []
+    if call and device:
+        lost = "everything: neither way to a userfaultfd is open"
+        command = "sudo sysctl vm.unprivileged_userfaultfd=1"
+        items.append(_item("userfaultfd", f"{call}; /dev/userfaultfd: {device}", lost, command))
+    else:
+        command = "sudo sysctl vm.unprivileged_userfaultfd=1"
+        items.append(_optional("userfaultfd(2)", call, "the direct way to a userfaultfd", command))
+        lost = "targets that lack CAP_SYS_PTRACE, unless vm.unprivileged_userfaultfd is 1"
+        command = "sudo chmod 666 /dev/userfaultfd" if not root else "ls -l /dev/userfaultfd"
+        items.append(_optional("/dev/userfaultfd", device, lost, command))
+    newer = "uname -r   (a kernel that has it is needed)"
+    absent = [name for name in TAKE_FEATURES if name not in have]
+    items.append(_item("userfaultfd features, take", _lacks(absent), "takes", newer))
+    absent = [name for name in LAZY_FEATURES if name not in have]
+    items.append(_optional("userfaultfd features, lazy", _lacks(absent), "restore --lazy", newer))
+    for name, key, lost in (
+        ("write-protect anonymous", "wp_anonymous", "takes"),
+        ("write-protect empty pages", "wp_empty", "takes"),
+        ("write-protect shared memory", "wp_shared", "takes of shared memory"),
+    ):
+        items.append(_item(name, results[key], lost, newer))
+    for name, key in (
+        ("missing faults, anonymous", "missing_anonymous"),
+        ("missing faults, shared memory", "missing_shared"),
+    ):
+        items.append(_optional(name, results[key], "restore --lazy", newer))
+    return items
+
+
+def _lacks(names: list[str]) -> str:
+    return f"the kernel lacks {', '.join(names)}" if names else ""
+
+
+def _tracing(sample: _Sample) -> list[Item]:
+    pid, page = sample.pid, sample.page
+    as_root = "sudo snap take PID"
+    scope = yama.scope()
+    unlock = "sudo sysctl kernel.yama.ptrace_scope=0" if scope else as_root
+    caps = "sudo setcap cap_checkpoint_restore+ep PYTHON   (or: sudo snap restore IMAGE)"
+    return [
+        _item(
+            "ptrace",
+            probes.trace(pid),
+            "takes of processes that are not this shell's own children",
+            unlock,
+        ),
+        _item("process_vm_readv", probes.read_memory(pid, page, PATTERN), "takes", unlock),
+        _item("PAGEMAP_SCAN", probes.scan_pages(pid, page), "takes", "uname -r   (6.7 or newer)"),
+        _item("pidfd_getfd", probes.take_descriptor(pid), "takes", unlock),
+        _item("kcmp", probes.compare_descriptors(pid), "dup'ed descriptors in takes", unlock),
+        _item("/proc/PID/map_files", probes.map_files(pid), "takes of mapped files", as_root),
+        _item("clone3 set_tid", probes.choose_pid(), "restores with the same pids", caps),
+        _optional(
+            "pid namespace",
+            probes.pid_namespace(),
+            "restore --pid new",
+            "sudo snap restore IMAGE --pid new",
+        ),
+    ]
+
+
+def _resources(store: Path | None) -> list[Item]:
+    items = []
+    available = _available_memory()
+    if available is not None:
+        short = "" if available >= 2 * STAGING else f"{mib(available)} available"
+        lost = f"room for {mib(STAGING)} of staging"
+        item = _optional("memory", short, lost, "snap take PID --memory 64M")
+        items.append(item if short else Item("memory", "ok", f"{mib(available)} available"))
+    if store is not None:
+        items.append(_space(store))
+    return items
+
+
+def _available_memory() -> int | None:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _space(store: Path) -> Item:
+    existing = store.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    name, code = f"store {store}", StoreError.exit_code
+    elsewhere = "snap take PID --store DIR"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return Item(name, "missing", f"{existing} is not writable", "takes", elsewhere, code)
+    if (existing == store.absolute()) and any(existing.iterdir()):
+        from .store import Store
+
+        try:
+            Store.open(store).close()
+        except SnapError as error:
+            return Item(name, "missing", error.message, "takes", error.hint, error.exit_code)
+    free = shutil.disk_usage(existing).free
+    if free < STAGING:
+        return Item(name, "degraded", f"{mib(free)} free", "room for images", elsewhere)
+    return Item(name, "ok", f"{mib(free)} free")
+
+
+# --- a target -------------------------------------------------------------------------------------
+
+
+def _target(pid: int) -> list[Item]:
+    name = f"process {pid}"
+    try:
+        status = procfs.status(pid)
+    except SnapError as error:
+        return [Item(name, "missing", error.message, "the take", error.hint, error.exit_code)]
+    comm = status["Name"]
+    code = TargetError.exit_code
+    show = f"ps -o pid,ppid,stat,comm -p {pid}"
+    if status.state in "ZX":
+        detail = f"{comm} has ended (a zombie until its parent waits for it)"
+        return [Item(name, "missing", detail, "the take", show, code)]
+    if status.kernel_thread:
+        detail = f"{comm} is a kernel thread, it has no memory of its own"
+        return [Item(name, "missing", detail, "the take", show, code)]
+    items = [Item(name, "ok", f"{comm}, {status['Threads']} threads, {status['VmRSS']} resident")]
+    if status.tracer:
+        tracer = status.tracer
+        items.append(
+            Item(
+                "not traced",
+                "missing",
+                f"process {tracer} traces it (a debugger, strace, another take)",
+                "the take",
+                f"ps -p {tracer}",
+                DeniedError.exit_code,
+            )
+        )
+    denied = probes.open_memory(pid)
+    if denied:
+        command = f"sudo snap take {pid}"
+        detail = f"{denied}{_why_denied(status)}"
+        code = DeniedError.exit_code
+        return [*items, Item("permission", "missing", detail, "the take", command, code)]
+    return [*items, Item("permission", "ok"), *_contents(pid)]
+
+
+def _why_denied(status: procfs.Status) -> str:
+    reasons = []
+    if os.geteuid() not in status.uids:
+        reasons.append(f"it belongs to uid {status.uids[0]}, snap runs as {os.geteuid()}")
+    if scope := yama.scope():
+        reasons.append(f"kernel.yama.ptrace_scope is {scope}")
+    return f" ({'; '.join(reasons)})" if reasons else ""
+
+
+def _contents(pid: int) -> list[Item]:
+    """What of its mappings and descriptors a take could not handle."""
+    from .take import examine
+
+    try:
+        examine(pid)
+    except UnsupportedError as error:
+        lost = "the take"
+        return [
+            Item("mappings and descriptors", "missing", thing, lost, error.hint, error.exit_code)
+            for thing in error.things or [error.message]
+        ]
+    except SnapError as error:
+        code = error.exit_code
+        detail = error.message
+        return [Item("mappings and descriptors", "missing", detail, "the take", error.hint, code)]
+    return [Item("mappings and descriptors", "ok")]
