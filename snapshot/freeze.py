@@ -1,0 +1,183 @@
+"""Stopping a process for an instant: every thread, and on again whatever happens.
+
+    with freeze(pid) as frozen:
+        frozen.threads[0].registers()      # as an image stores them
+        frozen.remote.call(NR.getppid)     # a system call inside the process
+
+Threads are halted with ptrace until /proc/PID/task shows none that is not ours. What a mere stop
+would do to an interrupted system call is undone (`_restart_interrupted`): the program sees neither
+EINTR nor an early return. A restarted relative timeout of epoll_wait, sigtimedwait, semtimedop or
+a socket with SO_RCVTIMEO starts over, as after SIGSTOP and SIGCONT with SA_RESTART; those of
+nanosleep, poll, select and futex do not.
+
+All of it belongs to one OS thread (asserted).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .errors import KernelError, TargetError
+from .kernel import arch_x86_64 as arch
+from .kernel import ptrace
+from .kernel.arch_x86_64 import NR, Registers
+from .kernel.ptrace import STOP_TIMEOUT, Tracee
+from .kernel.remote import Remote
+
+_DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""Held back while threads are being stopped or let go, so that no exception cuts that in two."""
+
+_RESTARTED = frozenset(
+    (
+        NR.epoll_wait,
+        NR.epoll_pwait,
+        NR.epoll_pwait2,
+        NR.rt_sigtimedwait,
+        NR.semop,
+        NR.semtimedop,
+        NR.io_getevents,
+        NR.io_pgetevents,
+        NR.io_uring_enter,
+        # Sockets with SO_RCVTIMEO or SO_SNDTIMEO (sock_intr_errno)
+        NR.read,
+        NR.readv,
+        NR.write,
+        NR.writev,
+        NR.recvfrom,
+        NR.recvmsg,
+        NR.recvmmsg,
+        NR.sendto,
+        NR.sendmsg,
+        NR.sendmmsg,
+        NR.sendfile,
+        NR.splice,
+        NR.accept,
+        NR.accept4,
+        NR.connect,
+    )
+)
+"""Calls that return EINTR for any wake-up, whatever SA_RESTART says, and have done nothing when
+they do: signal(7), "Interruption of system calls and library functions by stop signals". Not
+close(2), which must never be made twice."""
+
+
+class Frozen:
+    """A stopped process: the threads with the leader first, and calls inside it."""
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.threads: list[Tracee] = []
+        self.freeze_us = 0
+        """From the first thread stopped to the last."""
+        self.stopped_us = 0
+        """The pause: from the first thread stopped to the last one let go; known afterwards."""
+        self.restarted = 0
+        """Threads whose system call would have returned EINTR but for `_restart_interrupted`."""
+        self._remote: Remote | None = None
+
+    @property
+    def remote(self) -> Remote:
+        """Calls inside the process, in its leader; the scratch is mapped at the first use."""
+        if self._remote is None:
+            remote = Remote(self.threads[0])
+            remote.open()
+            self._remote = remote
+        return self._remote
+
+    def _stop(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        known: dict[int, Tracee] = {}
+        while True:
+            listed = [int(name) for name in os.listdir(f"/proc/{self.pid}/task")]
+            new = [tid for tid in listed if tid not in known]
+            # A listing made while threads end can miss others (proc_task_readdir): count as well.
+            complete = os.stat(f"/proc/{self.pid}/task").st_nlink - 2
+            if not new and complete == len(known):
+                return
+            if time.monotonic() > deadline:
+                raise KernelError(
+                    f"process {self.pid} makes threads faster than they can be stopped: "
+                    f"{len(known)} of {complete} in {timeout:g} s",
+                    f"ls /proc/{self.pid}/task",
+                )
+            stopped, failed = ptrace.seize_and_stop(new, timeout=timeout)
+            self.threads += stopped
+            known |= {tracee.tid: tracee for tracee in stopped}
+            if self.pid in failed:
+                ptrace.refused(self.pid, failed[self.pid])
+            for tid, number in failed.items():
+                if number not in (errno.ESRCH, errno.EPERM):  # these are ending
+                    ptrace.refused(tid, number)
+
+    def _restart_interrupted(self) -> None:
+        """The stop made some calls return EINTR to a program that got no signal: have them made
+        again, by the kernel, which goes on from ERESTARTNOHAND as it does for pause(2): with a
+        handler to run the program sees EINTR as it must, without one the call starts again. That
+        is decided when the thread goes on, so a signal that arrives meanwhile is no race.
+        """
+        for tracee in self.threads:
+            registers = Registers.unpack(tracee.registers())
+            if registers.result != arch.EINTR or registers.orig_rax not in _RESTARTED:
+                continue
+            if tracee.read(registers.rip - 2, 2) != arch.SYSCALL_INSTRUCTION:
+                continue  # int 0x80 has other numbers
+            restart = registers._replace(rax=arch.unsigned(arch.ERESTARTNOHAND))
+            tracee.set_registers(restart.pack())
+            self.restarted += 1
+
+    def _release(self) -> None:
+        try:
+            if self._remote is not None:
+                self._remote.close()
+        finally:
+            ptrace.detach_all(self.threads)
+
+
+@contextmanager
+def freeze(pid: int, timeout: float = STOP_TIMEOUT) -> Iterator[Frozen]:
+    """Stops every thread of a process for the length of a `with` block.
+
+    Afterwards, and on any exception, the scratch is unmapped, registers and masks are the threads'
+    own again, and all run on (or stay stopped, if somebody had sent SIGSTOP).
+
+    TargetError: no such process, a zombie, a kernel thread, traced already, or it ended meanwhile.
+    DeniedError: no permission. KernelError: a thread did not stop within `timeout` seconds (named).
+    """
+    owner = threading.get_native_id()
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:
+        ptrace.refused(pid, error.errno or errno.ESRCH)
+    frozen = Frozen(pid, pidfd)
+    began = 0
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
+    try:
+        began = time.monotonic_ns()
+        try:
+            frozen._stop(timeout)
+        except (FileNotFoundError, ProcessLookupError):
+            raise TargetError(f"process {pid} has ended", f"ps -p {pid}") from None
+        if select.select([pidfd], [], [], 0)[0]:
+            raise TargetError(f"process {pid} has ended", f"ps -p {pid}")
+        frozen._restart_interrupted()
+        frozen.threads.sort(key=lambda tracee: (tracee.tid != pid, tracee.tid))
+        frozen.freeze_us = (time.monotonic_ns() - began) // 1000
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        yield frozen
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
+        assert threading.get_native_id() == owner, "freeze belongs to one thread"
+        try:
+            frozen._release()
+        finally:
+            frozen.stopped_us = (time.monotonic_ns() - began) // 1000
+            os.close(pidfd)
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)

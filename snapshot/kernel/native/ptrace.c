@@ -1,0 +1,300 @@
+#define _GNU_SOURCE
+#include "ptrace.h"
+
+#include <elf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/ptrace.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef NT_X86_XSTATE
+#define NT_X86_XSTATE 0x202
+#endif
+#define GET_RSEQ_CONFIGURATION 0x420f
+#define EVENT_STOP 128 /* PTRACE_EVENT_STOP */
+#define SIGSET_BYTES 8
+/* Polls before the CPU is given away: about 5 us. The stop often comes within that time from
+   another CPU; on the same CPU it cannot come at all before we yield. */
+#define POLLS_BEFORE_YIELD 16
+
+static int done(long result)
+{
+    return result < 0 ? -errno : 0;
+}
+
+static int64_t now_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
+static int is_event_stop(int stop)
+{
+    return (unsigned)stop >> 16 == EVENT_STOP;
+}
+
+int snap_stop_signal(int stop)
+{
+    int signal = WSTOPSIG(stop);
+    return (unsigned)stop >> 16 == 0 && !(signal & 0x80) ? signal : 0;
+}
+
+int snap_is_syscall_stop(int stop)
+{
+    return (unsigned)stop >> 16 == 0 && WSTOPSIG(stop) == (SIGTRAP | 0x80);
+}
+
+int snap_seize(int tid, unsigned long options)
+{
+    return done(ptrace(PTRACE_SEIZE, tid, NULL, (void *)options));
+}
+
+int snap_interrupt(int tid)
+{
+    return done(ptrace(PTRACE_INTERRUPT, tid, NULL, NULL));
+}
+
+int snap_set_options(int tid, unsigned long options)
+{
+    return done(ptrace(PTRACE_SETOPTIONS, tid, NULL, (void *)options));
+}
+
+int snap_resume(int tid, int how, int signal)
+{
+    return done(ptrace(how == SNAP_RESUME_SYSCALL ? PTRACE_SYSCALL : PTRACE_CONT, tid, NULL,
+                       (void *)(long)signal));
+}
+
+int snap_detach(int tid, int signal)
+{
+    return done(ptrace(PTRACE_DETACH, tid, NULL, (void *)(long)signal));
+}
+
+/* One look. 1: *stop is a stop; 0: it runs; -ESRCH: it ended or is not ours. */
+static int poll_stop(int tid, int *stop)
+{
+    int status;
+    pid_t got = waitpid(tid, &status, __WALL | WNOHANG);
+    if (got == 0)
+        return 0;
+    if (got < 0)
+        return errno == ECHILD ? -ESRCH : -errno;
+    *stop = status;
+    return WIFSTOPPED(status) ? 1 : -ESRCH;
+}
+
+int snap_wait(int tid, int64_t timeout_us, int *stop)
+{
+    int64_t deadline = 0;
+    for (unsigned polls = 0;; polls++) {
+        int found = poll_stop(tid, stop);
+        if (found)
+            return found < 0 ? found : 0;
+        if (polls < POLLS_BEFORE_YIELD)
+            continue;
+        sched_yield();
+        int64_t now = now_us();
+        if (!deadline)
+            deadline = now + timeout_us;
+        else if (now >= deadline)
+            return -ETIMEDOUT;
+    }
+}
+
+/* Sends a thread that stopped elsewhere on to its event stop. A trap of any kind clears a pending
+   PTRACE_INTERRUPT (task_clear_jobctl_pending in ptrace_stop), so it is asked for again. */
+static int toward_event_stop(int tid, int stop)
+{
+    int result = snap_interrupt(tid);
+    return result < 0 ? result : snap_resume(tid, SNAP_RESUME_CONT, snap_stop_signal(stop));
+}
+
+int snap_await_event_stop(int tid, int64_t timeout_us, int *stop)
+{
+    int64_t deadline = now_us() + timeout_us;
+    for (;;) {
+        *stop = 0;
+        int result = snap_wait(tid, deadline - now_us(), stop);
+        if (result < 0 || is_event_stop(*stop))
+            return result;
+        result = toward_event_stop(tid, *stop);
+        if (result < 0)
+            return result;
+    }
+}
+
+int snap_halt(int tid, int64_t timeout_us, int *stop)
+{
+    int result = *stop > 0 ? toward_event_stop(tid, *stop) : snap_interrupt(tid);
+    return result < 0 ? result : snap_await_event_stop(tid, timeout_us, stop);
+}
+
+void snap_seize_all(const int *tids, int *stops, int count, unsigned long options)
+{
+    for (int i = 0; i < count; i++) {
+        stops[i] = snap_seize(tids[i], options);
+        if (stops[i] == 0)
+            stops[i] = snap_interrupt(tids[i]);
+    }
+}
+
+/* One look at every thread that still runs; returns how many go on running. */
+static int collect_stops(const int *tids, int *stops, int count)
+{
+    int running = 0;
+    for (int i = 0; i < count; i++) {
+        if (stops[i] != 0)
+            continue;
+        int stop = 0;
+        int found = poll_stop(tids[i], &stop);
+        if (found > 0 && !is_event_stop(stop)) {
+            found = toward_event_stop(tids[i], stop);
+            stop = 0;
+        }
+        stops[i] = found < 0 ? found : stop;
+        running += stops[i] == 0;
+    }
+    return running;
+}
+
+int snap_wait_all(const int *tids, int *stops, int count, int64_t timeout_us)
+{
+    int64_t deadline = now_us() + timeout_us;
+    int running;
+    while ((running = collect_stops(tids, stops, count)) > 0 && now_us() < deadline)
+        sched_yield();
+    return running;
+}
+
+void snap_detach_all(const int *tids, int *stops, int count)
+{
+    for (int i = 0; i < count; i++)
+        if (stops[i] > 0)
+            stops[i] = snap_detach(tids[i], 0);
+}
+
+int snap_get_registers(int tid, void *registers, size_t size)
+{
+    struct iovec iov = {registers, size};
+    int result = done(ptrace(PTRACE_GETREGSET, tid, (void *)NT_PRSTATUS, &iov));
+    return result == 0 && iov.iov_len != size ? -ENOEXEC : result;
+}
+
+int snap_set_registers(int tid, const void *registers, size_t size)
+{
+    struct iovec iov = {(void *)registers, size};
+    return done(ptrace(PTRACE_SETREGSET, tid, (void *)NT_PRSTATUS, &iov));
+}
+
+int snap_get_registers_all(const int *tids, const int *stops, int count, void *registers,
+                           size_t size)
+{
+    for (int i = 0; i < count; i++) {
+        if (stops[i] <= 0)
+            continue;
+        int result = snap_get_registers(tids[i], (char *)registers + (size_t)i * size, size);
+        if (result < 0)
+            return result;
+    }
+    return 0;
+}
+
+long snap_get_xstate(int tid, void *area, size_t size)
+{
+    struct iovec iov = {area, size};
+    if (ptrace(PTRACE_GETREGSET, tid, (void *)NT_X86_XSTATE, &iov) < 0)
+        return -errno;
+    return (long)iov.iov_len;
+}
+
+int snap_set_xstate(int tid, const void *area, size_t size)
+{
+    struct iovec iov = {(void *)area, size};
+    return done(ptrace(PTRACE_SETREGSET, tid, (void *)NT_X86_XSTATE, &iov));
+}
+
+int snap_get_signal_mask(int tid, uint64_t *mask)
+{
+    return done(ptrace(PTRACE_GETSIGMASK, tid, (void *)SIGSET_BYTES, mask));
+}
+
+int snap_set_signal_mask(int tid, uint64_t mask)
+{
+    return done(ptrace(PTRACE_SETSIGMASK, tid, (void *)SIGSET_BYTES, &mask));
+}
+
+int snap_get_siginfo(int tid, void *info)
+{
+    return done(ptrace(PTRACE_GETSIGINFO, tid, NULL, info));
+}
+
+int snap_peek_signals(int tid, int shared, uint64_t from, void *infos, int count)
+{
+    struct {
+        uint64_t from;
+        uint32_t flags;
+        int32_t count;
+    } which = {from, shared ? 1 : 0, count};
+    long found = ptrace(PTRACE_PEEKSIGINFO, tid, &which, infos);
+    return found < 0 ? -errno : (int)found;
+}
+
+int snap_get_rseq(int tid, snap_rseq *out)
+{
+    long got = ptrace(GET_RSEQ_CONFIGURATION, tid, (void *)sizeof *out, out);
+    if (got < 0)
+        return errno == EIO ? -EOPNOTSUPP : -errno;
+    return 0;
+}
+
+static int through_proc_mem(int tid, uint64_t address, void *bytes, size_t length, int writing)
+{
+    char path[32];
+    snprintf(path, sizeof path, "/proc/%d/mem", tid);
+    int fd = open(path, (writing ? O_RDWR : O_RDONLY) | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    size_t moved = 0;
+    int result = 0;
+    while (moved < length && result == 0) {
+        ssize_t got = writing ? pwrite(fd, (char *)bytes + moved, length - moved, address + moved)
+                              : pread(fd, (char *)bytes + moved, length - moved, address + moved);
+        if (got > 0)
+            moved += (size_t)got;
+        else
+            result = got < 0 ? -errno : -EFAULT;
+    }
+    close(fd);
+    return result;
+}
+
+int snap_read_memory(int tid, uint64_t address, void *bytes, size_t length)
+{
+    struct iovec local = {bytes, length};
+    struct iovec remote = {(void *)address, length};
+    ssize_t got = process_vm_readv(tid, &local, 1, &remote, 1, 0);
+    if (got == (ssize_t)length)
+        return 0;
+    if (got < 0 && errno != EFAULT)
+        return -errno;
+    return through_proc_mem(tid, address, bytes, length, 0);
+}
+
+int snap_write_memory(int tid, uint64_t address, const void *bytes, size_t length)
+{
+    struct iovec local = {(void *)bytes, length};
+    struct iovec remote = {(void *)address, length};
+    ssize_t got = process_vm_writev(tid, &local, 1, &remote, 1, 0);
+    if (got == (ssize_t)length)
+        return 0;
+    if (got < 0 && errno != EFAULT)
+        return -errno;
+    return through_proc_mem(tid, address, (void *)bytes, length, 1);
+}

@@ -1,0 +1,390 @@
+"""Threads of another process, stopped with ptrace: reading and changing what they hold.
+
+Threads are seized (PTRACE_SEIZE, Linux 3.4), never attached, and stopped with PTRACE_INTERRUPT: no
+SIGSTOP is ever sent, and a process that somebody else has stopped stays stopped. A thread is halted
+in an *event stop* only, in which it has no signal in hand: a signal that arrives while we wait for
+the stop is let through at once, so nothing is held back that could be lost.
+
+ptrace belongs to an OS thread: every call for a Tracee must come from the one that seized it
+(asserted). Linux detaches a tracee when its tracer ends, whatever stop it is in; see remote.py for
+what that means during injected calls.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from ..errors import DeniedError, KernelError, SnapError, TargetError, UnsupportedError
+from . import arch_x86_64 as arch
+from ._native import ffi, lib
+
+EXITKILL: int = lib.SNAP_PTRACE_O_EXITKILL
+"""The tracee is killed when its tracer ends (PTRACE_O_EXITKILL)."""
+TRACESYSGOOD: int = lib.SNAP_PTRACE_O_TRACESYSGOOD
+SUSPEND_SECCOMP: int = lib.SNAP_PTRACE_O_SUSPEND_SECCOMP
+STOP_TIMEOUT = 2.0
+"""Seconds that threads get to reach their stop. Only a thread that cannot be woken in the kernel
+(vfork, a page fault that nobody serves, dead storage) takes longer than milliseconds."""
+SIGINFO_SIZE = 128
+_CAP_SYS_PTRACE = 19
+_PF_KTHREAD = 0x00200000
+
+
+class Rseq(NamedTuple):
+    """A thread's registration of restartable sequences (PTRACE_GET_RSEQ_CONFIGURATION, 5.13)."""
+
+    address: int
+    size: int
+    signature: int
+    flags: int
+
+
+class Tracee:
+    """One seized thread. Everything but `interrupt` and `wait` needs it stopped."""
+
+    def __init__(self, tid: int, options: int) -> None:
+        self.tid = tid
+        self.options = options
+        self.owner = threading.get_native_id()
+        self.stop = 0
+        """The stop as waitpid(2) reported it; 0 while the thread runs."""
+
+    def __repr__(self) -> str:
+        state = f"stop {self.stop:#x}" if self.stop else "running"
+        return f"<Tracee {self.tid} {state}>"
+
+    def _check(self, result: int, request: str) -> int:
+        if result < 0:
+            fail(self.tid, request, -result)
+        return result
+
+    def own(self) -> None:
+        """Asserts that this OS thread may make ptrace requests for the tracee."""
+        assert threading.get_native_id() == self.owner, "ptrace belongs to the thread that seized"
+
+    # Stopping and running
+
+    def interrupt(self) -> None:
+        """Asks for an event stop; returns at once."""
+        self.own()
+        self._check(lib.snap_interrupt(self.tid), "PTRACE_INTERRUPT")
+
+    def wait(self, timeout: float = STOP_TIMEOUT) -> int:
+        """Waits for the next stop of any kind, at most `timeout` seconds -> its wait status.
+
+        Raises TargetError when the thread ends, KernelError naming it when the time is over.
+        """
+        return self._wait(lib.snap_wait, timeout)
+
+    def halt(self, timeout: float = STOP_TIMEOUT) -> int:
+        """Takes it to an event stop, from running or from any other stop (see the module)."""
+        return self._wait(lib.snap_halt, timeout)
+
+    def _wait(self, function: Any, timeout: float) -> int:
+        self.own()
+        stop = ffi.new("int *", self.stop)
+        result = function(self.tid, int(timeout * 1e6), stop)
+        if result == -errno.ETIMEDOUT:
+            self.stop = 0
+            raise KernelError(stuck([self.tid], timeout), f"cat /proc/{self.tid}/stack")
+        self.stop = 0 if result < 0 else stop[0]
+        self._check(result, "waitpid")
+        return self.stop
+
+    def cont(self, signal: int = 0) -> None:
+        """Lets it run; `signal` is delivered if it is in a signal-delivery stop."""
+        self._resume(lib.SNAP_RESUME_CONT, signal)
+
+    def syscall(self, signal: int = 0) -> None:
+        """Lets it run up to the next entry to or exit from a system call (PTRACE_SYSCALL)."""
+        self._resume(lib.SNAP_RESUME_SYSCALL, signal)
+
+    def _resume(self, how: int, signal: int) -> None:
+        self.own()
+        self._check(lib.snap_resume(self.tid, how, signal), "PTRACE_CONT")
+        self.stop = 0
+
+    def detach(self, signal: int = 0) -> None:
+        """Lets it go for good. A thread that has ended meanwhile is no error."""
+        self.own()
+        result = lib.snap_detach(self.tid, signal)
+        if result != -errno.ESRCH:
+            self._check(result, "PTRACE_DETACH")
+        self.stop = 0
+
+    @property
+    def in_syscall_stop(self) -> bool:
+        return bool(lib.snap_is_syscall_stop(self.stop))
+
+    @property
+    def stop_signal(self) -> int:
+        """The signal of a signal-delivery stop; 0 in a stop of any other kind."""
+        return int(lib.snap_stop_signal(self.stop)) if self.stop else 0
+
+    def set_options(self, options: int) -> None:
+        """Replaces PTRACE_O_* options; TRACESYSGOOD is always among them."""
+        self.own()
+        self._check(lib.snap_set_options(self.tid, options | TRACESYSGOOD), "PTRACE_SETOPTIONS")
+        self.options = options | TRACESYSGOOD
+
+    # What it holds
+
+    def registers(self) -> bytes:
+        """216 bytes, struct user_regs_struct (see arch_x86_64.Registers)."""
+        self.own()
+        out = ffi.new("unsigned char[]", arch.REGISTERS_SIZE)
+        result = lib.snap_get_registers(self.tid, out, arch.REGISTERS_SIZE)
+        if result == -errno.ENOEXEC:
+            raise UnsupportedError(
+                "32-bit code", [f"thread {self.tid} runs it"], f"file /proc/{self.tid}/exe"
+            )
+        self._check(result, "PTRACE_GETREGSET NT_PRSTATUS")
+        return bytes(ffi.buffer(out))
+
+    def set_registers(self, registers: bytes) -> None:
+        self.own()
+        assert len(registers) == arch.REGISTERS_SIZE
+        self._check(
+            lib.snap_set_registers(self.tid, registers, len(registers)),
+            "PTRACE_SETREGSET NT_PRSTATUS",
+        )
+
+    def xstate(self) -> bytes:
+        """The XSAVE area (NT_X86_XSTATE): x87, SSE, AVX, … in the kernel's standard format."""
+        self.own()
+        out = ffi.new("unsigned char[]", arch.XSTATE_MAX)
+        length = lib.snap_get_xstate(self.tid, out, arch.XSTATE_MAX)
+        return bytes(ffi.buffer(out, self._check(length, "PTRACE_GETREGSET NT_X86_XSTATE")))
+
+    def set_xstate(self, data: bytes) -> None:
+        self.own()
+        self._check(
+            lib.snap_set_xstate(self.tid, data, len(data)), "PTRACE_SETREGSET NT_X86_XSTATE"
+        )
+
+    def signal_mask(self) -> int:
+        """Blocked signals, bit n-1 for signal n; inside ppoll, sigsuspend, … the mask that the
+        program comes back to, not the one it waits with."""
+        self.own()
+        mask = ffi.new("uint64_t *")
+        self._check(lib.snap_get_signal_mask(self.tid, mask), "PTRACE_GETSIGMASK")
+        return int(mask[0])
+
+    def set_signal_mask(self, mask: int) -> None:
+        self.own()
+        self._check(lib.snap_set_signal_mask(self.tid, mask), "PTRACE_SETSIGMASK")
+
+    def pending(self, shared: bool) -> list[bytes]:
+        """Queued signals of the process (shared) or of this thread: siginfo, 128 bytes each."""
+        self.own()
+        found: list[bytes] = []
+        batch = 32
+        out = ffi.new("unsigned char[]", batch * SIGINFO_SIZE)
+        while True:
+            got = lib.snap_peek_signals(self.tid, shared, len(found), out, batch)
+            self._check(got, "PTRACE_PEEKSIGINFO")
+            data = bytes(ffi.buffer(out, got * SIGINFO_SIZE))
+            found += [data[i : i + SIGINFO_SIZE] for i in range(0, len(data), SIGINFO_SIZE)]
+            if got < batch:
+                return found
+
+    def rseq(self) -> Rseq | None:
+        """Its registration, None without one, or before Linux 5.13."""
+        self.own()
+        out = ffi.new("snap_rseq *")
+        result = lib.snap_get_rseq(self.tid, out)
+        if result == -errno.EOPNOTSUPP:
+            return None
+        self._check(result, "PTRACE_GET_RSEQ_CONFIGURATION")
+        if not out.address:
+            return None
+        return Rseq(out.address, out.size, out.signature, out.flags)
+
+    def siginfo(self) -> bytes:
+        """128 bytes: the siginfo of the stop."""
+        self.own()
+        out = ffi.new("unsigned char[]", SIGINFO_SIZE)
+        self._check(lib.snap_get_siginfo(self.tid, out), "PTRACE_GETSIGINFO")
+        return bytes(ffi.buffer(out))
+
+    def read(self, address: int, length: int) -> bytes:
+        """Memory of its process, [address, address + length)."""
+        out = ffi.new("unsigned char[]", length)
+        result = lib.snap_read_memory(self.tid, address, out, length)
+        self._check(result, f"reading {length} bytes at {address:#x}")
+        return bytes(ffi.buffer(out))
+
+    def write(self, address: int, data: bytes) -> None:
+        """Writes memory of its process, also where the process itself may not."""
+        source = ffi.from_buffer(data)
+        result = lib.snap_write_memory(self.tid, address, source, len(data))
+        self._check(result, f"writing {len(data)} bytes at {address:#x}")
+
+
+def seize(tid: int, options: int = 0) -> Tracee:
+    """Makes this OS thread the tracer of a thread, which runs on meanwhile.
+
+    TargetError: no such process, a zombie, a kernel thread, traced by somebody already.
+    DeniedError: the kernel does not let this user.
+    """
+    options |= TRACESYSGOOD
+    result = lib.snap_seize(tid, options)
+    if result < 0:
+        refused(tid, -result)
+    return Tracee(tid, options)
+
+
+def adopt(tid: int, options: int = TRACESYSGOOD, timeout: float = STOP_TIMEOUT) -> Tracee:
+    """A thread that a tracee has made with CLONE_PTRACE: it is ours from its birth, with the
+    options of its maker. Waits for its first stop."""
+    tracee = Tracee(tid, options)
+    tracee.wait(timeout)
+    return tracee
+
+
+def seize_and_stop(
+    tids: Sequence[int], options: int = 0, timeout: float = STOP_TIMEOUT
+) -> tuple[list[Tracee], dict[int, int]]:
+    """Seizes all, then waits until each is in an event stop.
+
+    -> the stopped ones, and by tid the errno of those that could not be had (ESRCH: it ended;
+    EPERM: ending, or see `refused`). KernelError when one does not stop in time; all are let go.
+    """
+    options |= TRACESYSGOOD
+    count = len(tids)
+    numbers, stops = ffi.new("int[]", list(tids)), ffi.new("int[]", count)
+    lib.snap_seize_all(numbers, stops, count, options)
+    if lib.snap_wait_all(numbers, stops, count, int(timeout * 1e6)):
+        late = [tid for tid, stop in zip(tids, stops, strict=True) if stop == 0]
+        message = stuck(late, timeout)
+        lib.snap_detach_all(numbers, stops, count)
+        raise KernelError(message, f"cat /proc/{late[0]}/stack")
+    stopped, failed = [], {}
+    for tid, stop in zip(tids, stops, strict=True):
+        if stop < 0:
+            failed[tid] = -stop
+            continue
+        tracee = Tracee(tid, options)
+        tracee.stop = stop
+        stopped.append(tracee)
+    return stopped, failed
+
+
+def detach_all(tracees: Sequence[Tracee]) -> None:
+    """Lets all of them go, in one call. One that has ended, or does not stop, is passed over."""
+    if not tracees:
+        return
+    tracees[0].own()
+    numbers = ffi.new("int[]", [tracee.tid for tracee in tracees])
+    stops = ffi.new("int[]", [tracee.stop for tracee in tracees])
+    lib.snap_detach_all(numbers, stops, len(tracees))
+    for tracee in tracees:
+        tracee.stop = 0
+
+
+# What went wrong, for people
+
+
+def fail(tid: int, request: str, number: int) -> NoReturn:
+    """The error for a request that should not have failed."""
+    if number == errno.ESRCH and not os.path.exists(f"/proc/{tid}"):
+        raise TargetError(f"thread {tid} has ended ({request})", f"ps -p {tid}")
+    raise KernelError(
+        f"{request} for thread {tid}: {errno.errorcode.get(number, number)}",
+        f"cat /proc/{tid}/status",
+    )
+
+
+def stuck(tids: Sequence[int], timeout: float) -> str:
+    """Names threads that did not stop in time, with what they are doing."""
+    names = []
+    for tid in tids[:5]:
+        fields = status(tid)
+        place = _text(f"/proc/{tid}/wchan") or "?"
+        state = fields.get("State", "?")
+        names.append(f"{tid} ({fields.get('Name', '?')}), state {state}, in {place}")
+    more = f" and {len(tids) - 5} more" if len(tids) > 5 else ""
+    return f"not stopped within {timeout:g} s: " + "; ".join(names) + more
+
+
+def status(pid: int) -> dict[str, str]:
+    """/proc/PID/status by field; empty when there is no such process."""
+    lines = (line.partition(":") for line in _text(f"/proc/{pid}/status").splitlines())
+    return {name: value.strip() for name, _, value in lines}
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def refused(tid: int, number: int) -> NoReturn:
+    """The error for a thread that could not be seized."""
+    fields = status(tid)
+    if number == errno.ESRCH or not fields:
+        raise TargetError(f"there is no process {tid}", "ps -e")
+    if number == errno.EPERM:
+        raise _why_denied(tid, fields)
+    fail(tid, "PTRACE_SEIZE", number)
+
+
+def _why_denied(tid: int, fields: dict[str, str]) -> SnapError:
+    label = f"process {tid} ({fields.get('Name', '?')})"
+    if int(fields.get("Tgid", 0)) == os.getpid():
+        return TargetError(f"{label} is this process itself: a tracer must be another process")
+    tracer = int(fields.get("TracerPid", 0))
+    if tracer:
+        name = status(tracer).get("Name", "?")
+        return TargetError(f"{label} is traced by {tracer} ({name}) already", f"ps -p {tracer}")
+    if fields.get("State", "").startswith(("Z", "X")):
+        what = "its main thread has ended" if int(fields.get("Threads", 1)) > 1 else "is a zombie"
+        return TargetError(f"{label}: {what}", f"ps -L -p {tid}")
+    stat = _text(f"/proc/{tid}/stat").rpartition(")")[2].split()
+    if len(stat) > 6 and int(stat[6]) & _PF_KTHREAD:
+        return TargetError(f"{label} is a kernel thread: it has no memory of its own", "ps -ef")
+    return DeniedError(
+        f"no permission to trace {label}: " + _obstacle(tid, fields), f"sudo snap check {tid}"
+    )
+
+
+def _obstacle(tid: int, fields: dict[str, str]) -> str:
+    """What to name of the conditions of ptrace(2), "Ptrace access mode checking"."""
+    capable = int(status(os.getpid()).get("CapEff", "0"), 16) >> _CAP_SYS_PTRACE & 1
+    if capable:
+        return "a security module or its user namespace forbids it, though CAP_SYS_PTRACE is there"
+    uids = set(fields.get("Uid", "").split())
+    if uids != {str(os.getuid())}:
+        return f"it runs as user {'/'.join(sorted(uids))}, and CAP_SYS_PTRACE is missing"
+    scope = _text("/proc/sys/kernel/yama/ptrace_scope").strip()
+    if scope not in ("", "0"):
+        return (
+            f"kernel.yama.ptrace_scope is {scope} (tracing of other processes is restricted), "
+            "and CAP_SYS_PTRACE is missing"
+        )
+    try:
+        hidden = os.stat(f"/proc/{tid}").st_uid != os.getuid()
+    except OSError:
+        hidden = False
+    if hidden:
+        return (
+            "it is not dumpable (prctl PR_SET_DUMPABLE, or its program file is unreadable), "
+            "and CAP_SYS_PTRACE is missing"
+        )
+    return "CAP_SYS_PTRACE is missing (it may hold capabilities that this process lacks)"
+
+
+def stop_name(stop: int) -> str:
+    """A wait status for people: `signal SIGSEGV`."""
+    number = stop >> 8 & 0x7F
+    try:
+        return f"signal {signal.Signals(number).name}"
+    except ValueError:
+        return f"stop {stop:#x}"
