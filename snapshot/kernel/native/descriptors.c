@@ -8,6 +8,7 @@
 #include <sys/signalfd.h>
 #include <sys/syscall.h>
 #include <sys/timerfd.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #ifndef SYS_pidfd_getfd
@@ -61,4 +62,9 @@ int snap_signalfd(uint64_t mask, int flags) {
     /* The system call itself: glibc's sigset_t is larger, its wrapper hides signals 32 and 33. */
     long fd = syscall(SYS_signalfd4, -1, &mask, sizeof mask, flags | SFD_CLOEXEC);
     return fd < 0 ? -errno : (int)fd;
+}
+
+int64_t snap_filesystem_type(int fd) {
+    struct statfs what;
+    return fstatfs(fd, &what) < 0 ? -errno : (int64_t)(uint32_t)what.f_type;
 }

@@ -29,3 +29,5 @@ int snap_timerfd_settime(int fd, int flags, int64_t value_ns, int64_t interval_n
 int snap_timerfd_set_ticks(int fd, uint64_t ticks);
 /* mask: bit n-1 is signal n. -> a descriptor, close-on-exec. */
 int snap_signalfd(uint64_t mask, int flags);
+/* f_type of fstatfs(2). */
+int64_t snap_filesystem_type(int fd);

@@ -1,0 +1,44 @@
+"""Descriptors that Python's os module cannot make or look into: tee(2), timerfd, signalfd.
+
+Everything raises OSError; the caller knows what the descriptor is for.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ._native import lib
+
+TFD_TIMER_ABSTIME = 1
+TFD_TIMER_CANCEL_ON_SET = 2
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+
+def tee(source: int, to: int, length: int) -> int:
+    """Duplicate up to `length` bytes of one pipe into another, consuming nothing and not waiting.
+    BlockingIOError: the source is empty."""
+    return _checked(int(lib.snap_tee(source, to, length)))
+
+
+def timerfd_create(clock: int, flags: int = 0) -> int:
+    return _checked(int(lib.snap_timerfd_create(clock, flags)))
+
+
+def timerfd_settime(fd: int, flags: int, value_ns: int, interval_ns: int) -> None:
+    """Times in ns; a value of 0 disarms. OSError(ECANCELED) after a clock change is no failure."""
+    _checked(int(lib.snap_timerfd_settime(fd, flags, value_ns, interval_ns)))
+
+
+def timerfd_set_ticks(fd: int, ticks: int) -> None:
+    """How often the timer has expired unread, at least 1. ENOTTY: not in this kernel."""
+    _checked(int(lib.snap_timerfd_set_ticks(fd, ticks)))
+
+
+def signalfd(mask: int, flags: int = 0) -> int:
+    """Bit n-1 of the mask is signal n. Whoever reads it gets his own signals, not the maker's."""
+    return _checked(int(lib.snap_signalfd(mask, flags)))

@@ -1,0 +1,123 @@
+"""NETLINK_SOCK_DIAG: what /proc and getsockopt do not say of a unix socket, above all its peer.
+
+Sockets of the caller's network namespace only. Formats: sock_diag(7), linux/unix_diag.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from types import TracebackType
+from typing import NamedTuple
+
+NETLINK_SOCK_DIAG = 4
+SOCK_DIAG_BY_FAMILY = 20
+NLMSG_ERROR = 2
+NLM_F_REQUEST = 1
+
+TCP_ESTABLISHED = 1
+TCP_CLOSE = 7
+TCP_LISTEN = 10
+"""Unix sockets use TCP's states: connected, not connected, listening."""
+
+SHOW_NAME, SHOW_VFS, SHOW_PEER, SHOW_RQLEN = 0x01, 0x02, 0x04, 0x10
+_NAME, _VFS, _PEER, _ICONS, _RQLEN, _MEMINFO, _SHUTDOWN = range(7)
+
+_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
+_REQUEST = struct.Struct("=BBHIIIII")  # unix_diag_req
+_MESSAGE = struct.Struct("=BBBBIII")  # unix_diag_msg
+_ATTRIBUTE = struct.Struct("=HH")  # nlattr: length with this header, type
+_PAIR = struct.Struct("=II")
+_ANY_COOKIE = 0xFFFFFFFF
+
+
+class UnixSocket(NamedTuple):
+    inode: int
+    type: int  # SOCK_STREAM, SOCK_DGRAM, SOCK_SEQPACKET
+    state: int  # TCP_*
+    name: bytes  # sun_path: a path, or an abstract name that begins with a NUL; empty without one
+    file: int  # inode number of the socket's file, 0 without one
+    peer: int  # inode of the connected peer, 0 without one
+    received: int  # bytes (or, of a listener, connections) that wait
+    backlog: int  # of a listener
+    shutdown: int  # bit 0: nothing will be received, bit 1: nothing can be sent
+
+
+class Diag:
+    """One netlink socket; closed at the end of a `with`."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG
+        )
+        self._sequence = 0
+
+    def __enter__(self) -> Diag:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def unix(self, inode: int) -> UnixSocket | None:
+        """The unix socket with this inode; None when there is none in this network namespace.
+
+        OSError for any other failure (ENOENT also stands for a kernel without unix_diag)."""
+        self._sequence += 1
+        show = SHOW_NAME | SHOW_VFS | SHOW_PEER | SHOW_RQLEN
+        request = _REQUEST.pack(
+            socket.AF_UNIX, 0, 0, _ANY_COOKIE, inode, show, _ANY_COOKIE, _ANY_COOKIE
+        )
+        size = _HEADER.size + len(request)
+        header = _HEADER.pack(size, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, self._sequence, 0)
+        self._socket.send(header + request)
+        answer = self._socket.recv(4096)
+        kind = _HEADER.unpack_from(answer)[1]
+        if kind == NLMSG_ERROR:
+            code = -int(struct.unpack_from("=i", answer, _HEADER.size)[0])
+            if code == errno.ENOENT:
+                return None
+            raise OSError(code, f"sock_diag of unix socket {inode}: {errno.errorcode.get(code)}")
+        return parse_unix(answer)
+
+
+def parse_unix(answer: bytes) -> UnixSocket:
+    """One SOCK_DIAG_BY_FAMILY message of family AF_UNIX, netlink header included."""
+    length = _HEADER.unpack_from(answer)[0]
+    _, kind, state, _, inode, _, _ = _MESSAGE.unpack_from(answer, _HEADER.size)
+    found: dict[int, bytes] = {}
+    at = _HEADER.size + _MESSAGE.size
+    while at + _ATTRIBUTE.size <= length:
+        size, attribute = _ATTRIBUTE.unpack_from(answer, at)
+        if size < _ATTRIBUTE.size:
+            break
+        found[attribute] = answer[at + _ATTRIBUTE.size : at + size]
+        at += (size + 3) & ~3
+
+    def pair(attribute: int) -> tuple[int, int]:
+        value = found.get(attribute, b"")
+        return _PAIR.unpack(value) if len(value) == _PAIR.size else (0, 0)
+
+    received, backlog = pair(_RQLEN)
+    peer = found.get(_PEER, b"")
+    shutdown = found.get(_SHUTDOWN, b"")
+    name = found.get(_NAME, b"")
+    return UnixSocket(
+        inode=inode,
+        type=kind,
+        state=state,
+        name=name if name.startswith(b"\0") else name.rstrip(b"\0"),
+        file=pair(_VFS)[0],
+        peer=int.from_bytes(peer, "little") if len(peer) == 4 else 0,
+        received=received,
+        backlog=backlog if state == TCP_LISTEN else 0,
+        shutdown=shutdown[0] if shutdown else 0,
+    )

@@ -1,0 +1,46 @@
+"""Character devices without a state of their own: /dev/null, zero, full, random, urandom."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from ..manifest import OpenFile, Record
+from .openfile import OPEN_ONCE, Cannot, Captured, Opening, Seen, Table, set_flags, state_of
+
+NAME = "devices"
+
+HARMLESS = {(1, 3): "null", (1, 5): "zero", (1, 7): "full", (1, 8): "random", (1, 9): "urandom"}
+"""By (major, minor): Documentation/admin-guide/devices.txt."""
+
+
+class State(Record, frozen=True):
+    path: bytes  # in the image's words; the device number decides
+    major: int
+    minor: int
+
+
+def recognise(seen: Seen, table: Table) -> bool:
+    return stat.S_ISCHR(seen.stat.st_mode) or stat.S_ISBLK(seen.stat.st_mode)
+
+
+def capture(seen: Seen, table: Table) -> Captured:
+    major, minor = os.major(seen.stat.st_rdev), os.minor(seen.stat.st_rdev)
+    if stat.S_ISBLK(seen.stat.st_mode) or (major, minor) not in HARMLESS:
+        what = "block" if stat.S_ISBLK(seen.stat.st_mode) else "character"
+        raise Cannot(f"{os.fsdecode(seen.link)}: {what} device {major}:{minor}")
+    return Captured(os.fsdecode(seen.link), State(path=seen.link, major=major, minor=minor))
+
+
+def open(file: OpenFile, opening: Opening) -> int:
+    state = state_of(file, State)
+    flags = (file.flags & ~OPEN_ONCE) | os.O_CLOEXEC
+    try:
+        fd = os.open(state.path, flags)
+        if os.fstat(fd).st_rdev != os.makedev(state.major, state.minor):
+            os.close(fd)
+            raise FileNotFoundError
+    except FileNotFoundError:
+        fd = os.open(f"/dev/{HARMLESS[state.major, state.minor]}", flags)
+    set_flags(fd, file.flags)
+    return fd
