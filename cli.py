@@ -102,6 +102,9 @@ def take(
     memory: Annotated[
         str, typer.Option("--memory", metavar="SIZE", help="Staging memory at most.")
     ] = "256M",
+    attempts: Annotated[
+        int, typer.Option("--attempts", metavar="N", min=1, help="Instants tried at most.")
+    ] = 3,
     hook: HookOption = None,
     stats: StatsOption = False,
     store: StoreOption = None,
@@ -116,9 +119,16 @@ def take(
     limit = size(memory)
     with progress.shown() as report:
         image = run(
-            pid, store=store_path(store), name=name, memory=limit, hooks=hooks, progress=report
+            pid,
+            store=store_path(store),
+            name=name,
+            memory=limit,
+            hooks=hooks,
+            progress=report,
+            attempts=attempts,
         )
-    manifest = image.manifest
+    with image:
+        manifest = image.manifest
     _note(describe.summary(manifest) + _warnings(hooks.warnings))
     if stats:
         _note(describe.statistics_text(manifest.stats))
@@ -154,8 +164,8 @@ def restore(
     if pid not in ("keep", "new"):
         raise typer.BadParameter(f"{pid!r} is neither keep nor new", param_hint="--pid")
     hooks = _hooks(hook, RESTORE_STAGES)
-    with _store(store) as opened, progress.shown() as report:
-        restored = run(opened.image(image), lazy=lazy, pid=pid, hooks=hooks, progress=report)
+    with _store(store) as opened, opened.image(image) as source, progress.shown() as report:
+        restored = run(source, lazy=lazy, pid=pid, hooks=hooks, progress=report)
     _note(describe.restored_text(restored) + _warnings(hooks.warnings))
     if json:
         _json({**describe.restored(restored), "warnings": [*restored.warnings, *hooks.warnings]})
@@ -187,8 +197,8 @@ def show(
 ) -> None:
     from snapshot import describe
 
-    with _store(store) as opened:
-        manifest = opened.image(image).manifest
+    with _store(store) as opened, opened.image(image) as source:
+        manifest = source.manifest
     if json:
         _json(describe.shown(manifest))
     else:
@@ -213,8 +223,7 @@ def read(
     from snapshot.units import MIB
 
     start, count = _number(address), size(length)
-    with _store(store) as opened:
-        source = opened.image(image)
+    with _store(store) as opened, opened.image(image) as source:
         for offset in range(0, count, MIB):
             piece = source.read(start + offset, min(MIB, count - offset), pid=pid)
             sys.stdout.buffer.write(piece)
@@ -233,7 +242,11 @@ def verify(
     results = []
     with _store(store) as opened:
         for name in images:
-            damage = [str(one) for one in opened.image(name).verify()]
+            try:
+                with opened.image(name) as image:
+                    damage = [str(one) for one in image.verify()]
+            except DamagedError as error:
+                damage = [error.message]
             results.append({"image": name, "damaged": damage})
     bad = [one for one in results if one["damaged"]]
     if json:
@@ -241,7 +254,8 @@ def verify(
     else:
         for one in results:
             print(f"{one['image']}: " + ("damaged" if one["damaged"] else "good"))
-            print(*(f"  {line}" for line in one["damaged"]), sep="\n", end="")
+            for line in one["damaged"]:
+                print(f"  {line}")
     return DamagedError.exit_code if bad else None
 
 
@@ -328,16 +342,11 @@ def _hooks(specs: list[str] | None, stages: tuple[str, ...]) -> Hooks:
     return Hooks(commands=commands)
 
 
-@contextmanager
-def _store(given: Path | None) -> Iterator[Store]:
+def _store(given: Path | None) -> Store:
     from snapshot import store_path
     from snapshot.store import Store
 
-    opened = Store.open(store_path(given))
-    try:
-        yield opened
-    finally:
-        opened.close()
+    return Store.open(store_path(given))
 
 
 def _wait(restored: Any) -> int:

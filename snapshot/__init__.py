@@ -45,7 +45,7 @@ def take(
 
     `memory` bounds the staging buffer, in bytes. `hooks` maps stages (docs/cli-contract.md) to
     callables that get a HookContext; `progress` is called now and then from the taking thread.
-    The image holds the store open: close it, or use it in a `with` statement.
+    The image cannot be removed while it is open: close it, or use it in a `with` statement.
 
     `pid` may be the caller's own: a helper process takes the image then (snapshot/inprocess.py
     says what is different, and what `take` returns in the restored process).
@@ -86,31 +86,34 @@ def restore(
     from .restore import restore as run
 
     joined = _join(hooks, RESTORE_STAGES)
-    opened = open_image(image, store=store) if isinstance(image, str) else image
-    return run(opened, lazy=lazy, pid=pid, hooks=joined, stdio=stdio, progress=progress)
+    if isinstance(image, str):
+        with open_image(image, store=store) as opened:
+            return run(opened, lazy=lazy, pid=pid, hooks=joined, stdio=stdio, progress=progress)
+    return run(image, lazy=lazy, pid=pid, hooks=joined, stdio=stdio, progress=progress)
 
 
 def open_image(name: str, *, store: str | os.PathLike[str] | None = None) -> Image:
     """The image `name`: `manifest`, `read(address, length)`, `mappings`, `threads`.
 
-    It holds the store open: close it, or use it in a `with` statement. Raises StoreError when there
-    is no such store or image, DamagedError when its manifest cannot be read.
+    The beginning of a name that only one image has will do, and `latest`. The image cannot be
+    removed while it is open: close it, or use it in a `with` statement. Raises StoreError when
+    there is no such store or image, DamagedError when its record cannot be read.
     """
     from .store import Store
 
-    return Store.open(store_path(store)).image(name)
+    with Store.open(store_path(store)) as opened:
+        return opened.image(name)
 
 
 def store_path(store: str | os.PathLike[str] | None) -> Path:
     """The store meant: the one given, else $SNAP_STORE, else the user's own (XDG data dir)."""
     from pathlib import Path
 
-    given = store or os.environ.get("SNAP_STORE")
-    if given:
-        return Path(given)
-    data = os.environ.get("XDG_DATA_HOME", "")
-    base = Path(data) if data.startswith("/") else Path.home() / ".local" / "share"
-    return base / "livesnap"
+    if store:
+        return Path(store)
+    from .directory import default_path
+
+    return default_path()
 
 
 def _join(given: HookMapping | None, stages: Sequence[str]) -> Hooks:

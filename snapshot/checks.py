@@ -253,46 +253,32 @@ def _space(store: Path) -> Item:
 
 
 def _target(pid: int) -> list[Item]:
+    from . import examine
+
     name = f"process {pid}"
     try:
+        examine.target(pid)
         status = procfs.status(pid)
+    except DeniedError:
+        status = procfs.status(pid)  # "permission" below says why
     except SnapError as error:
         return [Item(name, "missing", error.message, "the take", error.hint, error.exit_code)]
-    comm = status["Name"]
-    code = TargetError.exit_code
-    show = f"ps -o pid,ppid,stat,comm -p {pid}"
-    if status.state in "ZX":
-        detail = f"{comm} has ended (a zombie until its parent waits for it)"
-        return [Item(name, "missing", detail, "the take", show, code)]
-    if status.kernel_thread:
-        detail = f"{comm} is a kernel thread, it has no memory of its own"
-        return [Item(name, "missing", detail, "the take", show, code)]
-    items = [Item(name, "ok", f"{comm}, {status['Threads']} threads, {status['VmRSS']} resident")]
-    if status.tracer:
-        tracer = status.tracer
-        items.append(
-            Item(
-                "not traced",
-                "missing",
-                f"process {tracer} traces it (a debugger, strace, another take)",
-                "the take",
-                f"ps -p {tracer}",
-                DeniedError.exit_code,
-            )
-        )
+    threads, resident = status["Threads"].strip(), mib(status.number("VmRSS") * 1024)
+    found = Item(name, "ok", f"{status['Name']}, {threads} threads, {resident} resident")
     denied = probes.open_memory(pid)
     if denied:
-        command = f"sudo snap take {pid}"
-        detail = f"{denied}{_why_denied(status)}"
+        detail, command = f"{denied}{_why_denied(status)}", f"sudo snap take {pid}"
         code = DeniedError.exit_code
-        return [*items, Item("permission", "missing", detail, "the take", command, code)]
-    return [*items, Item("permission", "ok"), *_contents(pid)]
+        return [found, Item("permission", "missing", detail, "the take", command, code)]
+    return [found, Item("permission", "ok"), *_contents(pid)]
 
 
 def _why_denied(status: procfs.Status) -> str:
     reasons = []
     if os.geteuid() not in status.uids:
         reasons.append(f"it belongs to uid {status.uids[0]}, snap runs as {os.geteuid()}")
+    if os.geteuid() == 0:
+        reasons.append("root without CAP_SYS_PTRACE")
     if scope := yama.scope():
         reasons.append(f"kernel.yama.ptrace_scope is {scope}")
     return f" ({'; '.join(reasons)})" if reasons else ""
@@ -300,18 +286,15 @@ def _why_denied(status: procfs.Status) -> str:
 
 def _contents(pid: int) -> list[Item]:
     """What of its mappings and descriptors a take could not handle."""
-    from .take import examine
+    from . import examine
 
+    name, lost = "mappings and descriptors", "the take"
     try:
-        examine(pid)
+        examine.refuse(pid, examine.examine(pid).plan)
     except UnsupportedError as error:
-        lost = "the take"
-        return [
-            Item("mappings and descriptors", "missing", thing, lost, error.hint, error.exit_code)
-            for thing in error.things or [error.message]
-        ]
+        things = error.things or [error.message]
+        show = f"ls -l /proc/{pid}/fd; cat /proc/{pid}/maps"
+        return [Item(name, "missing", thing, lost, show, error.exit_code) for thing in things]
     except SnapError as error:
-        code = error.exit_code
-        detail = error.message
-        return [Item("mappings and descriptors", "missing", detail, "the take", error.hint, code)]
-    return [Item("mappings and descriptors", "ok")]
+        return [Item(name, "missing", error.message, lost, error.hint, error.exit_code)]
+    return [Item(name, "ok")]

@@ -15,8 +15,8 @@ from .stats import microseconds
 from .units import mib
 
 if TYPE_CHECKING:
-    from .image import ImageInfo
     from .restore import Restored
+    from .store import ImageInfo
 
 
 def text(raw: bytes) -> str:
@@ -215,12 +215,16 @@ def listed(info: ImageInfo) -> dict[str, Any]:
         "taken_at": info.taken_at,
         "saved_bytes": info.saved_bytes,
         "stored_bytes": info.stored_bytes,
+        "damaged": info.damaged,
     }
 
 
 def images_table(images: list[dict[str, Any]]) -> list[str]:
     rows = [("IMAGE", "PID", "COMMAND", "TAKEN", "MEMORY", "STORED")]
     for one in images:
+        if one["damaged"]:
+            rows.append((one["image"], "", "damaged", "", "", ""))
+            continue
         sizes = mib(one["saved_bytes"]), mib(one["stored_bytes"])
         rows.append((one["image"], str(one["pid"]), one["comm"], moment(one["taken_at"]), *sizes))
     return table(rows)

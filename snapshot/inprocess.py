@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -70,9 +69,12 @@ def take_self(
             raise ValueError(
                 f"{stage!r} cannot run in the process that is taken; here: {', '.join(HERE)}"
             )
+    from .take import default_name
+
     pid, before = os.getpid(), _identity()
+    # A restored process must know the name too, so it is chosen here and not by the helper.
     joined = Hooks(hooks, installed=False)
-    request = Request(pid, str(store_path(store).absolute()), name or _default_name(), memory)
+    request = Request(pid, str(store_path(store).absolute()), name or default_name(pid), memory)
     joined.run("before-freeze", pid=pid, image=request.name)
     try:
         reply = _ask(request)
@@ -100,13 +102,6 @@ def _identity() -> tuple[str, int]:
     (`--pid new`) its pid is not its name in /proc."""
     with open("/proc/self/stat", "rb") as file:
         return procfs.boot_id(), procfs.parse_stat(file.read()).start_ticks
-
-
-def _default_name() -> str:
-    """Chosen here, as a restored process must know it too: `python3-20261123-035602-4711`."""
-    with open("/proc/self/comm", encoding="utf-8", errors="replace") as file:
-        comm = "".join(one if one.isalnum() else "-" for one in file.read().strip())
-    return f"{comm}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 def _ask(request: Request) -> Reply:
