@@ -92,6 +92,12 @@ class Frozen:
             self._remote = remote
         return self._remote
 
+    def close_remote(self) -> None:
+        """Unmaps the scratch before the end of the block; the next use of `remote` maps it anew."""
+        remote, self._remote = self._remote, None
+        if remote is not None:
+            remote.close()
+
     def _stop(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         known: dict[int, Tracee] = {}
@@ -135,8 +141,7 @@ class Frozen:
 
     def _release(self) -> None:
         try:
-            if self._remote is not None:
-                self._remote.close()
+            self.close_remote()
         finally:
             ptrace.detach_all(self.threads)
 

@@ -3,12 +3,13 @@
 How: one page of code and room for data (the *scratch*) is mapped in the target by a call made
 through a `syscall` instruction that the target has already (in its vdso), with system call stops:
 not a byte of the target is patched. From then on a loop in the scratch runs whole arrays of calls
-for one round trip and ends in int3. In a target that blocks or ignores SIGTRAP int3 would reset
-that for good (force_sig), so there every call goes through the vdso's instruction.
+for one round trip and ends in int3. Where SIGTRAP is ignored int3 would reset that for good
+(force_sig_info_to_task; the same where it is blocked, hence the mask below), so there every call
+goes through the vdso's instruction.
 
 Signals are blocked while calls are made (all but SIGTRAP in the loop) and stay queued. A SIGTRAP
-that somebody sends just then is put back into the queue, siginfo and all, and the rest of the batch
-is made without the loop. SIGSTOP takes effect: the process is a stopped one when it is let go. A
+that somebody sends, or that was queued already, is put back into the queue, siginfo and all, and
+the rest of the batch is made without the loop. SIGSTOP takes effect: the process is a stopped one when it is let go. A
 restartable sequence (rseq) that the thread was in is noted before and written back after, for the
 kernel clears it on the way; it then aborts as it must.
 
@@ -34,6 +35,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import mmap
+import signal
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -49,7 +51,7 @@ SCRATCH_SIZE = 64 * 1024
 CALL_TIMEOUT = 10.0
 """Seconds that a batch gets."""
 CALL_BYTES = 64
-_SIGTRAP_BIT = 1 << 4
+_SIGTRAP_BIT = 1 << (signal.SIGTRAP - 1)
 _MAP_FIXED_NOREPLACE = 0x100000
 _PROT_RWX = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
 _PROCMAP_QUERY = 0xC0686611  # _IOWR('f', 17, struct procmap_query), Linux 6.11
@@ -82,7 +84,8 @@ class Remote:
         self.capacity = array // CALL_BYTES
         self._data_offset = PAGE + array
         self._at: Any = None
-        self._shared = False
+        self._maker: Remote | None = None  # whose scratch it is, if not our own
+        self._loop_allowed = False
 
     @property
     def data(self) -> int:
@@ -102,8 +105,7 @@ class Remote:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         if hint is not None:
             flags |= _MAP_FIXED_NOREPLACE
-        args = (hint or 0, self.scratch_size, _PROT_RWX, flags, 2**64 - 1, 0)
-        use_loop, self._at.use_loop = self._at.use_loop, 0
+        args = (hint or 0, self.scratch_size, _PROT_RWX, flags, arch.NO_SYSCALL, 0)
         try:
             address = self.batch([Call(NR.mmap, args)])[0]
             separate = -address in (errno.EACCES, errno.EPERM, errno.ENOTSUP)
@@ -120,39 +122,38 @@ class Remote:
         except BaseException:
             self.close()
             raise
-        self._at.use_loop = use_loop
+        self._loop_allowed = not ignores_sigtrap(self.tracee.tid)
         self._at.loop = self.scratch
         self._at.array = self.scratch + PAGE
 
     def _prepare(self, instruction: int) -> None:
-        tracee = self.tracee
-        suspend_seccomp(tracee)
+        suspend_seccomp(self.tracee)
         at = self._at = ffi.new("snap_injection *")
-        at.tid = tracee.tid
-        at.stop = tracee.stop
+        at.tid = self.tracee.tid
+        at.stop = self.tracee.stop
         at.instruction = instruction
         at.timeout_us = int(self.timeout * 1e6)
-        at.use_loop = not sigtrap_matters(tracee)
 
     def close(self) -> None:
         """Unmaps the scratch. The thread stands in an event stop, everything its own."""
-        if self._at is None or self._shared:
+        if self._at is None or self._maker is not None:
             return
-        lib.snap_give_back(self._at)
-        if self.scratch:
-            self._at.use_loop = 0
+        try:
+            lib.snap_give_back(self._at)
+            self._loop_allowed = False
             scratch, self.scratch = self.scratch, 0
-            self.call(NR.munmap, scratch, self.scratch_size)
-        self._at = None
+            if scratch:
+                self.call(NR.munmap, scratch, self.scratch_size)
+        finally:
+            self._at = None
 
     def on(self, tracee: Tracee) -> Remote:
         """The same scratch, calls made in another stopped thread of the process. Not at the same
         time: the array of calls is one."""
         other = Remote(tracee, self.scratch_size, self.timeout)
         other.scratch = self.scratch
-        other._shared = True
+        other._maker = self._maker or self
         other._prepare(self._at.instruction)
-        other._at.use_loop = other._at.use_loop and self._at.use_loop
         other._at.loop, other._at.array = self._at.loop, self._at.array
         return other
 
@@ -170,6 +171,7 @@ class Remote:
     def _run(self, calls: Sequence[Call]) -> list[int]:
         self.tracee.own()
         assert self._at is not None, "open() comes first"
+        self._at.use_loop = self._may_use_loop(calls)
         count = len(calls)
         array = ffi.new("snap_call[]", count)
         packed = b"".join(_pack(call) for call in calls)
@@ -179,6 +181,15 @@ class Remote:
         if result < 0:
             self._failed(-result, calls)
         return [array[i].result for i in range(count)]
+
+    def _may_use_loop(self, calls: Sequence[Call]) -> bool:
+        """Not with SIGTRAP ignored, nor with a call that has it ignored from now on."""
+        maker = self._maker or self
+        for call in calls if maker._loop_allowed else ():
+            if call.nr == NR.rt_sigaction and call.args[0] == signal.SIGTRAP and call.args[1]:
+                handler = int.from_bytes(self.get(call.args[1], 8), "little")
+                maker._loop_allowed = handler != signal.SIG_IGN
+        return maker._loop_allowed
 
     def _failed(self, number: int, calls: Sequence[Call]) -> None:
         tid = self.tracee.tid
@@ -256,11 +267,8 @@ def suspend_seccomp(tracee: Tracee) -> None:
         )
 
 
-def sigtrap_matters(tracee: Tracee) -> bool:
-    """Whether SIGTRAP is blocked, ignored or pending, so that no int3 may be used."""
-    fields = status(tracee.tid)
-    names = ("SigBlk", "SigIgn", "SigPnd", "ShdPnd")
-    return any(int(fields.get(name, "0"), 16) & _SIGTRAP_BIT for name in names)
+def ignores_sigtrap(pid: int) -> bool:
+    return bool(int(status(pid).get("SigIgn", "0"), 16) & _SIGTRAP_BIT)
 
 
 def find_syscall(tracee: Tracee) -> int:
