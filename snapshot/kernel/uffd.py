@@ -198,6 +198,17 @@ class Uffd:
             raise UffdError("read(userfaultfd)", -count)
         return bytes(ffi.buffer(messages, count * MESSAGE_BYTES))
 
+    def read_into(self, memory: Any, offset: int, most: int) -> int:
+        """The same, straight into a writable buffer at `offset`; -> how many messages. The kernel
+        has written all of them there even if this process is killed meanwhile."""
+        if offset + most * MESSAGE_BYTES > len(memory):
+            raise ValueError("messages would not fit into the buffer")
+        address = ffi.cast("char *", ffi.from_buffer(memory, require_writable=True)) + offset
+        count = lib.uffd_read_msgs(self.fd, ffi.cast("uffd_message *", address), most)
+        if count < 0:
+            raise UffdError("read(userfaultfd)", -count)
+        return int(count)
+
     def poll(self, timeout_ms: int) -> bool:
         """True when a message can be read, False after `timeout_ms` (-1: no limit)."""
         ready = lib.uffd_poll(self.fd, timeout_ms)

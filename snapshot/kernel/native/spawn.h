@@ -32,4 +32,9 @@ typedef struct {
  * threads of the caller run on. */
 int spawn(spawn_request *request);
 
+/* fork(2) that shares the descriptor table with the caller (CLONE_FILES): what either opens or is
+ * given by the kernel, both have, and it stays open until both have ended or exec'ed. -> pid in the
+ * caller, 0 in the child, -errno. The caller guarantees that it has one thread only. */
+int spawn_twin(void);
+
 #endif

@@ -161,20 +161,19 @@ int uffd_fill(int fd, uint64_t dst, const void *src, uint32_t wanted, uint32_t p
         i += pages;
         if (!error || (error == -EAGAIN && pages))
             continue; /* EAGAIN after some pages: the next try tells the real reason */
-        if (error == -EEXIST) {
-            filled->present++;
+        if (error == -ENOENT && end - i > 1) {
+            for (uint32_t page = i; page < end; page++)
+                single |= 1u << page;
+        } else if (error == -EEXIST || error == -ENOENT) {
+            if (error == -EEXIST)
+                filled->present++;
+            else
+                filled->gone++;
             filled->wanted &= ~(1u << i);
-            /* A thread may wait for a page that came in between its fault and our turn. */
+            /* A thread may wait for a page that came or went between its fault and our turn. */
             error = uffd_wake(fd, dst + (uint64_t)i * PAGE_BYTES, PAGE_BYTES);
             if (error == -ESRCH)
                 return error;
-            i++;
-        } else if (error == -ENOENT && end - i > 1) {
-            for (uint32_t page = i; page < end; page++)
-                single |= 1u << page;
-        } else if (error == -ENOENT) {
-            filled->gone++;
-            filled->wanted &= ~(1u << i);
             i++;
         } else {
             return error;

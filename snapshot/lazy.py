@@ -1,0 +1,285 @@
+"""Serve the missing pages of a restored process from an image: faults first, the rest in between.
+
+One `Server` serves the process and the children it forks while pages are missing (each has a
+userfaultfd and a ledger of its own: a `Client`). It must run in a process that does nothing else
+(pageserver.py): a handler that waits for anything the restored process holds would deadlock.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from .errors import KernelError
+from .events import Event, Fault, Fork, Remap, Remove, Unmap
+from .journal import Journal
+from .kernel.uffd import FEATURES, Filled, Uffd, UffdError
+from .missing import Missing, Piece
+from .units import ALL_PAGES, CHUNK, PAGE, PAGES_PER_CHUNK, align_down
+
+EVENTS = (
+    FEATURES["EVENT_FORK"]
+    | FEATURES["EVENT_REMAP"]
+    | FEATURES["EVENT_REMOVE"]
+    | FEATURES["EVENT_UNMAP"]
+)
+"""What a userfaultfd of a lazy restore must report, else the ledger would be wrong."""
+
+ALL_MEMORY = (1 << 20, (1 << 47) - PAGE - (1 << 20))
+"""Start and length of where any mapping can be (x86-64, 47 bits)."""
+
+_ZEROS = bytes(CHUNK)
+
+
+class Content(Protocol):
+    """A chunk of an image, as image.Chunk has it."""
+
+    @property
+    def present(self) -> int:
+        """Bit i: the page at i * PAGE belongs to the image."""
+
+    @property
+    def data(self) -> bytes:
+        """CHUNK bytes."""
+
+
+class PageSource(Protocol):
+    """Where pages come from; image.Image is one."""
+
+    def chunk(self, space: int, address: int, /) -> Content | None:
+        """The chunk at a chunk address; None when no page of it is in the image."""
+
+    def addresses(self, space: int, /) -> Sequence[int]:
+        """The addresses of all chunks of a space, ascending."""
+
+
+class Client:
+    """A process with missing pages: its userfaultfd and its ledger."""
+
+    def __init__(self, number: int, uffd: Uffd, missing: Missing) -> None:
+        self.number = number
+        self.uffd = uffd
+        self.missing = missing
+        self.cursor = 0
+        """Streaming goes on here: behind the last fault, for who reads in order."""
+
+
+class Server:
+    """Serves until nothing is missing any more, or all clients are gone.
+
+    `finish` is called with a client that has all its pages, before it is let go of (userfaultfd
+    still open); `watch` are further descriptors: `run` calls the function of one that is readable.
+    """
+
+    def __init__(
+        self,
+        source: PageSource,
+        space: int,
+        journal: Journal,
+        finish: Callable[[Client], None] = lambda client: None,
+        watch: dict[int, Callable[[], None]] | None = None,
+    ) -> None:
+        self.source = source
+        self.space = space
+        self.journal = journal
+        self.finish = finish
+        self.clients: dict[int, Client] = {}
+        self.faults = 0
+        self._by_fd: dict[int, Client] = {}
+        self._made = 0
+        self._waiting: deque[tuple[Client, int]] = deque()
+        self._poll = select.poll()
+        self._watch = watch or {}
+        self._cached: tuple[int, Content | None] = (-1, None)
+        for fd in self._watch:
+            self._poll.register(fd, select.POLLIN)
+
+    def add(self, uffd: Uffd, missing: Missing) -> Client:
+        """One more process to serve. Clients are numbered in the order of these calls."""
+        client = Client(self._made, uffd, missing)
+        self._made += 1
+        self.clients[client.number] = client
+        self._by_fd[uffd.fd] = client
+        self._poll.register(uffd.fd, select.POLLIN)
+        return client
+
+    def take_over(self) -> None:
+        """Goes on where a server ended that was killed: after `add` of the first client.
+
+        Pages that it put in place are still in the ledger; a copy tells (EEXIST).
+        """
+        for number, event in self.journal.replay():
+            client = self.clients.get(number)
+            if event is None and client:
+                self._forget(client, close=False)
+            elif event is not None and client:
+                self._apply(client, event)
+        for client in list(self.clients.values()):
+            try:
+                client.uffd.wake(*ALL_MEMORY)
+            except UffdError as error:
+                self._gone(client, error)
+
+    def run(self) -> None:
+        """Raises DamagedError when a chunk that is needed cannot be trusted: the caller must then
+        end the processes, which would wait for ever."""
+        while self.clients:
+            for client in list(self.clients.values()):
+                if not client.missing and not self._waiting:
+                    self._complete(client)
+            if not self.clients:
+                return
+            self._listen(0)
+            while self._waiting:
+                self._serve(*self._waiting.popleft())
+                self._listen(0)
+            for client in list(self.clients.values()):
+                self._stream(client)
+
+    def _listen(self, timeout_ms: int) -> None:
+        """Reads all that can be read: faults are queued, events take effect."""
+        for fd, _ in self._poll.poll(timeout_ms):
+            if fd in self._by_fd:
+                self._read(self._by_fd[fd])
+            elif fd in self._watch:
+                self._watch[fd]()
+
+    def _read(self, client: Client) -> None:
+        try:
+            messages = self.journal.read(client.uffd, client.number)
+        except UffdError as error:
+            return self._gone(client, error)
+        # Events first: a page that was given up must not be filled from the image any more.
+        for message in messages:
+            if isinstance(message, Fault):
+                self._waiting.append((client, align_down(message.address, PAGE)))
+            else:
+                self._apply(client, message)
+
+    def _apply(self, client: Client, event: Event) -> None:
+        match event:
+            case Fork(fd):
+                self.add(Uffd(fd), client.missing.copy())
+            case Remap(old, new, length):
+                client.missing.move(old, new, length)
+            case Remove(start, end) | Unmap(start, end):
+                client.missing.take(start, end)
+            case _:
+                raise KernelError(f"userfaultfd sent {event}", "snap check")
+
+    def _serve(self, client: Client, address: int) -> None:
+        """Puts the page in place that a thread waits for, and those around it."""
+        self.faults += 1
+        while client.number in self.clients:
+            piece = client.missing.at(address)
+            if piece is None:
+                served = self._fill_zeros(client, address)
+            else:
+                served = self._fill(client, piece, address)
+                client.cursor = address
+            if served:
+                return
+            self._listen(1)  # an event is on its way; the ledger may be another one then
+
+    def _stream(self, client: Client) -> None:
+        """The next chunk that nobody asked for yet. What the image does not have is left alone."""
+        while client.number in self.clients:
+            piece = client.missing.after(client.cursor)
+            if piece is None:
+                return
+            known = self.source.addresses(self.space)
+            index = _first_chunk(known, piece.source)
+            if index == len(known) or known[index] >= piece.source + piece.end - piece.start:
+                client.missing.take(piece.start, piece.end)  # zeros by themselves
+                client.cursor = piece.end
+                continue
+            skipped = max(0, known[index] - piece.source)
+            client.missing.take(piece.start, piece.start + skipped)
+            address = piece.start + skipped
+            if self._fill(client, piece, address, zeros=False):
+                client.cursor = address
+            return
+
+    def _fill(self, client: Client, piece: Piece, address: int, zeros: bool = True) -> bool:
+        """Fills the chunk of the image that `address` of `piece` lies in. False: try again after
+        reading an event."""
+        wanted_at = piece.source + address - piece.start
+        chunk_at = align_down(wanted_at, CHUNK)
+        base = address - (wanted_at - chunk_at)
+        part = piece.within(base, base + CHUNK)
+        wanted = _pages(part.start - base, part.end - base)
+        content = self._chunk(chunk_at)
+        present = content.present if content else 0
+        data = content.data if content else _ZEROS
+        if not zeros:
+            wanted &= present
+        filled = client.uffd.fill(base, data, wanted, present)
+        if not self._accept(client, filled):
+            return False
+        client.missing.take(part.start, part.end)
+        return True
+
+    def _fill_zeros(self, client: Client, address: int) -> bool:
+        """A page that is not in the ledger was given up, or never in the image; or it has just
+        been served. The pages around it that are missing for the same reason come with it."""
+        if not self._accept(client, client.uffd.fill(address, _ZEROS, 1, 0)):
+            return False
+        if client.number not in self.clients or self.filled_last != 1:
+            return True
+        base = align_down(address, CHUNK)
+        wanted = ALL_PAGES
+        for piece in client.missing.within(base, base + CHUNK):
+            wanted &= ~_pages(piece.start - base, piece.end - base)
+        self._accept(client, client.uffd.fill(base, _ZEROS, wanted, 0))
+        return True
+
+    def _accept(self, client: Client, filled: Filled) -> bool:
+        """Accounts for a fill. False when it must be repeated."""
+        self.filled_last = filled.copied + filled.zeroed
+        self.journal.filled += self.filled_last
+        if filled.errno == errno.EAGAIN:
+            return False
+        if filled.errno:
+            self._gone(client, UffdError("UFFDIO_COPY", filled.errno))
+        return True
+
+    def _chunk(self, address: int) -> Content | None:
+        """With the last one kept: a forked child often wants the same as its parent."""
+        if self._cached[0] != address:
+            self._cached = (address, self.source.chunk(self.space, address))
+        return self._cached[1]
+
+    def _complete(self, client: Client) -> None:
+        self.finish(client)
+        self._forget(client)
+
+    def _gone(self, client: Client, error: UffdError) -> None:
+        """The memory behind a userfaultfd is no more: the process ended or exec'ed."""
+        if error.errno != errno.ESRCH:
+            raise error
+        self._forget(client)
+
+    def _forget(self, client: Client, close: bool = True) -> None:
+        del self.clients[client.number]
+        del self._by_fd[client.uffd.fd]
+        self._poll.unregister(client.uffd.fd)
+        self._waiting = deque(each for each in self._waiting if each[0] is not client)
+        if close:
+            self.journal.gone(client.number)
+            client.uffd.close()
+
+
+def _pages(start: int, end: int) -> int:
+    """The bitmap of the pages of [start, end), offsets in a chunk."""
+    first, last = start // PAGE, end // PAGE
+    return (1 << last) - (1 << first) & (1 << PAGES_PER_CHUNK) - 1
+
+
+def _first_chunk(known: Sequence[int], source: int) -> int:
+    """Index of the first chunk that ends above the image address `source`."""
+    from bisect import bisect_left
+
+    return bisect_left(known, align_down(source, CHUNK))
