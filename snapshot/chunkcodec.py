@@ -6,7 +6,7 @@ docs/image-format.md says the same in words. A value is a header and a payload:
     nonzero   u16   bit i: its bytes are in the payload (a subset of present); else they are zeros
     codec     u8    0: the payload is those pages as they are; 1: one zstd frame of them
     reserved  3 bytes, 0
-    digest    16 bytes: BLAKE3 of present, nonzero (4 bytes as above) and the pages of the payload
+    digest    16 bytes: BLAKE3 of the pages of the payload, keyed with the bitmaps
 
 All integers big endian. The pages are in ascending order.
 """
@@ -30,7 +30,9 @@ DIGEST_BYTES = 16
 LEVEL = -1
 """zstd level: about 1 GB/s a core on heaps; higher ones cost more time than they save."""
 
-_BITMAPS = struct.Struct(">HH")
+_DIGEST_KEY = struct.Struct(">HH28x")
+"""The bitmaps are the key and not a prefix: hashing 64 KiB at an odd offset costs half as much
+again."""
 _ZERO_PAGE = bytearray(PAGE)
 """A bytearray, because its == takes any buffer and is one memcmp; that of memoryview is a loop."""
 _ZERO_CHUNK = bytes(CHUNK)
@@ -110,9 +112,8 @@ def decode(value: Bytes) -> tuple[Chunk, bytes]:
 
 
 def _digest(present: int, nonzero: int, payload: Bytes) -> bytes:
-    hasher = blake3(_BITMAPS.pack(present, nonzero))
-    hasher.update(payload)
-    return hasher.digest(DIGEST_BYTES)
+    key = _DIGEST_KEY.pack(present, nonzero)
+    return blake3(payload, key=key).digest(DIGEST_BYTES)
 
 
 def _encode(content: Content, frame: Any) -> bytes:

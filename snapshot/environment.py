@@ -37,6 +37,7 @@ free pages beyond its end. So a file shorter than its last page has certainly be
 _PAGE_HEADER = 16
 _MAGIC_AND_VERSION = struct.pack("=II", 0xBEEFC0DE, 1)  # LMDB writes in the machine's byte order
 _READERS = 510
+_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError)
 
 Transaction = Any
 """lmdb.Transaction: typed by the newest lmdb alone."""
@@ -74,31 +75,25 @@ class Environment:
         self._data = os.open(path / DATA, os.O_RDWR | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._data)
 
-    @contextmanager
-    def read(self, buffers: bool = True) -> Iterator[Transaction]:
-        """A read transaction. Keep it short: pages freed meanwhile cannot be used again. With
-        `buffers` its values are views that are void when it ends, else bytes."""
-        self._enter()
-        try:
-            with self._understood("cannot read"), self._begin(False, buffers) as transaction:
-                yield transaction
-        finally:
-            self._leave()
+    def read(self, buffers: bool = True) -> Reading:
+        """A read transaction, for `with`. Keep it short: pages freed meanwhile cannot be used
+        again. With `buffers` its values are views that are void when it ends, else bytes."""
+        return Reading(self, buffers)
 
     def write(self, work: Callable[[Transaction], T]) -> T:
         """Runs `work` in a write transaction and commits it; again from its start when the map had
         to grow. So `work` must not change anything but the transaction."""
         with self._writing, self._understood("cannot write to"):
             while True:
-                self._enter()
+                self.enter()
                 try:
-                    with self._begin(True, True) as transaction:
+                    with self.begin(True, True) as transaction:
                         self._lengthen()
                         return work(transaction)
                 except lmdb.MapFullError:
                     pass
                 finally:
-                    self._leave()
+                    self.leave()
                 self._resize(2 * int(self._lmdb.info()["map_size"]))
 
     def sync(self) -> None:
@@ -112,25 +107,28 @@ class Environment:
         self._check_process()
         return (int(self._lmdb.info()["last_pgno"]) + 1) * self._page_bytes()
 
-    def _begin(self, write: bool, buffers: bool) -> Transaction:
+    def begin(self, write: bool, buffers: bool) -> Transaction:
+        """A transaction; between `enter` and `leave`."""
         while True:
             try:
                 return self._begin_lmdb(write=write, buffers=buffers)
             except lmdb.MapResizedError:  # by another process
-                self._leave()
+                self.leave()
                 try:
                     self._resize(0)
                 finally:
-                    self._enter()
+                    self.enter()
 
-    def _enter(self) -> None:
-        self._check_process()
+    def enter(self) -> None:
+        """Before each transaction: waits while the map is being grown."""
+        if os.getpid() != self._pid:
+            self._check_process()
         with self._gate:
             while self._growing:
                 self._gate.wait()
             self._active += 1
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         with self._gate:
             self._active -= 1
             if self._growing:
@@ -179,19 +177,16 @@ class Environment:
 
     @contextmanager
     def _understood(self, doing: str) -> Iterator[None]:
-        """Errors of LMDB and of the system become ours, with the space that is left."""
+        """Errors of LMDB and of the system become ours."""
         try:
             yield
-        except (SnapError, lmdb.MapFullError, lmdb.MapResizedError):
-            raise
-        except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError) as error:
-            raise DamagedError(
-                f"the store {self.path} is damaged: {error}", "snap verify IMAGE"
-            ) from error
         except (lmdb.Error, OSError) as error:
-            raise self._failure(doing, error) from error
+            raise self.failure(doing, error) from error
 
-    def _failure(self, doing: str, error: Exception) -> StoreError:
+    def failure(self, doing: str, error: Exception) -> SnapError:
+        """What an error of LMDB or of the system means, with the space that is left."""
+        if isinstance(error, _DAMAGE):
+            return DamagedError(f"the store {self.path} is damaged: {error}", "snap verify IMAGE")
         try:
             stat = os.statvfs(self.path)
             free = stat.f_bavail * stat.f_frsize
@@ -201,6 +196,35 @@ class Environment:
             f"{doing} the store {self.path}: {error} ({mib(free)} free on its disk)",
             f"df -h {self.path}" if free < SLACK else f"ls -l {self.path}",
         )
+
+
+class Reading:
+    """A read transaction of an environment as a context manager; a class, because a generator
+    would cost a page fault's way 3 µs."""
+
+    __slots__ = ("_buffers", "_environment", "_transaction")
+
+    def __init__(self, environment: Environment, buffers: bool) -> None:
+        self._environment = environment
+        self._buffers = buffers
+
+    def __enter__(self) -> Transaction:
+        self._environment.enter()
+        try:
+            self._transaction = self._environment.begin(False, self._buffers)
+        except BaseException as error:
+            self._leave(error)
+            raise
+        return self._transaction
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._transaction.abort()
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        self._environment.leave()
+        if isinstance(error, (lmdb.Error, OSError)):
+            raise self._environment.failure("cannot read", error) from error
 
 
 _open: weakref.WeakValueDictionary[tuple[int, int], Environment] = weakref.WeakValueDictionary()
