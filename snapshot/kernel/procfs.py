@@ -270,8 +270,12 @@ INFINITY = (1 << 64) - 1
 
 def limits(pid: int) -> dict[int, tuple[int, int]]:
     """RLIMIT_* number → (soft, hard)."""
+    return parse_limits(read(pid, "limits"))
+
+
+def parse_limits(text: bytes) -> dict[int, tuple[int, int]]:
     found = {}
-    for row in read(pid, "limits").decode("ascii").split("\n")[1:]:
+    for row in text.decode("ascii").split("\n")[1:]:
         name, values = row[:25].rstrip(), row[25:].split()
         if name in LIMITS:
             soft, hard = (INFINITY if v == "unlimited" else int(v) for v in values[:2])

@@ -1,0 +1,18 @@
+"""One module per kind of process state, its capture and its rebuild side by side.
+
+A capture begins in `capture.py`, the stages of a rebuild are in `stages.py`, the registries of
+state that is kept by NAME in `registry.py`. Descriptors have a table of their own
+(`descriptors.py`).
+"""
+
+from .capture import Gathered, capture_process, capture_threads, gather
+from .registry import PROCESS_MODULES, THREAD_MODULES
+
+__all__ = [
+    "PROCESS_MODULES",
+    "THREAD_MODULES",
+    "Gathered",
+    "capture_process",
+    "capture_threads",
+    "gather",
+]
