@@ -435,8 +435,13 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
     ] = False,
+    store: Annotated[
+        Path | None, typer.Option("--store", metavar="DIR", help="The same as after a command.")
+    ] = None,
 ) -> None:
     """Take a snapshot of a running Linux process, and bring the process back."""
+    if store is not None:
+        os.environ["SNAP_STORE"] = str(store)  # for hooks and the page server too
 
 
 def main() -> None:
