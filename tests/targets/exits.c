@@ -1,0 +1,77 @@
+/* exits: fills memory, waits for SIGUSR1 and then goes away in a way of its own.
+ *
+ *   --how exit | group (a thread calls exit_group) | exec (of /bin/true) | abort | segv | last (the
+ *         leader ends first, another thread lives on for --after ms) | kill
+ *   --mib M, --after MS between the signal and the end */
+#define _GNU_SOURCE
+#include "victim.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static const char *how;
+
+static void leave(void)
+{
+    if (strcmp(how, "exit") == 0)
+        exit(7);
+    if (strcmp(how, "group") == 0)
+        syscall(SYS_exit_group, 7);
+    if (strcmp(how, "exec") == 0)
+        execl("/bin/true", "true", (char *)NULL);
+    if (strcmp(how, "abort") == 0)
+        abort();
+    if (strcmp(how, "segv") == 0)
+        *(volatile int *)(uintptr_t)option("nowhere", 8) = 1;
+    if (strcmp(how, "kill") == 0)
+        kill(getpid(), SIGKILL);
+    must(false, how);
+}
+
+static void *second(void *argument)
+{
+    uint64_t *memory = argument;
+    size_t words = (size_t)option("mib", 16) * MIB / 8;
+
+    for (uint64_t round = 0;; round++) {
+        memory[mix(round) % words] = round;
+        progress[1]++;
+        if (round % 65536 == 0)
+            publish();
+    }
+    return NULL;
+}
+
+int main(int argc, char **argv)
+{
+    struct rlimit none = { 0, 0 };
+    pthread_t thread;
+    sigset_t usr1;
+    int signal;
+
+    setrlimit(RLIMIT_CORE, &none);
+    sigemptyset(&usr1);
+    sigaddset(&usr1, SIGUSR1);
+    pthread_sigmask(SIG_BLOCK, &usr1, NULL);
+    victim_start(argc, argv, 2);
+    how = option_text("how", "exit");
+    size_t bytes = (size_t)option("mib", 16) * MIB;
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    must(memory != MAP_FAILED, "mmap");
+    fill(memory, bytes / 8, 1);
+    values[0] = (uint64_t)(uintptr_t)memory;
+    values[1] = bytes;
+    must(pthread_create(&thread, NULL, second, memory) == 0, "pthread_create");
+    victim_ready();
+    if (strcmp(how, "last") == 0)
+        syscall(SYS_exit, 0);
+    sigwait(&usr1, &signal);
+    sleep_ms((unsigned)option("after", 0));
+    leave();
+}

@@ -1,0 +1,223 @@
+/* storm: memory operations without pause, each checked by the program itself.
+ *
+ *   --what munmap    threads map, fill, check and unmap areas of all sizes (and MAP_FIXED over some)
+ *          madvise   MADV_DONTNEED: zeros after it; the pages around it keep their words
+ *          fork      children that write to their copy while the parent writes to its own
+ *          brk       the heap grows and shrinks
+ *          mremap    areas grow, shrink and move
+ *          protect   mprotect to read-only, none and back
+ *          threads   threads are born and end all the time
+ *   --threads N, --mib M (for each thread), --pause MS between rounds
+ * Beside it one area of M MiB keeps its words throughout; SIGUSR1 has it checked. */
+#define _GNU_SOURCE
+#include "victim.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static size_t bytes;
+static unsigned pause_ms;
+static char *kept;
+
+static void expect(const char *at, size_t size, uint64_t key, const char *when)
+{
+    size_t words = size / 8, index = wrong((const uint64_t *)at, words, key);
+    if (index != words)
+        fault("%s: word %zu of %zu at %p is wrong: %#llx", when, index, words,
+              (const void *)(at + index * 8), (unsigned long long)((const uint64_t *)at)[index]);
+}
+
+static void expect_zero(const char *at, size_t size, const char *when)
+{
+    size_t words = size / 8, index = nonzero((const uint64_t *)at, words);
+    if (index != words)
+        fault("%s: word %zu of %zu at %p is not zero: %#llx", when, index, words,
+              (const void *)(at + index * 8), (unsigned long long)((const uint64_t *)at)[index]);
+}
+
+static char *map(size_t size)
+{
+    char *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    must(at != MAP_FAILED, "mmap");
+    return at;
+}
+
+static void storm_munmap(uint64_t key)
+{
+    size_t size = (1 + mix(key) % (bytes / PAGE)) * PAGE;
+    char *at = map(size);
+    fill((uint64_t *)at, size / 8, key);
+    size_t half = size / PAGE / 2 * PAGE;
+    if (half && key % 2) {
+        must(mmap(at, half, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
+                  0) == at, "MAP_FIXED");
+        expect_zero(at, half, "mapped over");
+    } else if (half) {
+        expect(at, size, key, "before munmap");
+    }
+    must(munmap(at, size) == 0, "munmap");
+}
+
+static void storm_madvise(char *area, uint64_t key)
+{
+    size_t pages = bytes / PAGE, from = mix(key) % pages, count = 1 + mix(key + 1) % (pages - from);
+    char *hole = area + from * PAGE;
+
+    fill((uint64_t *)area, bytes / 8, key);
+    must(madvise(hole, count * PAGE, MADV_DONTNEED) == 0, "MADV_DONTNEED");
+    expect_zero(hole, count * PAGE, "after MADV_DONTNEED");
+    fill((uint64_t *)hole, count * PAGE / 8, key + 7);
+    expect(hole, count * PAGE, key + 7, "filled after MADV_DONTNEED");
+    expect(area, from * PAGE, key, "before the hole");
+}
+
+static void storm_fork(char *area, uint64_t key)
+{
+    fill((uint64_t *)area, bytes / 8, key);
+    uint64_t before = faults();
+    pid_t child = fork();
+    must(child >= 0, "fork");
+    if (child == 0) {
+        expect(area, bytes, key, "in the child");
+        fill((uint64_t *)area, bytes / 8, key + 1);
+        expect(area, bytes, key + 1, "written by the child");
+        _exit(faults() != before);
+    }
+    fill((uint64_t *)area, bytes / 16, key + 2);
+    int status = -1;
+    must(waitpid(child, &status, 0) == child, "waitpid");
+    if (status != 0)
+        fault("the child ended with %#x", status);
+    expect(area, bytes / 2, key + 2, "written by the parent");
+}
+
+static void storm_brk(uint64_t key)
+{
+    size_t size = (1 + mix(key) % (bytes / PAGE)) * PAGE;
+    char *start = sbrk(0);
+    must(brk(start + size) == 0, "brk");
+    expect_zero((char *)(((uintptr_t)start + PAGE - 1) & ~(PAGE - 1)), size - PAGE, "new heap");
+    fill((uint64_t *)(((uintptr_t)start + 7) & ~7UL), size / 8 - 1, key);
+    expect((char *)(((uintptr_t)start + 7) & ~7UL), size - 8, key, "heap");
+    must(brk(start + size / 2) == 0, "brk");
+    expect((char *)(((uintptr_t)start + 7) & ~7UL), (size / 2 - 8) & ~7UL, key, "heap shrunk");
+    must(brk(start) == 0, "brk");
+}
+
+static void storm_mremap(uint64_t key)
+{
+    size_t size = (2 + mix(key) % (bytes / PAGE)) * PAGE, half = size / PAGE / 2 * PAGE;
+    char *at = map(size), *wall;
+    fill((uint64_t *)at, size / 8, key);
+    at = mremap(at, size, 2 * size, MREMAP_MAYMOVE);
+    must(at != MAP_FAILED, "mremap");
+    expect(at, size, key, "grown");
+    expect_zero(at + size, size, "tail");
+    wall = map(2 * size);
+    must(mremap(at, 2 * size, 2 * size, MREMAP_MAYMOVE | MREMAP_FIXED, wall) == wall, "mremap");
+    expect(wall, size, key, "moved");
+    must(mremap(wall, 2 * size, half, 0) == wall, "mremap");
+    expect(wall, half, key, "shrunk");
+    munmap(wall, half);
+}
+
+static void storm_protect(char *area, uint64_t key)
+{
+    fill((uint64_t *)area, bytes / 8, key);
+    must(mprotect(area, bytes, PROT_READ) == 0, "PROT_READ");
+    expect(area, bytes, key, "read-only");
+    must(mprotect(area, bytes / 2 & ~(PAGE - 1), PROT_NONE) == 0, "PROT_NONE");
+    must(mprotect(area, bytes, PROT_READ | PROT_WRITE) == 0, "PROT_WRITE");
+    expect(area, bytes, key, "writable again");
+}
+
+static void *short_life(void *argument)
+{
+    uint64_t own[64];
+    fill(own, 64, (uint64_t)argument);
+    sched_yield();
+    expect((char *)own, sizeof own, (uint64_t)argument, "on a thread's stack");
+    return argument;
+}
+
+static void storm_threads(uint64_t key)
+{
+    pthread_t born[8];
+    for (size_t i = 0; i < 8; i++)
+        must(pthread_create(&born[i], NULL, short_life, (void *)(key + i)) == 0, "pthread_create");
+    for (size_t i = 0; i < 8; i++) {
+        void *result;
+        must(pthread_join(born[i], &result) == 0, "pthread_join");
+        if (result != (void *)(key + i))
+            fault("a thread's result is lost");
+    }
+}
+
+static void *run(void *argument)
+{
+    size_t self = (size_t)argument;
+    const char *what = option_text("what", "munmap");
+    char *area = map(bytes);
+
+    for (uint64_t round = 0;; round++) {
+        uint64_t key = self << 40 | (round + 1) * 16;
+        if (strcmp(what, "munmap") == 0)
+            storm_munmap(key);
+        else if (strcmp(what, "madvise") == 0)
+            storm_madvise(area, key);
+        else if (strcmp(what, "fork") == 0)
+            storm_fork(area, key);
+        else if (strcmp(what, "brk") == 0)
+            storm_brk(key);
+        else if (strcmp(what, "mremap") == 0)
+            storm_mremap(key);
+        else if (strcmp(what, "protect") == 0)
+            storm_protect(area, key);
+        else if (strcmp(what, "threads") == 0)
+            storm_threads(key);
+        else
+            must(false, what);
+        progress[1 + self]++;
+        if (pause_ms)
+            sleep_ms(pause_ms);
+    }
+    return NULL;
+}
+
+int main(int argc, char **argv)
+{
+    size_t threads;
+    sigset_t usr1;
+    pthread_t thread;
+
+    sigemptyset(&usr1);
+    sigaddset(&usr1, SIGUSR1);
+    pthread_sigmask(SIG_BLOCK, &usr1, NULL);
+    victim_start(argc, argv, 1 + (unsigned)option("threads", 2));
+    bytes = (size_t)option("mib", 4) * MIB;
+    settle_malloc();
+    pause_ms = (unsigned)option("pause", 0);
+    /* the heap has one end: a storm of brk is one thread's, and malloc must not join it */
+    threads = strcmp(option_text("what", ""), "brk") == 0 ? 1 : (size_t)option("threads", 2);
+    kept = map(bytes);
+    fill((uint64_t *)kept, bytes / 8, 424242);
+    values[0] = (uint64_t)(uintptr_t)kept;
+    values[1] = bytes;
+    for (size_t i = 0; i < threads; i++)
+        must(pthread_create(&thread, NULL, run, (void *)i) == 0, "pthread_create");
+    victim_ready();
+    for (;;) {
+        struct timespec often = { 0, 5000000 };
+        if (sigtimedwait(&usr1, NULL, &often) == SIGUSR1) {
+            expect(kept, bytes, 424242, "the area that is never written");
+            verified();
+        }
+        progress[0]++;
+        publish();
+    }
+}
