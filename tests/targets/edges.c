@@ -261,7 +261,6 @@ static void fill_all(void)
 int main(int argc, char **argv)
 {
     sigset_t usr1;
-    int signal;
 
     sigemptyset(&usr1);
     sigaddset(&usr1, SIGUSR1);
@@ -279,8 +278,10 @@ int main(int argc, char **argv)
         fill_all();
         if (round == 0)
             victim_ready();
-        publish();
-        sigwait(&usr1, &signal);
+        struct timespec often = { 0, 100000000 };
+        do
+            publish();
+        while (sigtimedwait(&usr1, NULL, &often) != SIGUSR1);
         for (size_t i = 0; i < sizeof operations / sizeof *operations; i++) {
             if (strcmp(option_text("skip", ""), operations[i].name) == 0)
                 continue;
