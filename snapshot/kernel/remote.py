@@ -9,9 +9,9 @@ goes through the vdso's instruction.
 
 Signals are blocked while calls are made (all but SIGTRAP in the loop) and stay queued. A SIGTRAP
 that somebody sends, or that was queued already, is put back into the queue, siginfo and all, and
-the rest of the batch is made without the loop. SIGSTOP takes effect: the process is a stopped one when it is let go. A
-restartable sequence (rseq) that the thread was in is noted before and written back after, for the
-kernel clears it on the way; it then aborts as it must.
+the rest of the batch is made without the loop. SIGSTOP takes effect: the process is a stopped one
+when it is let go. A restartable sequence (rseq) that the thread was in is noted before and written
+back after, for the kernel clears it on the way; it then aborts as it must.
 
 The thread's own registers are put back in an event stop, where the kernel's restart of interrupted
 system calls works, unless an injected call sleeps interruptibly with a restart block of its own
