@@ -75,8 +75,8 @@ def take_self(
     # A restored process must know the name too, so it is chosen here and not by the helper.
     joined = Hooks(hooks, installed=False)
     request = Request(pid, str(store_path(store).absolute()), name or default_name(pid), memory)
-    joined.run("before-freeze", pid=pid, image=request.name)
     try:
+        joined.run("before-freeze", pid=pid, image=request.name)
         reply = _ask(request)
         if _identity() != before:  # this is a restored process: what the helper said is long gone
             return open_image(request.name, store=request.store)
