@@ -183,10 +183,13 @@ class Environment:
         except (lmdb.Error, OSError) as error:
             raise self.failure(doing, error) from error
 
+    def damage(self, error: Exception) -> DamagedError:
+        return DamagedError(f"the store {self.path} is damaged: {error}", "snap verify IMAGE")
+
     def failure(self, doing: str, error: Exception) -> SnapError:
         """What an error of LMDB or of the system means, with the space that is left."""
         if isinstance(error, _DAMAGE):
-            return DamagedError(f"the store {self.path} is damaged: {error}", "snap verify IMAGE")
+            return self.damage(error)
         try:
             stat = os.statvfs(self.path)
             free = stat.f_bavail * stat.f_frsize
@@ -209,22 +212,22 @@ class Reading:
         self._buffers = buffers
 
     def __enter__(self) -> Transaction:
-        self._environment.enter()
+        environment = self._environment
+        environment.enter()
         try:
-            self._transaction = self._environment.begin(False, self._buffers)
+            self._transaction = environment.begin(False, self._buffers)
         except BaseException as error:
-            self._leave(error)
+            environment.leave()
+            if isinstance(error, (lmdb.Error, OSError)):
+                raise environment.failure("cannot read", error) from error
             raise
         return self._transaction
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._transaction.abort()
-        self._leave(error)
-
-    def _leave(self, error: BaseException | None) -> None:
         self._environment.leave()
-        if isinstance(error, (lmdb.Error, OSError)):
-            raise self._environment.failure("cannot read", error) from error
+        if isinstance(error, lmdb.Error):  # a page that says what no page can
+            raise self._environment.damage(error) from error
 
 
 _open: weakref.WeakValueDictionary[tuple[int, int], Environment] = weakref.WeakValueDictionary()

@@ -22,7 +22,7 @@ from .errors import DamagedError, StoreError
 from .lease import Lease
 from .manifest import OBJECT_SPACE, Manifest, Mapping, Process, Thread
 from .mappedfile import FileReader
-from .records import NUMBER, ImageRecord, digest
+from .records import NUMBER, ImageRecord, SpaceSummary, digest
 from .units import CHUNK, PAGE, align_down
 
 __all__ = ["Chunk", "Damage", "Image"]
@@ -112,7 +112,7 @@ class Image:
         if entry is None:
             return None
         with self._environment.read() as transaction:
-            return self._decode(transaction, space, address, entry)
+            return self._decode(transaction, space, entry)
 
     def addresses(self, space: int) -> Sequence[int]:
         """The addresses of all chunks of a space, ascending. Not to be changed."""
@@ -120,10 +120,12 @@ class Image:
 
     def chunks_in_order(self, space: int) -> Iterator[tuple[int, Chunk]]:
         """Address and chunk, in the order in which they lie in the store."""
-        entries = self._space(space)
-        addresses = entries.in_write_order()
-        for start in range(0, len(addresses), _STREAM):
-            yield from self._several(entries, addresses[start : start + _STREAM])
+        entries = sorted(self._space(space).entries(), key=lambda entry: entry.sequence)
+        for start in range(0, len(entries), _STREAM):
+            part = entries[start : start + _STREAM]
+            with self._environment.read() as transaction:
+                chunks = [self._decode(transaction, space, entry) for entry in part]
+            yield from zip((entry.address for entry in part), chunks, strict=True)
 
     def read(self, address: int, length: int, pid: int | None = None) -> bytes:
         """Memory of T0, [address, address + length), of the first process or that with `pid`.
@@ -152,20 +154,33 @@ class Image:
         total = sum(summary.chunks for summary in self._record.spaces)
         done = 0
         for summary in self._record.spaces:
-            found = index.load(self._environment, self._record.number, summary.space)
-            if found.summary() != summary:
-                reason = f"index with {len(found)} chunks of {summary.chunks}, or changed ones"
-                yield Damage(self.name, summary.space, None, reason)
-            for address in found.addresses:
-                try:
-                    self._several(found, [address])
-                except DamagedError as error:
-                    yield Damage(self.name, summary.space, address, error.message)
+            for damage in self._verify_space(summary):
+                if damage:
+                    yield damage
                 done += 1
                 if progress and done % _STREAM == 0:
                     progress(done, total)
         if progress:
             progress(total, total)
+
+    def _verify_space(self, summary: SpaceSummary) -> Iterator[Damage | None]:
+        """The damage of each chunk of a space, or None when it is sound."""
+        space = summary.space
+        try:
+            found = index.load(self._environment, self._record.number, space)
+        except DamagedError as error:
+            yield Damage(self.name, space, None, error.message)
+            return
+        if found.summary() != summary:
+            reason = f"the index has {len(found)} chunks of {summary.chunks}, or changed ones"
+            yield Damage(self.name, space, None, reason)
+        for entry in found.entries():
+            try:
+                with self._environment.read() as transaction:
+                    self._decode(transaction, space, entry)
+                yield None
+            except DamagedError as error:
+                yield Damage(self.name, space, entry.address, error.message)
 
     def close(self) -> None:
         """Gives up the lease: the image may be removed from now on."""
@@ -188,28 +203,18 @@ class Image:
             self._spaces[space] = found
         return found
 
-    def _several(self, entries: index.Space, addresses: list[int]) -> list[tuple[int, Chunk]]:
-        chunks = []
-        with self._environment.read() as transaction:
-            for address in addresses:
-                entry = entries.find(address)
-                assert entry is not None
-                chunks.append((address, self._decode(transaction, entries.space, address, entry)))
-        return chunks
-
-    def _decode(
-        self, transaction: Transaction, space: int, address: int, entry: tuple[int, bytes]
-    ) -> Chunk:
-        sequence, expected = entry
-        value = transaction.get(NUMBER.pack(sequence), db=self._environment.databases["chunks"])
+    def _decode(self, transaction: Transaction, space: int, entry: index.Entry) -> Chunk:
+        value = transaction.get(
+            NUMBER.pack(entry.sequence), db=self._environment.databases["chunks"]
+        )
         try:
             if value is None:
                 raise DamagedError("the chunk is missing")
             chunk, found = chunkcodec.decode(value)
-            if found != expected:
+            if found != entry.digest:
                 raise DamagedError("another chunk is in its place")
         except DamagedError as error:
-            where = f"space {space}, {address:#x} (chunk {sequence})"
+            where = f"space {space}, {entry.address:#x} (chunk {entry.sequence})"
             raise self._damaged(f"{where}: {error.message}") from None
         return chunk
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
-from sys import byteorder
+from typing import NamedTuple
 
 from .environment import Environment
 from .records import INDEX_ENTRY, INDEX_KEY, SpaceSummary, digest
@@ -13,32 +13,34 @@ from .records import INDEX_ENTRY, INDEX_KEY, SpaceSummary, digest
 _ADDRESS = slice(INDEX_KEY.size - 8, INDEX_KEY.size)
 
 
+class Entry(NamedTuple):
+    address: int
+    sequence: int  # key of the chunk's value
+    digest: bytes  # of its content
+
+
 class Space:
     """The entries of one space, packed: 40 bytes of memory for each chunk."""
 
     def __init__(self, space: int, entries: bytes) -> None:
         self.space = space
-        self.addresses = array("Q")
         self._entries = entries
-        self.addresses.frombytes(b"".join(entry[:8] for entry in _split(entries)))
-        if byteorder == "little":
-            self.addresses.byteswap()
+        self.addresses = array("Q", (fields[0] for fields in INDEX_ENTRY.iter_unpack(entries)))
 
     def __len__(self) -> int:
         return len(self.addresses)
 
-    def find(self, address: int) -> tuple[int, bytes] | None:
-        """Sequence number and content digest of the chunk at exactly this address."""
+    def find(self, address: int) -> Entry | None:
+        """The entry of the chunk at exactly this address."""
         position = bisect_left(self.addresses, address)
         if position == len(self.addresses) or self.addresses[position] != address:
             return None
-        _, sequence, content = INDEX_ENTRY.unpack_from(self._entries, position * INDEX_ENTRY.size)
-        return sequence, content
+        return Entry(*INDEX_ENTRY.unpack_from(self._entries, position * INDEX_ENTRY.size))
 
-    def in_write_order(self) -> list[int]:
-        """Addresses in the order in which their chunks were first written to the store."""
-        entries = sorted(INDEX_ENTRY.iter_unpack(self._entries), key=lambda entry: entry[1])
-        return [address for address, _, _ in entries]
+    def entries(self) -> Iterator[Entry]:
+        """All entries, in order of address."""
+        for address, sequence, content in INDEX_ENTRY.iter_unpack(self._entries):
+            yield Entry(address, sequence, content)
 
     def summary(self) -> SpaceSummary:
         return SpaceSummary(space=self.space, chunks=len(self), digest=digest(self._entries))
@@ -72,8 +74,3 @@ def spaces(environment: Environment, number: int) -> Iterator[Space]:
             return
         yield load(environment, number, space)
         space += 1
-
-
-def _split(entries: bytes) -> Iterator[bytes]:
-    size = INDEX_ENTRY.size
-    return (entries[start : start + size] for start in range(0, len(entries), size))

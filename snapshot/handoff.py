@@ -1,0 +1,80 @@
+"""Work that several threads prepare and one thread carries out, some of it at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Handoff(Generic[T]):
+    """Takes items from any thread and gives them to `work`, up to `at_once` together and in order,
+    in a thread of its own. While that is busy (a sync of a slow disk) the next ones gather; when
+    `waiting` of them do, `give` waits.
+
+    The first exception of `work` ends it: `give` and `drain` raise it from then on.
+    """
+
+    def __init__(self, work: Callable[[list[T]], None], at_once: int, waiting: int) -> None:
+        self._work = work
+        self._at_once = at_once
+        self._waiting = waiting
+        self._items: list[T] = []
+        self._busy = False
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def give(self, item: T) -> None:
+        with self._changed:
+            while len(self._items) >= self._waiting and not self._failure:
+                self._changed.wait()
+            self._check()
+            self._items.append(item)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="snap-store", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Waits until everything given is done."""
+        with self._changed:
+            while (self._items or self._busy) and not self._failure:
+                self._changed.wait()
+            self._check()
+
+    def close(self) -> None:
+        """Ends the thread after what it does now; items that wait are dropped."""
+        with self._changed:
+            self._closed = True
+            self._items.clear()
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._items and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                part = self._items[: self._at_once]
+                del self._items[: self._at_once]
+                self._busy = True
+                self._changed.notify_all()
+            try:
+                self._work(part)
+            except BaseException as error:
+                self._failure = error
+                self._closed = True
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
