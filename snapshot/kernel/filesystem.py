@@ -56,3 +56,12 @@ def pwrite_all(fd: int, data: bytes, offset: int) -> None:
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
+
+
+def own_directory(path: bytes) -> None:
+    """Give the calling thread a working directory of its own and change it to `path`. Only for a
+    thread that ends soon: it keeps that. OSError when there is no such directory."""
+    result = int(lib.snap_unshare_directory())
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    os.chdir(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 from contextlib import suppress
 from itertools import pairwise
 
@@ -25,9 +26,11 @@ from . import (
     memfd,
     pipes,
     signalfd,
+    sockets,
     stdio,
     terminals,
     timerfd,
+    unixsockets,
 )
 from .memfd import SharedMemory, needed
 from .openfile import (
@@ -56,6 +59,8 @@ KINDS: tuple[Kind, ...] = (
     epoll,
     timerfd,
     signalfd,
+    sockets,
+    unixsockets,
     stdio,
 )
 """The first that recognises an open file has it."""
@@ -68,6 +73,14 @@ _WHAT = {
     b"anon_inode:[fanotify]": "fanotify",
     b"anon_inode:inotify": "inotify",
     b"anon_inode:[pidfd]": "a pidfd",
+}
+_FAMILIES = {
+    socket.AF_NETLINK: "netlink",
+    socket.AF_PACKET: "packet",
+    socket.AF_VSOCK: "vsock",
+    socket.AF_ALG: "alg",
+    socket.AF_CAN: "can",
+    44: "xdp",
 }
 _CLOSE_TO = 0xFFFFFFFF
 
@@ -108,8 +121,7 @@ def _capture_one(seen: Seen, table: Table, numbers: dict[int, int], next_id: int
     share, for each becomes that of `snap restore`."""
     kind = next((kind for kind in KINDS if kind.recognise(seen, table)), None)
     if kind is None:
-        link = os.fsdecode(seen.link)
-        raise Cannot(_WHAT.get(seen.link, link))
+        raise Cannot(_what(seen, table))
     if seen.flags & FASYNC:
         raise Cannot(f"{os.fsdecode(seen.link)}: signals on readiness (O_ASYNC)")
     found = kind.capture(seen, table)
@@ -128,6 +140,14 @@ def _capture_one(seen: Seen, table: Table, numbers: dict[int, int], next_id: int
     for fd in seen.fds:
         numbers.setdefault(fd, streams[stdio.stream_for_others(seen)].id)
     return list(streams.values())
+
+
+def _what(seen: Seen, table: Table) -> str:
+    """An open file of no known kind, in words."""
+    if seen.link.startswith(b"socket:["):
+        family = table.domain(seen)
+        return f"a socket of family {_FAMILIES.get(family, family)}"
+    return _WHAT.get(seen.link, os.fsdecode(seen.link))
 
 
 def _open_file(file_id: int, kind: Kind, seen: Seen, found: Captured) -> OpenFile:
@@ -244,7 +264,7 @@ def open_all(process: Process, ctx: Context) -> dict[int, int]:
         _close(opening)
         raise
     finally:
-        opening.close()
+        opening.until_done.close()
     if problems:
         _close(opening)
         raise RestoreError(

@@ -167,7 +167,7 @@ def _rebuilt(state: State, opening: Opening) -> int:
     def make() -> int:
         directory = os.path.dirname(state.path)
         fd = filesystem.unnamed_file(directory, state.mode)
-        opening.until_done(fd)
+        opening.temporary(fd)
         os.ftruncate(fd, state.size)
         for candidate in opening.of_kind(NAME):
             other = state_of(candidate, State)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -38,6 +39,7 @@ OPEN_ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_NOFOLLOW | 
 """Flags that meant something only when the file was opened the first time."""
 STANDARD = (0, 1, 2)
 AT_FDCWD = -100
+SO_DOMAIN = 39
 
 
 class Cannot(Exception):
@@ -123,6 +125,19 @@ class Table:
         with pidfds.borrowed(self.pidfd, seen.fd) as copy:
             yield copy
 
+    @contextmanager
+    def socket(self, seen: Seen) -> Iterator[socket.socket]:
+        """The same as a socket object; its flags stay what they are."""
+        with socket.socket(fileno=pidfds.getfd(self.pidfd, seen.fd)) as sock:
+            yield sock
+
+    def domain(self, seen: Seen) -> int:
+        """The family of a socket, AF_*."""
+        if seen.domain < 0:
+            with self.socket(seen) as sock:
+                seen.domain = sock.getsockopt(socket.SOL_SOCKET, SO_DOMAIN)
+        return seen.domain
+
     @property
     def diag(self) -> Diag:
         if self._diag is None:
@@ -167,7 +182,7 @@ class Opening:
             self.fds.setdefault(descriptor.file, []).append(descriptor.fd)
         self.opened: dict[int, int] = {}
         self.together: dict[Any, Any] = {}  # what several files share, by a key of the kind's own
-        self.temporary: list[int] = []  # closed when all files are open
+        self.until_done = ExitStack()  # what is closed when all files are open
         highest = max((descriptor.fd for descriptor in process.descriptors), default=0)
         self.floor = max(highest, *STANDARD) + 1
 
@@ -186,18 +201,13 @@ class Opening:
         self.opened[file.id] = fcntl.fcntl(fd, fcntl.F_DUPFD, self.floor)
         os.close(fd)
 
-    def until_done(self, fd: int) -> int:
+    def temporary(self, fd: int) -> int:
         """Close `fd` only when all files of the process are open."""
-        self.temporary.append(fd)
+        self.until_done.callback(os.close, fd)
         return fd
 
     def warn(self, file: OpenFile, text: str) -> None:
         self.ctx.warnings.append(f"{_numbers(self.fds, file)}: {text}")
-
-    def close(self) -> None:
-        for fd in self.temporary:
-            os.close(fd)
-        self.temporary.clear()
 
 
 class Placing:

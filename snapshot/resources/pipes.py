@@ -118,8 +118,8 @@ class _Ends:
     def __init__(self, opening: Opening) -> None:
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.fds = {
-            os.O_RDONLY: opening.until_done(reader),
-            os.O_WRONLY: opening.until_done(writer),
+            os.O_RDONLY: opening.temporary(reader),
+            os.O_WRONLY: opening.temporary(writer),
         }
         self.unused = {os.O_RDONLY, os.O_WRONLY}
 
@@ -140,7 +140,7 @@ def _make(state: State, file: OpenFile, opening: Opening) -> _Ends:
 
 def _open_fifo(state: State, file: OpenFile, opening: Opening) -> int:
     try:
-        fd = opening.until_done(os.open(state.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+        fd = opening.temporary(os.open(state.path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
     except FileNotFoundError:
         raise Problem(f"{os.fsdecode(state.path)}: there is no such FIFO") from None
     if not stat.S_ISFIFO(os.fstat(fd).st_mode):

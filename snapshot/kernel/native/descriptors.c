@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kcmp.h>
+#include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/signalfd.h>
 #include <sys/syscall.h>
@@ -67,4 +68,8 @@ int snap_signalfd(uint64_t mask, int flags) {
 int64_t snap_filesystem_type(int fd) {
     struct statfs what;
     return fstatfs(fd, &what) < 0 ? -errno : (int64_t)(uint32_t)what.f_type;
+}
+
+int snap_unshare_directory(void) {
+    return unshare(CLONE_FS) < 0 ? -errno : 0;
 }

@@ -31,3 +31,5 @@ int snap_timerfd_set_ticks(int fd, uint64_t ticks);
 int snap_signalfd(uint64_t mask, int flags);
 /* f_type of fstatfs(2). */
 int64_t snap_filesystem_type(int fd);
+/* unshare(CLONE_FS): working directory, root and umask become the calling thread's own. */
+int snap_unshare_directory(void);
