@@ -18,21 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import DeniedError, SnapError, StoreError, TargetError, UnsupportedError
-from .kernel import probes, procfs, yama
+from .kernel import probes, procfs, uffd, yama
 from .kernel.selftest import PATTERN
 from .units import MIB, mib
 
 State = Literal["ok", "degraded", "missing"]
 STAGING = 256 * MIB
-TAKE_FEATURES = (
-    "PAGEFAULT_FLAG_WP",
-    "WP_HUGETLBFS_SHMEM",
-    "WP_UNPOPULATED",
-    "EVENT_REMAP",
-    "EVENT_REMOVE",
-    "EVENT_UNMAP",
-)
-LAZY_FEATURES = ("EVENT_FORK", "MISSING_SHMEM", "MISSING_HUGETLBFS")
 ROOT = "sudo snap check"
 
 
@@ -142,6 +133,8 @@ def _optional(name: str, reason: str, lost: str, command: str) -> Item:
 
 
 def _userfaultfd(sample: _Sample) -> list[Item]:
+    from . import lazy, wrprotect
+
     results, have = sample.results, set(sample.features)
     call, device = results["system_call"], results["device"]
     root = os.geteuid() == 0
@@ -157,21 +150,16 @@ def _userfaultfd(sample: _Sample) -> list[Item]:
         command = "sudo chmod 666 /dev/userfaultfd" if not root else "ls -l /dev/userfaultfd"
         items.append(_optional("/dev/userfaultfd", device, lost, command))
     newer = "uname -r   (a kernel that has it is needed)"
-    absent = [name for name in TAKE_FEATURES if name not in have]
+    absent = [name for name in wrprotect.NEEDED if name not in have]
     items.append(_item("userfaultfd features, take", _lacks(absent), "takes", newer))
-    absent = [name for name in LAZY_FEATURES if name not in have]
+    absent = [name for name in uffd.names(lazy.EVENTS) if name not in have]
     items.append(_optional("userfaultfd features, lazy", _lacks(absent), "restore --lazy", newer))
-    for name, key, lost in (
-        ("write-protect anonymous", "wp_anonymous", "takes"),
-        ("write-protect empty pages", "wp_empty", "takes"),
-        ("write-protect shared memory", "wp_shared", "takes of shared memory"),
-    ):
-        items.append(_item(name, results[key], lost, newer))
-    for name, key in (
-        ("missing faults, anonymous", "missing_anonymous"),
-        ("missing faults, shared memory", "missing_shared"),
-    ):
-        items.append(_optional(name, results[key], "restore --lazy", newer))
+    memory = "takes of processes with shared memory"
+    items += [
+        _item("write-protect, private memory", results["wp_private"], "takes", newer),
+        _item("write-protect, shared memory", results["wp_shared"], memory, newer),
+        _optional("missing faults", results["missing"], "restore --lazy", newer),
+    ]
     return items
 
 

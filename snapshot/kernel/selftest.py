@@ -56,11 +56,10 @@ def device() -> str:
     return ""
 
 
-def write_protect(memory: mmap.mmap, features: int, populate: bool) -> str:
+def write_protect(memory: mmap.mmap, features: int) -> str:
     """Arm a page, write to it from another thread, see the fault and the old byte, release it."""
     address = _address(memory)
-    if populate:
-        memory[0] = 1
+    memory[0] = 1
     with Uffd.open() as handle:
         handle.api(features)
         handle.register(address, PAGE, uffd.WP)
@@ -68,7 +67,7 @@ def write_protect(memory: mmap.mmap, features: int, populate: bool) -> str:
         writer = threading.Thread(target=ctypes.memset, args=(address, 2, 1), daemon=True)
         writer.start()
         seen = _fault(handle, address)
-        if not seen and memory[0] != (1 if populate else 0):
+        if not seen and memory[0] != 1:
             seen = "the byte changed before the page was released"
         handle.writeprotect(address, PAGE, on=False)
         writer.join(LIMIT_MS / 1000)
@@ -139,15 +138,12 @@ def run() -> dict[str, str]:
     """All results by name."""
     wp = FEATURES["PAGEFAULT_FLAG_WP"]
     shared = wp | FEATURES["WP_HUGETLBFS_SHMEM"]
-    empty = wp | FEATURES["WP_UNPOPULATED"]
     return {
         "system_call": _tried(system_call),
         "device": _tried(device),
-        "wp_anonymous": _tried(lambda: write_protect(_anonymous(), wp, populate=True)),
-        "wp_shared": _tried(lambda: write_protect(_shared(), shared, populate=True)),
-        "wp_empty": _tried(lambda: write_protect(_anonymous(), empty, populate=False)),
-        "missing_anonymous": _tried(lambda: missing(_anonymous())),
-        "missing_shared": _tried(lambda: missing(_shared())),
+        "wp_private": _tried(lambda: write_protect(_anonymous(), wp)),
+        "wp_shared": _tried(lambda: write_protect(_shared(), shared)),
+        "missing": _tried(lambda: missing(_anonymous())),
     }
 
 

@@ -43,7 +43,7 @@ def check(*arguments: object, prefix: tuple[str, ...] = ()) -> tuple[int, dict[s
 
 @contextmanager
 def started(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
             yield process
         finally:
@@ -74,6 +74,11 @@ def test_the_sample_is_gone_afterwards() -> None:
 
 def test_a_live_target(tmp_path: Path) -> None:
     with started("cat") as target:
+        assert target.stdin is not None
+        assert target.stdout is not None
+        target.stdin.write(b"started?\n")
+        target.stdin.flush()
+        target.stdout.readline()
         before = _untouched(target.pid)
         code, answer = check(target.pid, "--store", tmp_path / "store")
         assert _untouched(target.pid) == before
