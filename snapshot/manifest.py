@@ -234,7 +234,7 @@ def decode(data: bytes | memoryview) -> Manifest:
         )
     try:
         return _decoder.decode(data[head:])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DamagedError(f"manifest: {error}", "snap verify IMAGE") from None
 
 
@@ -247,6 +247,6 @@ def unpack(raw: msgspec.Raw, kind: type[T]) -> T:
     """The inverse of `pack`; DamagedError when it is not a `kind`."""
     try:
         return msgspec.msgpack.decode(raw, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         message = f"{kind.__name__} in the manifest: {error}"
         raise DamagedError(message, "snap verify IMAGE") from None

@@ -93,5 +93,5 @@ def unseal(key: bytes, value: Bytes, kind: type[R]) -> R:
         raise DamagedError(f"the record of {key!r} does not match its checksum")
     try:
         return msgspec.msgpack.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DamagedError(f"the record of {key!r}: {error}") from None
