@@ -178,32 +178,44 @@ def stat(pid: int, tid: int | None = None) -> Stat:
 
 
 class Status:
-    """/proc/PID/status; a field is converted when it is asked for. KeyError: not in this kernel."""
+    """/proc/PID/status; a field is looked up when it is asked for, for the text is parsed in the
+    pause. KeyError: not in this kernel."""
 
     def __init__(self, text: bytes) -> None:
-        self.fields: dict[str, str] = {}
-        for row in text.split(b"\n"):
-            name, _, value = row.partition(b":\t")
-            # Name may hold any byte; nothing else is anything but ASCII.
-            self.fields[name.decode("latin-1")] = value.decode("latin-1")
+        self._text = text
+
+    def __contains__(self, name: str) -> bool:
+        return self._find(name) >= 0
 
     def __getitem__(self, name: str) -> str:
-        return self.fields[name]
+        start = self._find(name)
+        if start < 0:
+            raise KeyError(name)
+        # Name may hold any byte (newlines escaped), nothing else is anything but ASCII.
+        return self._text[start : self._text.index(b"\n", start)].decode("latin-1")
+
+    def _find(self, name: str) -> int:
+        """Where its value starts, or a negative number."""
+        label = b"\n" + name.encode("ascii") + b":\t"
+        at = self._text.find(label)
+        if at < 0:  # the first line, or none
+            return len(label) - 1 if self._text.startswith(label[1:]) else -1
+        return at + len(label)
 
     def number(self, name: str, base: int = 10) -> int:
-        return int(self.fields[name].split()[0], base)
+        return int(self[name].split()[0], base)
 
     def numbers(self, name: str) -> tuple[int, ...]:
-        return tuple(int(value) for value in self.fields[name].split())
+        return tuple(int(value) for value in self[name].split())
 
     def mask(self, name: str) -> int:
         """A set: SigCgt, ShdPnd, CapEff, … (bit 0 is signal 1, or capability 0)."""
-        return int(self.fields[name], 16)
+        return int(self[name], 16)
 
     @property
     def state(self) -> str:
         """One letter: R, S, D, T, t, Z, X, …"""
-        return self.fields["State"][0]
+        return self["State"][0]
 
     @property
     def tracer(self) -> int:
@@ -235,7 +247,7 @@ class Status:
     @property
     def kernel_thread(self) -> bool:
         """Only a process without memory of its own has no VmSize; a zombie has none either."""
-        return "VmSize" not in self.fields and self.state not in "ZX"
+        return "VmSize" not in self and self.state not in "ZX"
 
 
 def status(pid: int, tid: int | None = None) -> Status:

@@ -76,7 +76,7 @@ def state(status: procfs.Status, securebits: int) -> State:
         ambient=status.mask("CapAmb"),
         securebits=securebits,
         no_new_privs=bool(status.number("NoNewPrivs")),
-        seccomp=status.number("Seccomp") if "Seccomp" in status.fields else 0,
+        seccomp=status.number("Seccomp") if "Seccomp" in status else 0,
     )
 
 

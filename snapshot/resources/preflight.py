@@ -17,8 +17,8 @@ def unsupported(pid: int) -> list[str]:
     if _foreign(pid, "user"):
         things.append("another user namespace (its capabilities would count in this one)")
     for tid in procfs.threads(pid):
-        features = procfs.status(pid, tid).fields.get("x86_Thread_features", "")
-        if "shstk" in features:
+        status = procfs.status(pid, tid)
+        if "x86_Thread_features" in status and "shstk" in status["x86_Thread_features"]:
             things.append(f"thread {tid} has a shadow stack")
     return things
 

@@ -125,8 +125,8 @@ def rebuild(state: State, remote: Remote, ctx: Context) -> None:
     if state.timerslack_ns:
         slack = Call(NR.prctl, (PR_SET_TIMERSLACK, state.timerslack_ns, 0, 0, 0))
         steps.append((f"{who}: timer slack {state.timerslack_ns} ns", slack))
-    _affinity(state, remote, ctx, who)
     attempt(remote, ctx, steps)
+    _affinity(state, remote, ctx, who)
 
 
 def _attributes(state: State, remote: Remote) -> bytes:
@@ -138,7 +138,8 @@ def _attributes(state: State, remote: Remote) -> bytes:
     runtime = state.runtime_ns
     if state.policy not in (FIFO, RR, DEADLINE) and runtime == now[5]:
         runtime = 0
-    clamp = (state.util_min, state.util_max) != (0, UTIL_MAX) and result == 0
+    # Kernels without CONFIG_UCLAMP_TASK report 0 and 0, and refuse to set them.
+    clamp = (state.util_min, state.util_max) != now[8:10] and result == 0
     return ATTRIBUTES.pack(
         ATTRIBUTES.size if clamp else ATTRIBUTES.size - 8,
         state.policy,

@@ -37,7 +37,9 @@ SIGEVENT = struct.Struct("<Qiii44x")
 
 SIGEV_SIGNAL, SIGEV_NONE, SIGEV_THREAD, SIGEV_THREAD_ID = 0, 1, 2, 4
 PR_TIMER_CREATE_RESTORE_IDS = 77  # Linux 6.16 (ec2d0c04624b): timer_create takes the id it is given
-THREAD_CLOCK = 3  # CLOCK_THREAD_CPUTIME_ID
+THREAD_CLOCK = -2
+"""CLOCK_THREAD_CPUTIME_ID as /proc/PID/timers shows it: of the thread that made the timer, which is
+not told. (CLOCK_PROCESS_CPUTIME_ID is -6 there; timer_create takes both.)"""
 MANY = 1 << 16
 """Without that prctl ids are counted up to by creating and deleting timers; not further."""
 

@@ -1,0 +1,405 @@
+"""State that is neither memory nor descriptors: captured from a live victim, rebuilt in another
+process, compared by what both report with their own system calls.
+
+The victim is tests/targets/state.c; without ASLR its addresses are the same in every run, so that
+the state of one fits another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from snapshot.errors import RestoreError
+from snapshot.freeze import Frozen, freeze
+from snapshot.kernel import procfs
+from snapshot.kernel.arch_x86_64 import NR
+from snapshot.manifest import Process, pack, unpack
+from snapshot.resources import capture_process, preflight, stages
+from snapshot.resources.credentials import State as Credentials
+from snapshot.resources.limits import State as Limits
+from snapshot.resources.scheduling import State as Scheduling
+from snapshot.resources.timers import State as Timers
+
+SOURCE = Path(__file__).parents[1] / "targets" / "state.c"
+BUT_SIGTRAP = (1 << 64) - 1 & ~(1 << 4)
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(os.geteuid() != 0, reason="changes users, limits, priorities: run as root"),
+]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built = tmp_path_factory.mktemp("state") / "state"
+    flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-no-pie", "-pthread"]
+    subprocess.run(["gcc", *flags, str(SOURCE), "-o", str(built)], check=True)
+    for parent in (built.parent, *built.parents[1:3]):  # other users run it too
+        parent.chmod(0o755)
+    return built
+
+
+class Victim:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.pid = process.pid
+
+    def ask(self, command: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        assert isinstance(answer, dict)
+        return answer
+
+
+@contextmanager
+def running(program: Path, mode: str, directory: Path, **options: Any) -> Iterator[Victim]:
+    process = subprocess.Popen(
+        [str(program), mode, str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd="/",
+        env={},
+        **options,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield Victim(process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@dataclasses.dataclass
+class Ctx:
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+
+def capture(pid: int) -> Process:
+    with freeze(pid) as frozen:
+        return capture_process(frozen, 0, mappings=())
+
+
+def rebuild(process: Process, pid: int, parent_stays: bool = True) -> list[str]:
+    """What rebuild.py does with a new process, in one that has the same threads at the same
+    addresses. Returns the warnings."""
+    ctx = Ctx()
+    with freeze(pid) as frozen:
+        process = renumbered(process, frozen)
+        remote = frozen.remote
+        remotes = {tracee.tid: remote.on(tracee) for tracee in frozen.threads}
+        for tracee in frozen.threads:
+            tracee.set_signal_mask(BUT_SIGTRAP)
+            rseq = tracee.rseq()
+            assert rseq is not None
+            remotes[tracee.tid].call(NR.rseq, rseq.address, rseq.size, 1, rseq.signature)
+        brk = remote.call(NR.brk, 0)
+        stages.early(process, remote, ctx)
+        for thread in process.threads:
+            stages.thread(process, thread, remotes[thread.tid], ctx)
+        process = replace(process, layout=replace(process.layout, brk=brk))
+        stages.placed(process, remote, ctx)
+        stages.last(process, remotes, ctx, parent_stays=parent_stays)
+        for tracee, thread in zip(frozen.threads, process.threads, strict=True):
+            assert tracee.rseq() is not None
+            tracee.set_signal_mask(thread.signal_mask)
+    return ctx.warnings
+
+
+def renumbered(process: Process, frozen: Frozen) -> Process:
+    """The same state for threads with other numbers."""
+    new = [tracee.tid for tracee in frozen.threads]
+    tids = dict(zip((thread.tid for thread in process.threads), new, strict=True))
+    timers = unpack(process.state["timers"], Timers)
+    posix = tuple(replace(timer, target=tids[timer.target]) for timer in timers.posix)
+    return replace(
+        process,
+        pid=frozen.pid,
+        sid=frozen.pid if process.sid == process.pid else process.sid,
+        pgid=frozen.pid if process.pgid == process.pid else process.pgid,
+        threads=tuple(replace(thread, tid=tids[thread.tid]) for thread in process.threads),
+        state={**process.state, "timers": pack(replace(timers, posix=posix))},
+    )
+
+
+def changed(process: Process, name: str, kind: type[Any], **fields: Any) -> Process:
+    """The process with other values in one state, in whichever record it is kept."""
+
+    def new(state: dict[str, msgspec.Raw]) -> dict[str, msgspec.Raw]:
+        if name not in state:
+            return state
+        return {**state, name: pack(replace(unpack(state[name], kind), **fields))}
+
+    threads = tuple(replace(thread, state=new(thread.state)) for thread in process.threads)
+    return replace(process, state=new(process.state), threads=threads)
+
+
+def without_times(report: dict[str, Any]) -> dict[str, Any]:
+    timers = {number: pair[0] for number, pair in report["timers"].items()}
+    return {**report, "timers": timers, "itimers": [pair[0] for pair in report["itimers"]]}
+
+
+def outside(pid: int) -> dict[object, object]:
+    """What /proc shows of a process that a capture must leave alone."""
+    status: dict[object, object] = {}
+    for tid in procfs.threads(pid):
+        lines = procfs.read(pid, "status", tid).decode("latin-1").split("\n")
+        # The scratch of injected calls was mapped for an instant; SigQ counts all of a user.
+        memory = ("Rss", "VmPeak", "VmRSS", "VmHWM", "VmPTE")
+        noise = ("State", "voluntary", "nonvoluntary", "SigQ", *memory)
+        status[tid] = [line for line in lines if not line.startswith(noise)]
+    return {
+        **status,
+        "maps": procfs.maps(pid),
+        "timers": procfs.read(pid, "timers"),
+        "limits": procfs.limits(pid),
+        "fd": sorted(procfs.names(pid, "fd")),
+        "comms": [procfs.comm(pid, tid) for tid in procfs.threads(pid)],
+        "flags": [line.vm_flags for line in procfs.smaps(pid)],
+    }
+
+
+@pytest.mark.parametrize("mode", ["blank", "state", "creds"])
+def test_capture_leaves_no_trace(program: Path, tmp_path: Path, mode: str) -> None:
+    with running(program, mode, tmp_path) as victim:
+        before, seen_before = victim.ask("report"), outside(victim.pid)
+        first = capture(victim.pid)
+        second = capture(victim.pid)
+        assert outside(victim.pid) == seen_before
+        after = victim.ask("report")
+        assert without_times(after) == without_times(before)
+        for number, (_, left) in before["timers"].items():
+            assert after["timers"][number][1] <= left
+        pending = victim.ask("drain")
+        assert len(pending["threads"][0]["signals"]) == (7 if mode == "state" else 0)
+    assert [thread.tid for thread in first.threads] == [thread.tid for thread in second.threads]
+    assert first.pending == second.pending
+    assert first.state["signals"] == second.state["signals"]
+
+
+def test_what_is_captured(program: Path, tmp_path: Path) -> None:
+    with running(program, "state", tmp_path, start_new_session=True) as victim:
+        report = victim.ask("report")
+        process = capture(victim.pid)
+        pid = victim.pid
+        tids = procfs.threads(pid)
+    assert (process.pid, process.pgid, process.sid, process.ppid) == (pid, pid, pid, os.getpid())
+    assert process.comm == b"le(a) der"
+    assert process.threads[2].comm == b"wor) R k|2"
+    assert process.cmdline == (os.fsencode(program), b"state", os.fsencode(tmp_path))
+    assert process.cwd == os.fsencode(tmp_path)
+    assert process.root == b"/"
+    assert process.exe == os.fsencode(program)
+    assert process.umask == 0o031
+    assert process.personality == report["threads"][0]["personality"]
+    assert [thread.tid for thread in process.threads] == tids
+    layout = process.layout
+    assert layout.start_code < layout.end_code <= layout.start_data < layout.end_data
+    assert layout.end_data <= layout.start_brk <= layout.brk
+    assert layout.start_stack <= layout.arg_start < layout.arg_end <= layout.env_start
+    assert len(layout.auxv) % 16 == 0
+    for thread, told in zip(process.threads, report["threads"], strict=True):
+        assert thread.signal_mask == told["blocked"]
+        assert [*thread.altstack] == [told["stack"][0], told["stack"][1], told["stack"][2]] or (
+            thread.altstack[1] == told["stack"][1] % (1 << 32) - (1 << 32)
+        )
+        assert [*thread.robust_list] == told["robust"]
+        assert thread.clear_child_tid == told["clear"]
+        assert thread.rseq is not None
+        assert len(thread.registers) == 216
+        assert len(thread.xstate) >= 576
+        assert all(len(info) == 128 for info in thread.pending)
+    assert [len(thread.pending) for thread in process.threads] == [0, 3, 3, 3]
+    timers = unpack(process.state["timers"], Timers)
+    assert sorted(timer.id for timer in timers.posix) == [2, 3, 7, 150, 151, 152]
+    by_id = {timer.id: timer for timer in timers.posix}
+    assert (by_id[2].notify, by_id[3].notify, by_id[7].notify) == (0, 4, 1)
+    assert by_id[3].target == pid
+    assert by_id[2].value == 0xABCDEF02
+    assert by_id[150].clock == -6  # the process's own CPU clock
+    assert [timer.which for timer in timers.intervals] == [0, 2]
+
+
+def test_rebuilt_state(program: Path, tmp_path: Path) -> None:
+    with running(program, "state", tmp_path, start_new_session=True) as victim:
+        Path(f"/proc/{victim.pid}/oom_score_adj").write_text("321")
+        Path(f"/proc/{victim.pid}/coredump_filter").write_text("0x21")
+        process = capture(victim.pid)
+        expected = victim.ask("report")
+        signals = victim.ask("drain")
+    with running(program, "blank", tmp_path) as other:
+        warnings = rebuild(process, other.pid)
+        found = other.ask("report")
+        assert without_times(found) == without_times(expected)
+        for number, (_, left) in expected["timers"].items():
+            assert abs(found["timers"][number][1] - left) < 60e9
+        for (_, was), (_, now) in zip(expected["itimers"], found["itimers"], strict=True):
+            assert abs(now - was) < 60e6
+        assert other.ask("drain") == signals
+        assert procfs.read(other.pid, "oom_score_adj") == b"321\n"
+        assert procfs.read(other.pid, "coredump_filter") == b"00000021\n"
+        assert procfs.link(other.pid, "cwd") == os.fsencode(tmp_path)
+        again = capture(other.pid)
+    assert warnings == []
+    for name in ("signals", "settings", "limits"):
+        assert again.state[name] == process.state[name]
+    for thread, was in zip(again.threads, process.threads, strict=True):
+        assert thread.state == was.state
+        assert thread.rseq == was.rseq
+        assert thread.altstack == was.altstack
+
+
+def test_rebuilt_credentials(program: Path, tmp_path: Path) -> None:
+    with running(program, "creds", tmp_path) as victim:
+        process = capture(victim.pid)
+        expected = victim.ask("report")
+    with running(program, "blank", tmp_path) as other:
+        warnings = rebuild(process, other.pid)
+        found = other.ask("report")
+    assert warnings == []
+    assert found["threads"] == expected["threads"]
+    assert found["dumpable"] == 1
+
+
+def test_death_signal_needs_a_parent_that_stays(program: Path, tmp_path: Path) -> None:
+    with running(program, "state", tmp_path) as victim:
+        process = capture(victim.pid)
+    with running(program, "blank", tmp_path) as other:
+        warnings = rebuild(process, other.pid, parent_stays=False)
+        found = other.ask("report")
+    assert [thread["death"] for thread in found["threads"]] == [0, 0, 0, 0]
+    assert len(warnings) == 3
+    assert all("--wait" in warning for warning in warnings)
+
+
+def test_chroot(program: Path, tmp_path: Path) -> None:
+    jail = tmp_path / "jail"
+    (jail / "inside").mkdir(parents=True)
+    (jail / "proc").mkdir()
+    with running(program, "blank", tmp_path) as victim:
+        with freeze(victim.pid) as frozen:  # it would need /proc/self/exe inside otherwise
+            frozen.remote.call(NR.chroot, frozen.remote.put(os.fsencode(jail) + b"\0"))
+            frozen.remote.call(NR.chdir, frozen.remote.put(b"/inside\0"))
+        process = capture(victim.pid)
+    assert process.root == os.fsencode(jail)
+    assert process.cwd == os.fsencode(jail / "inside")
+    with running(program, "blank", tmp_path) as other:
+        assert rebuild(process, other.pid) == []
+        assert procfs.link(other.pid, "root") == os.fsencode(jail)
+        assert other.ask("report")["cwd"] == "/inside"
+
+
+def test_working_directory_that_is_gone(program: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    with running(program, "state", gone) as victim:
+        gone.rmdir()
+        process = capture(victim.pid)
+    with running(program, "blank", tmp_path) as other:
+        (warning,) = rebuild(process, other.pid)
+        assert other.ask("report")["cwd"] == "/"
+    assert str(gone) in warning
+    assert "deleted" in warning
+
+
+def test_the_kernel_refuses(program: Path, tmp_path: Path) -> None:
+    """A new process without power: what it may not have becomes a warning with the quantity."""
+    with running(program, "blank", tmp_path) as victim:
+        process = capture(victim.pid)
+    process = changed(process, "limits", Limits, limits={7: (5000, 1 << 40), 4: (0, 0)})
+    process = changed(process, "scheduling", Scheduling, nice=-5, policy=1, priority=9)
+    user: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []}
+    with running(program, "blank", Path("/"), **user) as other:
+        warnings = rebuild(process, other.pid)
+        report = other.ask("report")
+    text = "\n".join(warnings)
+    assert "nice -5: not restored (EACCES)" in text
+    assert "policy 1, priority 9: not restored (EPERM)" in text
+    assert "limit open files: 5000 (hard 1099511627776) became" in text
+    assert report["limits"][7][0] == 5000
+    assert report["limits"][4] == [0, 0]
+    assert "uids (0, 0, 0, 0) became (65534, 65534, 65534, 65534)" in text
+    assert "permitted" in text
+
+
+def test_power_is_dropped_under_locked_securebits(program: Path, tmp_path: Path) -> None:
+    with running(program, "creds", tmp_path) as victim:
+        process = capture(victim.pid)
+    process = changed(process, "credentials", Credentials, permitted=0, effective=0, ambient=0)
+    with running(program, "blank", tmp_path) as other:
+        with freeze(other.pid) as frozen:
+            pr_set_securebits, no_setuid_fixup_locked = 28, 1 << 2 | 1 << 3
+            frozen.remote.call(NR.prctl, pr_set_securebits, no_setuid_fixup_locked, 0, 0, 0)
+        warnings = rebuild(process, other.pid)
+        leader = other.ask("report")["threads"][0]
+    assert leader["permitted"] == [0, 0]
+    assert leader["uids"][:3] == [1001, 1002, 1003]
+    assert any("securebits 0x44 became 0xc" in warning for warning in warnings)
+
+
+def test_never_more_power_than_before(program: Path, tmp_path: Path) -> None:
+    """A thread that cannot give up its power is no warning but an error: here uid 0 without any
+    capability, which cannot become anybody else."""
+    with running(program, "creds", tmp_path) as victim:
+        process = capture(victim.pid)
+    with running(program, "blank", tmp_path) as other:
+        with freeze(other.pid) as frozen:
+            version_3 = bytes.fromhex("2205082000000000")
+            header = frozen.remote.put(version_3 + bytes(24))
+            frozen.remote.call(NR.capset, header, header + len(version_3))
+        with pytest.raises(RestoreError, match="would run as root"):
+            rebuild(process, other.pid)
+
+
+def test_many_pending_signals(program: Path, tmp_path: Path) -> None:
+    """More than fit in one round of injected calls."""
+    with running(program, "state", tmp_path) as victim:
+        process = capture(victim.pid)
+    infos = tuple(
+        (35).to_bytes(4, "little")
+        + bytes(4)
+        + (-1).to_bytes(4, "little", signed=True)
+        + bytes(12)
+        + number.to_bytes(8, "little")
+        + bytes(96)
+        for number in range(1000)
+    )
+    process = replace(process, pending=infos)
+    with running(program, "blank", tmp_path) as other:
+        rebuild(process, other.pid)
+        signals = other.ask("drain")["threads"][0]["signals"]
+    assert [one[4] for one in signals if one[0] == 35] == list(range(1000))
+
+
+def test_preflight() -> None:
+    assert preflight.unsupported(os.getpid()) == []
+    assert preflight.warnings(os.getpid()) == []
+    sleep = ["unshare", "--user", "--map-root-user", "--mount", "--uts", "sh", "-c"]
+    process = subprocess.Popen([*sleep, "echo ready; read x"], stdin=-1, stdout=-1, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        (thing,) = preflight.unsupported(process.pid)
+        assert "user namespace" in thing
+        texts = preflight.warnings(process.pid)
+        assert len(texts) == 2
+        assert "mnt" in texts[0]
+        assert "uts" in texts[1]
+    finally:
+        process.kill()
+        process.communicate()
