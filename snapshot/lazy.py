@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import select
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -40,6 +41,10 @@ class Content(Protocol):
     @property
     def present(self) -> int:
         """Bit i: the page at i * PAGE belongs to the image."""
+
+    @property
+    def nonzero(self) -> int:
+        """Bit i: and holds anything but zeros."""
 
     @property
     def data(self) -> bytes:
@@ -94,6 +99,8 @@ class Server:
         self._poll = select.poll()
         self._watch = watch or {}
         self._cached: tuple[int, Content | None] = (-1, None)
+        self._put = 0
+        """Pages that the last fill put in place."""
         for fd in self._watch:
             self._poll.register(fd, select.POLLIN)
 
@@ -151,7 +158,8 @@ class Server:
         try:
             messages = self.journal.read(client.uffd, client.number)
         except UffdError as error:
-            return self._gone(client, error)
+            self._gone(client, error)
+            return
         # Events first: a page that was given up must not be filled from the image any more.
         for message in messages:
             if isinstance(message, Fault):
@@ -227,7 +235,7 @@ class Server:
         been served. The pages around it that are missing for the same reason come with it."""
         if not self._accept(client, client.uffd.fill(address, _ZEROS, 1, 0)):
             return False
-        if client.number not in self.clients or self.filled_last != 1:
+        if client.number not in self.clients or self._put != 1:
             return True
         base = align_down(address, CHUNK)
         wanted = ALL_PAGES
@@ -238,8 +246,8 @@ class Server:
 
     def _accept(self, client: Client, filled: Filled) -> bool:
         """Accounts for a fill. False when it must be repeated."""
-        self.filled_last = filled.copied + filled.zeroed
-        self.journal.filled += self.filled_last
+        self._put = filled.copied + filled.zeroed
+        self.journal.filled += self._put
         if filled.errno == errno.EAGAIN:
             return False
         if filled.errno:
@@ -280,6 +288,4 @@ def _pages(start: int, end: int) -> int:
 
 def _first_chunk(known: Sequence[int], source: int) -> int:
     """Index of the first chunk that ends above the image address `source`."""
-    from bisect import bisect_left
-
     return bisect_left(known, align_down(source, CHUNK))

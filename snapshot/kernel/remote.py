@@ -147,6 +147,12 @@ class Remote:
         finally:
             self._at = None
 
+    def renew(self) -> None:
+        """Finds another `syscall` instruction: after the vdso was unmapped or put elsewhere, which
+        only calls of the loop can do."""
+        assert self._at is not None, "open() comes first"
+        self._at.instruction = find_syscall(self.tracee)
+
     def on(self, tracee: Tracee) -> Remote:
         """The same scratch, calls made in another stopped thread of the process. Not at the same
         time: the array of calls is one."""
