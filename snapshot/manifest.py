@@ -166,6 +166,7 @@ class Process(Record, frozen=True):
     files: tuple[OpenFile, ...]
     descriptors: tuple[Descriptor, ...]
     pending: tuple[bytes, ...] = ()  # siginfo queued for the whole process
+    stopped: bool = False  # by SIGSTOP or another stop signal: it waits for SIGCONT
     state: dict[str, msgspec.Raw] = {}  # resource modules by NAME: "signals", "timers", …
 
 

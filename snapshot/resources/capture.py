@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from signal import SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,6 +19,9 @@ from .registry import PROCESS_MODULES, THREAD_MODULES
 if TYPE_CHECKING:
     from ..freeze import Frozen
     from ..kernel.ptrace import Tracee
+
+STOP_SIGNALS = (SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU)
+"""ptrace(2): in a group-stop a seized thread reports the signal that stopped it."""
 
 
 class _ThreadQuestions:
@@ -49,6 +53,7 @@ class Gathered:
     """All of a process at T0 but memory and descriptors, most of it not yet looked at."""
 
     facts: Facts
+    stopped: bool
     pending: Sequence[bytes]
     raw_threads: tuple[_RawThread, ...]
     process_answers: Answers
@@ -114,6 +119,7 @@ class Gathered:
             files=files,
             descriptors=descriptors,
             pending=pending.complete(self.pending, status.mask("ShdPnd")),
+            stopped=self.stopped,
             state={**own, **(state or {})},
         )
 
@@ -158,6 +164,7 @@ def gather(frozen: Frozen) -> Gathered:
         )
     return Gathered(
         facts=facts,
+        stopped=(leader.stop >> 8 & 0xFF) in STOP_SIGNALS,
         pending=leader.pending(shared=True),
         raw_threads=tuple(raw),
         process_answers=process_answers,

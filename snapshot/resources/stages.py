@@ -13,8 +13,9 @@ power until `last`. `Remote`s run in the thread they are for; those of threads b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from signal import SIGTRAP
+from signal import SIGSTOP, SIGTRAP
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import DamagedError
@@ -94,6 +95,8 @@ def last(
         switches.finish(state, remotes[one.tid], ctx, parent_stays)
     ctx.warnings += sorted(text for text in confined if text)
     settings.finish(_state(process, settings.NAME, settings.State), leader, ctx)
+    if process.stopped:  # takes effect when the threads are let go
+        os.kill(leader.tracee.tid, SIGSTOP)
 
 
 def _traps_matter(process: Process, actions: signals.State) -> bool:

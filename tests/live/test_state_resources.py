@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -364,6 +366,47 @@ def test_never_more_power_than_before(program: Path, tmp_path: Path) -> None:
             frozen.remote.call(NR.capset, header, header + len(version_3))
         with pytest.raises(RestoreError, match="would run as root"):
             rebuild(process, other.pid)
+
+
+def test_stopped(program: Path, tmp_path: Path) -> None:
+    with running(program, "state", tmp_path) as victim:
+        os.kill(victim.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, victim.pid, os.WSTOPPED)
+        process = capture(victim.pid)
+        assert procfs.status(victim.pid).state == "T"
+    assert process.stopped
+    with running(program, "blank", tmp_path) as other:
+        rebuild(process, other.pid)
+        os.waitid(os.P_PID, other.pid, os.WSTOPPED)
+        assert procfs.status(other.pid).state == "T"
+        os.kill(other.pid, signal.SIGCONT)
+        assert other.ask("report")["cwd"] == str(tmp_path)
+
+
+def test_unprivileged(program: Path) -> None:
+    """A user's own process, captured and rebuilt without any capability: nothing is lost."""
+
+    def as_nobody() -> None:
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        with running(program, "blank", Path("/")) as victim:
+            expected = victim.ask("report")
+            process = capture(victim.pid)
+            assert victim.ask("report") == expected
+        with running(program, "blank", Path("/")) as other:
+            assert rebuild(process, other.pid) == []
+            assert other.ask("report") == expected
+
+    pid = os.fork()
+    if not pid:
+        try:
+            as_nobody()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_many_pending_signals(program: Path, tmp_path: Path) -> None:
