@@ -128,7 +128,7 @@ def open(file: OpenFile, opening: Opening) -> int:
     state = state_of(file, State)
     if state.inside:
         return _placeholder(file)
-    flags = file.flags & ~OPEN_ONCE
+    flags = file.flags & ~(OPEN_ONCE | os.O_DIRECTORY)  # O_TMPFILE includes it
     memory = memfd.object_of(state.device, state.inode, opening)
     if memory is not None:
         fd = reopen(memory, flags)
