@@ -17,7 +17,7 @@ from .lazy import PageSource
 from .manifest import OBJECT_SPACE, SharedObject
 from .units import MIB, PAGE, PAGES_PER_CHUNK, align_up
 
-_F_ADD_SEALS = 1033
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _F_SEAL_SEAL = 1
 _ZEROS = bytes(MIB)
 
@@ -34,7 +34,7 @@ def open_all(
             try:
                 fd = opened[one.id] = _MAKERS[one.kind](one, warnings)
                 _fill(fd, one, source)
-                if one.seals:
+                if one.seals and fcntl.fcntl(fd, _F_GET_SEALS) != one.seals:
                     fcntl.fcntl(fd, _F_ADD_SEALS, one.seals)
             except OSError as error:
                 problems.append(f"{_label(one)}: {error.strerror}")

@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 from snapshot import examine
 from snapshot.freeze import freeze
+from snapshot.kernel import pidfd as pidfds
 from snapshot.kernel import procfs, vdso
-from snapshot.manifest import Host, Manifest
+from snapshot.manifest import OBJECT_SPACE, Host, Manifest, SharedObject
 from snapshot.regions import Window
 from snapshot.resources import capture_process, descriptors
+from snapshot.resources.memfd import SharedMemory
 from snapshot.units import CHUNK, PAGE, PAGES_PER_CHUNK, align_down
 
 PRESENT, SWAPPED, FILE = 1 << 63, 1 << 62, 1 << 61
@@ -83,6 +85,11 @@ def copy(pid: int) -> StoppedCopy:
         ):
             for window in plan.windows:
                 _read(window, memory.fileno(), pagemap.fileno(), pages.setdefault(window.space, {}))
+        shared = list(plan.objects.values())
+        for key, needed in descriptors.needed(files, table).items():
+            if key not in plan.objects:
+                shared.append(_object(len(shared), needed))
+                pages[OBJECT_SPACE + shared[-1].id] = _contents(frozen.pidfd, needed)
     uname = os.uname()
     host = Host(
         boot_id=procfs.boot_id(),
@@ -96,7 +103,7 @@ def copy(pid: int) -> StoppedCopy:
         host=host,
         processes=(process,),
         files=tuple(plan.files.values()),
-        objects=tuple(plan.objects.values()),
+        objects=tuple(shared),
     )
     return StoppedCopy(manifest, pages)
 
@@ -111,3 +118,28 @@ def _read(window: Window, memory: int, pagemap: int, pages: dict[int, bytes]) ->
             continue
         offset = page * PAGE
         pages[window.at + offset] = os.pread(memory, PAGE, window.start + offset)
+
+
+def _object(number: int, needed: SharedMemory) -> SharedObject:
+    return SharedObject(
+        id=number,
+        kind=needed.kind,
+        name=needed.name,
+        device=needed.device,
+        inode=needed.inode,
+        size=needed.size,
+        seals=needed.seals,
+        mode=needed.mode,
+    )
+
+
+def _contents(pidfd: int, needed: SharedMemory) -> dict[int, bytes]:
+    with pidfds.borrowed(pidfd, needed.fd) as fd:
+        own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    try:
+        return {
+            offset: os.pread(own, PAGE, offset).ljust(PAGE, b"\0")
+            for offset in range(0, needed.size, PAGE)
+        }
+    finally:
+        os.close(own)
