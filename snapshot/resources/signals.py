@@ -29,7 +29,6 @@ SIGNALS = tuple(n for n in range(1, HIGHEST + 1) if n not in (SIGKILL, SIGSTOP))
 SET_BYTES = 8
 """sizeof(sigset_t) of the kernel."""
 ACTION = struct.Struct("<QQQQ")  # struct sigaction of the kernel: handler, flags, restorer, mask
-IGNORE = 1  # SIG_IGN
 DEFAULT = ACTION.pack(0, 0, 0, 0)
 
 

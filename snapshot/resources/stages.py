@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from signal import SIGSTOP, SIGTRAP
+from signal import SIGSTOP
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import DamagedError
@@ -78,11 +78,8 @@ def last(
     `parent_stays`: the process that made it stays until it ends (`--wait`), so that a death signal
     may be armed. May raise RestoreError: the caller kills what it has built.
     """
-    actions = _state(process, signals.NAME, signals.State)
-    if _traps_matter(process, actions):
-        remotes = {tid: _without_traps(remote) for tid, remote in remotes.items()}
     leader = remotes[process.threads[0].tid]
-    signals.rebuild(actions, leader, ctx)
+    signals.rebuild(_state(process, signals.NAME, signals.State), leader, ctx)
     pending.rebuild(process, remotes, ctx)
     timers.rebuild(_state(process, timers.NAME, timers.State), leader, ctx)
     limits.rebuild(_state(process, limits.NAME, limits.State), leader, ctx)
@@ -97,17 +94,3 @@ def last(
     settings.finish(_state(process, settings.NAME, settings.State), leader, ctx)
     if process.stopped:  # takes effect when the threads are let go
         os.kill(leader.tracee.tid, SIGSTOP)
-
-
-def _traps_matter(process: Process, actions: signals.State) -> bool:
-    """Injected calls end in a trap, which would reset an ignored SIGTRAP to its default and must
-    not meet one that is queued."""
-    ignored = SIGTRAP in actions.actions and actions.actions[SIGTRAP].handler == signals.IGNORE
-    queues = [process.pending, *(one.pending for one in process.threads)]
-    return ignored or any(pending.number(info) == SIGTRAP for queue in queues for info in queue)
-
-
-def _without_traps(remote: Remote) -> Remote:
-    """A Remote that finds SIGTRAP blocked makes its calls another way (kernel/remote.py)."""
-    remote.tracee.set_signal_mask((1 << 64) - 1)
-    return remote.on(remote.tracee)

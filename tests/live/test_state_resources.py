@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import signal
+import struct
 import subprocess
 import traceback
 from collections.abc import Iterator
@@ -427,6 +428,32 @@ def test_many_pending_signals(program: Path, tmp_path: Path) -> None:
         rebuild(process, other.pid)
         signals = other.ask("drain")["threads"][0]["signals"]
     assert [one[4] for one in signals if one[0] == 35] == list(range(1000))
+
+
+def test_traps_that_wait(program: Path, tmp_path: Path) -> None:
+    """Injected calls end in a trap of their own, which must not be taken for these."""
+
+    def info(value: int) -> bytes:
+        head = struct.pack("<iiiiiiQ", signal.SIGTRAP, 0, -1, 0, 1, 2, value)
+        return head.ljust(128, b"\0")
+
+    for mode in ("blank", "state"):  # SIGTRAP at its default, and ignored
+        with running(program, mode, tmp_path) as victim:
+            process = capture(victim.pid)
+        leader, first, *others = process.threads
+        blocked = (1 << 64) - 1
+        threads = (
+            replace(leader, signal_mask=blocked),
+            replace(first, pending=(info(7),), signal_mask=blocked),
+            *(replace(other, signal_mask=blocked) for other in others),
+        )
+        process = replace(process, pending=(info(8),), threads=threads)
+        with running(program, "blank", tmp_path) as other:
+            assert rebuild(process, other.pid) == []
+            assert other.ask("report")["actions"][4][0] == (mode == "state")
+            answers = other.ask("drain")["threads"]
+        assert [one[4] for one in answers[1]["signals"] if one[0] == 5] == [7]
+        assert [one[4] for one in answers[0]["signals"] if one[0] == 5] == [8]
 
 
 def test_preflight() -> None:
