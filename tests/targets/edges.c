@@ -265,7 +265,8 @@ int main(int argc, char **argv)
     sigemptyset(&usr1);
     sigaddset(&usr1, SIGUSR1);
     sigprocmask(SIG_BLOCK, &usr1, NULL);
-    victim_start(argc, argv, 1);
+    victim_start(argc, argv);
+    victim_lanes(1);
     bytes = (size_t)option("mib", 4) * MIB;
     /* the heap's end is this program's alone: malloc has all it will need before that */
     settle_malloc();

@@ -59,7 +59,8 @@ int main(int argc, char **argv)
     sigemptyset(&usr1);
     sigaddset(&usr1, SIGUSR1);
     pthread_sigmask(SIG_BLOCK, &usr1, NULL);
-    victim_start(argc, argv, 2);
+    victim_start(argc, argv);
+    victim_lanes(2);
     how = option_text("how", "exit");
     size_t bytes = (size_t)option("mib", 16) * MIB;
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -102,7 +102,8 @@ static void tell(const char *path)
 int main(int argc, char **argv)
 {
     pthread_t thread;
-    victim_start(argc, argv, 1 + (unsigned)option("rings", 1));
+    victim_start(argc, argv);
+    victim_lanes(1 + (unsigned)option("rings", 1));
     bool relay = option("relay", 0) != 0;
     threads = (size_t)option("rings", 1);
     rings = relay ? 1 : threads;

@@ -198,7 +198,8 @@ int main(int argc, char **argv)
     sigemptyset(&usr1);
     sigaddset(&usr1, SIGUSR1);
     pthread_sigmask(SIG_BLOCK, &usr1, NULL);
-    victim_start(argc, argv, 1 + (unsigned)option("threads", 2));
+    victim_start(argc, argv);
+    victim_lanes(1 + (unsigned)option("threads", 2));
     bytes = (size_t)option("mib", 4) * MIB;
     settle_malloc();
     pause_ms = (unsigned)option("pause", 0);

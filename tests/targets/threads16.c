@@ -478,7 +478,8 @@ int main(int argc, char **argv)
     sigdelset(&all, SIGINT);
     sigprocmask(SIG_BLOCK, &all, NULL);
     umask(027);
-    victim_start(argc, argv, THREADS);
+    victim_start(argc, argv);
+    victim_lanes(THREADS);
     if (__builtin_cpu_supports("avx"))
         avx = (struct held){ hold_avx, 512, AVX };
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"))

@@ -63,18 +63,21 @@ void sleep_ms(unsigned ms)
               (unsigned long long)(now_ns() - before));
 }
 
-void victim_start(int argc, char **argv, unsigned lanes)
+void victim_lanes(unsigned lanes)
+{
+    lanes_used = lanes;
+}
+
+void victim_start(int argc, char **argv)
 {
     arguments = argc;
     argument = argv;
-    lanes_used = lanes;
     deadline = now_ns() + (uint64_t)option("life", 900) * 1000000000ULL;
     const char *path = option_text("status", NULL);
     if (path) {
         status_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
         must(status_fd >= 0, path);
     }
-    publish();
 }
 
 void victim_ready(void)

@@ -35,7 +35,8 @@ extern uint64_t values[VALUES];
 
 /* Options of every victim: --status PATH, --ready FD, --life SECONDS; others are looked up by name:
  * `--name NUMBER` or `--name WORD`. */
-void victim_start(int argc, char **argv, unsigned lanes);
+void victim_start(int argc, char **argv);
+void victim_lanes(unsigned lanes);  /* how many of `progress` are used */
 long option(const char *name, long otherwise);
 const char *option_text(const char *name, const char *otherwise);
 

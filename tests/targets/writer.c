@@ -113,7 +113,7 @@ static void add_kind(const char *kind, size_t pages, char *stack)
         must(start != (void *)-1, "sbrk");
         add((char *)(((uintptr_t)start + PAGE - 1) & ~(PAGE - 1)), pages, 0);
     } else if (strcmp(kind, "stack") == 0) {
-        add(stack, STATIC_PAGES, 0);
+        add(stack, STATIC_PAGES, NEVER_EMPTY);  /* main was not the first there */
     } else if (strcmp(kind, "data") == 0) {
         add(in_data, STATIC_PAGES, 0);
         add(in_bss, STATIC_PAGES, 0);
@@ -175,9 +175,13 @@ static void check_page(size_t page)
 static void write_page(size_t page)
 {
     volatile uint64_t *at = (volatile uint64_t *)page_at[page];
-    uint32_t generation = ledger[page] + 1;
+    uint32_t last = ledger[page], generation = last + 1;
     size_t slot = slot_of(page, generation);
 
+    /* before it is written over: a page of another instant would heal within microseconds */
+    if (at[0] != word(page, 0, last) && !(last == 0 && (page_flags[page] & STARTS_EMPTY)))
+        fault("page %zu at %p is of generation %u, the ledger says %u", page,
+              (void *)page_at[page], (uint32_t)(at[0] >> 32), last);
     *(volatile uint32_t *)&ledger[page] = generation;
     at[slot] = word(page, slot, generation);
     at[0] = word(page, 0, generation);
@@ -220,7 +224,8 @@ int main(int argc, char **argv)
     sigemptyset(&usr1);
     sigaddset(&usr1, SIGUSR1);
     pthread_sigmask(SIG_BLOCK, &usr1, NULL);
-    victim_start(argc, argv, 1 + (unsigned)option("threads", 2));
+    victim_start(argc, argv);
+    victim_lanes(1 + (unsigned)option("threads", 2));
     writers = (size_t)option("threads", 2);
     sparse = option("sparse", 0) != 0;
     rate = option("rate", 0);
@@ -230,7 +235,7 @@ int main(int argc, char **argv)
         add_kind(kind, pages, stack);
     else
         for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
-            add_kind(kinds[i], pages / 8 & ~511UL, stack);
+            add_kind(kinds[i], pages / 8 < 512 ? 512 : pages / 8 & ~511UL, stack);
     initialise();
     values[0] = page_count;
     values[1] = (uint64_t)(uintptr_t)spans[0].start;

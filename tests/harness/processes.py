@@ -1,0 +1,121 @@
+"""Starting, watching and ending processes in tests, without sleeping and without leaving any.
+
+The test session is made a subreaper (prctl): whatever is orphaned below it (a page server, a
+restored process whose `snap restore` has ended) becomes its child and can be found, and reaped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def become_subreaper() -> None:
+    if _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    """Until `true()` holds: for states that nothing announces. TimeoutError names `what`."""
+    end = time.monotonic() + seconds
+    pause = 0.0005
+    while not true():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what}: not after {seconds:g} s")
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.02)
+
+
+def stat_fields(pid: int) -> list[str]:
+    """/proc/PID/stat from field 3 (the state) on; [] when there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return text[text.rindex(")") + 2 :].split()
+
+
+def state(pid: int) -> str:
+    """The one letter of /proc/PID/stat, or '' when there is no such process."""
+    fields = stat_fields(pid)
+    return fields[0] if fields else ""
+
+
+def children(pid: int) -> list[int]:
+    """Children of all threads of `pid`, zombies included."""
+    found: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                text = Path(f"/proc/{pid}/task/{task}/children").read_text()
+                found += [int(child) for child in text.split()]
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below `pid`, parents before their children."""
+    found = children(pid)
+    for child in found:
+        found += children(child)
+    return found
+
+
+def command_line(pid: int) -> str:
+    """For messages. Not /proc/PID/cmdline: reading that touches the process's own memory, which
+    would wait for ever on a restored process whose page server is gone."""
+    try:
+        comm = Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return "(gone)"
+    return f"{comm} [{state(pid)}]"
+
+
+def ended(pid: int) -> bool:
+    """Whether `pid` is gone for good, its number free again. A zombie of our own is reaped."""
+    letter = state(pid)
+    if letter != "Z":
+        return letter == ""
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    return state(pid) == ""
+
+
+def kill(pid: int, seconds: float = 20.0) -> None:
+    """SIGKILL and wait until nothing of the process is left (its pid can be used again)."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        if not poll.poll(seconds * 1000):
+            raise TimeoutError(f"process {pid} {command_line(pid)} did not end on SIGKILL")
+    finally:
+        os.close(handle)
+    wait_until(lambda: ended(pid), f"process {pid} being reaped", seconds)
+
+
+def kill_all(pids: list[int]) -> None:
+    """All of them first, then wait: a page server may hold what its client waits for."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for pid in pids:
+        kill(pid)
+
+
+def has_ended(pid: int, seconds: float = 20.0) -> None:
+    """Waits until `pid` ends by itself and is reaped; TimeoutError otherwise."""
+    wait_until(lambda: ended(pid), f"the end of process {pid}", seconds)
