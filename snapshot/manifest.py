@@ -120,6 +120,7 @@ class OpenFile(Record, frozen=True):
     flags: int = 0  # open(2) flags of /proc/PID/fdinfo, without O_CLOEXEC
     offset: int = 0
     closed: bool = False  # comes back as an ended connection
+    owner: tuple[int, int, int] | None = None  # O_ASYNC: F_OWNER_*, whom to signal, F_GETSIG
     state: msgspec.Raw = msgspec.Raw(b"\xc0")  # the module's own
 
 

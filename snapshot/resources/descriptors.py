@@ -12,7 +12,9 @@ import socket
 from contextlib import suppress
 from itertools import pairwise
 
-from ..errors import DeniedError, RestoreError, TargetError
+from msgspec.structs import replace
+
+from ..errors import DeniedError, KernelError, RestoreError, TargetError
 from ..kernel import kcmp
 from ..kernel.arch_x86_64 import NR
 from ..kernel.remote import Remote
@@ -24,6 +26,7 @@ from . import (
     eventfd,
     files,
     memfd,
+    ownership,
     pipes,
     signalfd,
     sockets,
@@ -34,7 +37,6 @@ from . import (
 )
 from .memfd import SharedMemory, needed
 from .openfile import (
-    FASYNC,
     O_CLOEXEC,
     STANDARD,
     Cannot,
@@ -84,7 +86,7 @@ _FAMILIES = {
 }
 _CLOSE_TO = 0xFFFFFFFF
 
-__all__ = ["SharedMemory", "capture", "needed", "open_all", "place"]
+__all__ = ["SharedMemory", "capture", "examine", "needed", "open_all", "place"]
 
 
 # --- capture -------------------------------------------------------------------------------------
@@ -93,27 +95,42 @@ __all__ = ["SharedMemory", "capture", "needed", "open_all", "place"]
 def capture(pid: int, pidfd: int) -> tuple[tuple[OpenFile, ...], tuple[Descriptor, ...], list[str]]:
     """The open files of a stopped process, its descriptors, and all that cannot be handled.
 
-    Nothing is read from, consumed or changed. About 20 µs a descriptor.
+    Nothing of it is consumed or changed. About 20 µs a descriptor.
     """
     raw = _read_all(pid)
     seen = _by_struct_file(pid, raw)
-    table = Table(pid, pidfd, seen)
     opened: list[OpenFile] = []
     numbers: dict[int, int] = {}  # fd -> OpenFile.id
     cannot: list[str] = []
-    try:
+    with Table(pid, pidfd, seen) as table:
         for one in seen:
             try:
                 opened += _capture_one(one, table, numbers, len(seen))
             except Cannot as reason:
-                cannot.append(f"descriptor {', '.join(map(str, one.fds))}: {reason}")
-    finally:
-        table.close()
+                cannot.append(one.numbered(reason))
     descriptors = tuple(
-        Descriptor(fd=fd, file=numbers[fd], cloexec=bool(raw[fd].flags & O_CLOEXEC))
-        for fd in sorted(numbers)
+        Descriptor(fd=fd, file=numbers[fd], cloexec=fd in raw[fd].cloexec) for fd in sorted(numbers)
     )
     return tuple(opened), descriptors, cannot
+
+
+def examine(pid: int, pidfd: int) -> list[str]:
+    """What of a running process cannot be handled, as `capture` would find it.
+
+    Looks at nothing that a look could disturb (what waits in sockets and pipes), and passes over
+    what the process closes meanwhile.
+    """
+    raw = _read_all(pid)
+    cannot: list[str] = []
+    with Table(pid, pidfd, list(raw.values()), stopped=False) as table:
+        for one in table.files:
+            try:
+                _capture_one(one, table, {}, len(raw))
+            except Cannot as reason:
+                cannot.append(one.numbered(reason))
+            except (OSError, KernelError):
+                continue  # closed, or another file by now
+    return cannot
 
 
 def _capture_one(seen: Seen, table: Table, numbers: dict[int, int], next_id: int) -> list[OpenFile]:
@@ -122,14 +139,13 @@ def _capture_one(seen: Seen, table: Table, numbers: dict[int, int], next_id: int
     kind = next((kind for kind in KINDS if kind.recognise(seen, table)), None)
     if kind is None:
         raise Cannot(_what(seen, table))
-    if seen.flags & FASYNC:
-        raise Cannot(f"{os.fsdecode(seen.link)}: signals on readiness (O_ASYNC)")
     found = kind.capture(seen, table)
     standard = [fd for fd in seen.fds if fd in STANDARD]
     if not (found.outside and standard):
         for fd in seen.fds:
             numbers[fd] = seen.id
-        return [_open_file(seen.id, kind, seen, found)]
+        one = _open_file(seen.id, kind, seen, found)
+        return [replace(one, owner=ownership.of(seen, table))]
     streams = {}
     for fd in standard:
         file_id = seen.id if fd == standard[0] else next_id + fd
@@ -176,7 +192,7 @@ def _read_all(pid: int) -> dict[int, Seen]:
         infos = os.open(f"/proc/{pid}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | O_CLOEXEC)
         try:
             for name in os.listdir(links):
-                with suppress(FileNotFoundError):  # another process shares the table
+                with suppress(FileNotFoundError):  # closed meanwhile, in a running process
                     found[int(name)] = _read_one(name, links, infos)
         finally:
             os.close(infos)
@@ -188,14 +204,16 @@ def _read_all(pid: int) -> dict[int, Seen]:
 def _read_one(name: str, links: int, infos: int) -> Seen:
     info = _read_file(name, infos)
     values = dict(line.split(b":", 1) for line in info.split(b"\n", 2)[:2])
+    fd, flags = int(name), int(values[b"flags"], 8)
     return Seen(
-        id=-1,
-        fds=[int(name)],
+        id=fd,
+        fds=[fd],
         link=os.readlink(os.fsencode(name), dir_fd=links),
         stat=os.stat(name, dir_fd=links),
         info=info,
-        flags=int(values[b"flags"], 8),
+        flags=flags & ~O_CLOEXEC,
         offset=int(values[b"pos"]),
+        cloexec={fd} if flags & O_CLOEXEC else set(),
     )
 
 
@@ -215,21 +233,13 @@ def _by_struct_file(pid: int, raw: dict[int, Seen]) -> list[Seen]:
     alike: dict[tuple[bytes, int, int], list[int]] = {}
     for fd, seen in raw.items():
         alike.setdefault((seen.link, *seen.key), []).append(fd)
-    groups = sorted(group for fds in alike.values() for group in kcmp.groups(pid, fds))
     files = []
+    groups = sorted(group for fds in alike.values() for group in kcmp.groups(pid, fds))
     for file_id, fds in enumerate(groups):
-        first = raw[fds[0]]
-        files.append(
-            Seen(
-                id=file_id,
-                fds=fds,
-                link=first.link,
-                stat=first.stat,
-                info=first.info,
-                flags=first.flags & ~O_CLOEXEC,
-                offset=first.offset,
-            )
-        )
+        seen = raw[fds[0]]
+        seen.id, seen.fds = file_id, fds
+        seen.cloexec = {fd for fd in fds if raw[fd].cloexec}
+        files.append(seen)
     return files
 
 
@@ -317,3 +327,4 @@ def place(process: Process, opened: dict[int, int], remote: Remote, ctx: Context
         finish = getattr(BY_NAME[file.kind], "finish", None)
         if finish is not None:
             finish(file, placing)
+        ownership.give(file, placing)

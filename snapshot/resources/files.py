@@ -61,8 +61,9 @@ def capture(seen: Seen, table: Table) -> Captured:
     copied = False
     if deleted:
         copied = table.by_inode[seen.key][0] is seen
-        if copied:
-            data = _contents(seen, table, path)
+        _refuse_large(seen, path)
+        if copied and table.stopped:
+            data = _contents(seen, table)
     state = State(
         path=path,
         device=seen.stat.st_dev,
@@ -97,14 +98,17 @@ def _is(seen: Seen, path: bytes) -> bool:
     return (found.st_dev, found.st_ino) == seen.key
 
 
-def _contents(seen: Seen, table: Table, path: bytes) -> tuple[tuple[int, bytes], ...]:
-    """The bytes of a deleted file without its holes, through a descriptor of our own."""
+def _refuse_large(seen: Seen, path: bytes) -> None:
     used = min(seen.stat.st_size, seen.stat.st_blocks * 512)
     if used > DELETED_LIMIT:
         raise Cannot(
             f"{os.fsdecode(path)}: deleted, and its {mib(used)} are more than the"
             f" {mib(DELETED_LIMIT)} that are kept"
         )
+
+
+def _contents(seen: Seen, table: Table) -> tuple[tuple[int, bytes], ...]:
+    """The bytes of a deleted file without its holes, through a descriptor of our own."""
     pieces: list[tuple[int, bytes]] = []
     fd = os.open(table.path(seen), os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -141,7 +145,7 @@ def open(file: OpenFile, opening: Opening) -> int:
             standard = sorted(set(opening.fds.get(file.id, ())) & set(STANDARD))
             if not standard:
                 raise Problem(f"{os.fsdecode(state.path)}: there is no such file") from None
-            opening.warn(file, "there is no such file; it is that of `snap restore`")
+            opening.warn(file, "there is no such file; it is now that of `snap restore`")
             return os.dup(opening.ctx.stdio[standard[-1]])
         _compare(file, state, fd, opening)
     os.lseek(fd, file.offset, os.SEEK_SET)
@@ -187,5 +191,7 @@ def _placeholder(file: OpenFile) -> int:
 def finish(file: OpenFile, placing: Placing) -> None:
     state = state_of(file, State)
     if state.inside:
-        placing.replace(file, state.path, file.flags & ~OPEN_ONCE, file.offset)
+        # Through /proc/self: with --pid new our own /proc knows the process by another number.
+        about = b"/proc/self/" + state.path.split(b"/", 3)[3]
+        placing.replace(file, about, file.flags & ~OPEN_ONCE, file.offset)
     locks.take_inside(file, state.locks, placing)

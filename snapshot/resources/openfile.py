@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ..errors import RestoreError
@@ -64,6 +64,7 @@ class Seen:
     info: bytes  # /proc/PID/fdinfo/N of the lowest
     flags: int = 0  # open(2) flags without O_CLOEXEC
     offset: int = 0
+    cloexec: set[int] = field(default_factory=set)  # those of `fds` that exec closes
     domain: int = -1  # a socket's family, filled in when it is first asked for
 
     @property
@@ -79,6 +80,9 @@ class Seen:
     def access(self) -> int:
         """O_RDONLY, O_WRONLY or O_RDWR."""
         return self.flags & os.O_ACCMODE
+
+    def numbered(self, text: object) -> str:
+        return f"descriptor {', '.join(map(str, self.fds))}: {text}"
 
     def lines(self, name: bytes) -> Iterator[bytes]:
         """The values of each line `name: value` of fdinfo."""
@@ -103,11 +107,15 @@ class Captured(NamedTuple):
 
 
 class Table:
-    """All descriptors of a stopped process, while they are captured."""
+    """All descriptors of a process while they are captured.
 
-    def __init__(self, pid: int, pidfd: int, files: list[Seen]) -> None:
+    In one that is not `stopped` nothing may be looked at that a look could disturb.
+    """
+
+    def __init__(self, pid: int, pidfd: int, files: list[Seen], *, stopped: bool = True) -> None:
         self.pid = pid
         self.pidfd = pidfd
+        self.stopped = stopped
         self.files = files
         self.by_inode: dict[tuple[int, int], list[Seen]] = {}
         for seen in files:
@@ -144,7 +152,10 @@ class Table:
             self._diag = Diag()
         return self._diag
 
-    def close(self) -> None:
+    def __enter__(self) -> Table:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._diag is not None:
             self._diag.close()
 

@@ -52,7 +52,7 @@ def capture(seen: Seen, table: Table) -> Captured:
     filled = bool(readers) and readers[0] is seen
     with table.borrowed(seen) as fd:
         capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
-        packets = contents(fd, capacity) if filled else ()
+        packets = contents(fd, capacity) if filled and table.stopped else ()
         outside = not fifo and not (readers and writers)
         closed = outside and not _ended(fd)
     state = State(

@@ -33,7 +33,8 @@ def capture(seen: Seen, table: Table) -> Captured:
     inside = bool(found.peer) and (seen.stat.st_dev, found.peer) in table.by_inode
     with table.socket(seen) as sock:
         peer_name = b"" if inside else _peer_name(sock)
-        queue = () if found.state == TCP_LISTEN else waiting(sock)
+        look = table.stopped and found.state != TCP_LISTEN
+        queue = waiting(sock) if look else ()
         options = sockopts.read(sock)
     connected = found.state == TCP_ESTABLISHED and found.type != socket.SOCK_DGRAM
     again = found.type == socket.SOCK_DGRAM and bool(peer_name)

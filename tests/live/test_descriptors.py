@@ -15,7 +15,7 @@ from snapshot.errors import RestoreError
 from snapshot.freeze import freeze
 from snapshot.resources import descriptors
 
-from .interpreters import Interpreter, captured, rebuilt
+from .interpreters import Interpreter, captured, pidfd_of, rebuilt
 
 pytestmark = pytest.mark.live
 
@@ -41,6 +41,11 @@ def opened(process: Interpreter) -> set[int]:
 
 def readable(process: Interpreter, fd: int) -> bool:
     return bool(process.ask(f"select.select([{fd}], [], [], 0)[0]"))
+
+
+def remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink()
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -117,11 +122,64 @@ def test_missing_files_are_listed_together(tmp_path: Path) -> None:
         before = set(os.listdir("/proc/self/fd"))
         with (
             pytest.raises(RestoreError) as error,
-            rebuilt(target, lambda: [name.unlink() for name in names]),
+            rebuilt(target, lambda: remove(names)),
         ):
             pass
         assert all(str(name) in error.value.message for name in names)
         assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_missing_log_of_stderr_becomes_that_of_the_restore(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with Interpreter() as target:
+        target.run(f"os.dup2(os.open({str(log)!r}, os.O_WRONLY | os.O_CREAT), 2)")
+        target.run("os.close(3); os.write(2, b'something')")
+        with rebuilt(target) as new:
+            new.run("os.write(2, b' more')")
+            assert log.read_bytes() == b"something more"
+            assert new.context.warnings == []
+        with rebuilt(target, log.unlink) as new:
+            assert link(new, 2) == os.readlink("/proc/self/fd/2")
+            assert "now that of `snap restore`" in new.context.warnings[0]
+
+
+def test_signals_on_readiness() -> None:
+    with Interpreter() as target:
+        target.run("""
+a, b = socket.socketpair()
+fcntl.fcntl(a, fcntl.F_SETOWN, os.getpid())
+fcntl.fcntl(a, 10, signal.SIGUSR2)
+fcntl.fcntl(a, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+""")
+        a, b = target.ask("a.fileno(), b.fileno()")
+        assert captured(target).at(a).owner == (1, target.pid, 12)
+        with rebuilt(target) as new:  # the owner is still the target
+            assert new.context.warnings == []
+            assert flags(new, a) & os.O_ASYNC
+            assert new.ask(f"fcntl.fcntl({a}, fcntl.F_GETOWN)") == target.pid
+            assert new.ask(f"fcntl.fcntl({a}, 11)") == 12
+            target.run("signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])")
+            new.run(f"os.write({b}, b'x')")
+            assert target.ask("signal.SIGUSR2 in signal.sigpending()")
+
+
+def test_a_running_process_is_examined_without_a_trace() -> None:
+    with Interpreter() as target:
+        target.run("""
+a, b = socket.socketpair()
+socket.send_fds(a, [b"x"], [0])
+master, slave = os.openpty()
+import threading
+def churn():
+    while True:
+        for fd in [*os.pipe(), os.eventfd(0), os.dup(0)]:
+            os.close(fd)
+threading.Thread(target=churn, daemon=True).start()
+""")
+        with pidfd_of(target) as handle:
+            for _ in range(50):
+                found = descriptors.examine(target.pid, handle)
+                assert [text for text in found if "/dev/ptmx" in text] == found
 
 
 def test_changed_files_are_warned_of(tmp_path: Path) -> None:
@@ -146,8 +204,7 @@ def test_a_file_of_proc_is_that_of_the_new_process() -> None:
     with Interpreter() as target:
         target.run("a = os.open('/proc/self/comm', os.O_RDWR); b = os.dup(a); os.read(a, 3)")
         with rebuilt(target) as new:
-            # Two processes cannot have one pid: this one finds the target's file.
-            assert link(new, target.ask("b")) == f"/proc/{target.pid}/comm"
+            assert link(new, target.ask("b")) == f"/proc/{new.pid}/comm"
             assert new.ask(f"os.lseek({target.ask('a')}, 0, 1)") == 3
 
 
