@@ -1,8 +1,7 @@
 """Bytes of an image into the memory of a stopped process, before it runs.
 
 All that is mapped empty for an eager restore; for a lazy one only what cannot wait: dirty pages of
-private file mappings (no userfaultfd there), locked memory, and what the kernel or the first
-instructions touch.
+private file mappings (no userfaultfd there) and locked memory.
 """
 
 from __future__ import annotations
@@ -16,13 +15,10 @@ from .kernel.ptrace import Tracee
 from .lazy import Content, PageSource
 from .manifest import Mapping, Process
 from .ranges import Ranges
-from .resources import threads
-from .units import CHUNK, PAGE, PAGES_PER_CHUNK, align_down
+from .units import CHUNK, PAGE, PAGES_PER_CHUNK
 
 _BATCH = 32
 """Chunks that one worker does in a row."""
-_STACK_ABOVE = 2 * CHUNK
-"""Of each thread's stack, from its stack pointer up."""
 
 
 def private(process: Process) -> list[Mapping]:
@@ -43,19 +39,12 @@ def lazy_ranges(process: Process) -> list[tuple[int, int]]:
     ]
 
 
-def hot(process: Process, registers: Callable[[bytes], tuple[int, ...]]) -> Ranges:
-    """Memory worth having before the first instruction of a lazy restore: struct rseq of every
-    thread (the kernel writes there), its stack, and where its thread pointer leads. `registers`
-    gets addresses out of a thread's registers: stack pointer first, then others."""
-    wanted = Ranges()
-    for address, length in threads.touched(process):
-        wanted.add(align_down(address, PAGE), align_down(address + length - 1, PAGE) + PAGE)
-    for thread in process.threads:
-        stack, *others = registers(thread.registers)
-        wanted.add(align_down(stack, CHUNK), align_down(stack, CHUNK) + _STACK_ABOVE)
-        for address in others:
-            wanted.add(align_down(address, CHUNK), align_down(address, CHUNK) + CHUNK)
-    return wanted
+def at_once(process: Process) -> Ranges:
+    """What a page server cannot bring: the rest of `private`."""
+    ranges = Ranges((mapping.start, mapping.end) for mapping in private(process))
+    for start, end in lazy_ranges(process):
+        ranges.remove(start, end)
+    return ranges
 
 
 def fill(

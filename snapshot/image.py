@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import zstandard
@@ -97,6 +98,11 @@ class Image:
         raise StoreError(
             f"image {self.name} has no process {pid}; it has {known}", f"snap show {self.name}"
         )
+
+    @property
+    def store_path(self) -> Path:
+        """The directory of its store: with `name` it can be opened again, in another process."""
+        return self._environment.path
 
     @property
     def saved_bytes(self) -> int:

@@ -76,7 +76,7 @@ class Server:
     """Serves until nothing is missing any more, or all clients are gone.
 
     `finish` is called with a client that has all its pages, before it is let go of (userfaultfd
-    still open); `watch` are further descriptors: `run` calls the function of one that is readable.
+    still open).
     """
 
     def __init__(
@@ -85,7 +85,6 @@ class Server:
         space: int,
         journal: Journal,
         finish: Callable[[Client], None] = lambda client: None,
-        watch: dict[int, Callable[[], None]] | None = None,
     ) -> None:
         self.source = source
         self.space = space
@@ -97,12 +96,19 @@ class Server:
         self._made = 0
         self._waiting: deque[tuple[Client, int]] = deque()
         self._poll = select.poll()
-        self._watch = watch or {}
+        self._watched: dict[int, Callable[[], None]] = {}
         self._cached: tuple[int, Content | None] = (-1, None)
         self._put = 0
         """Pages that the last fill put in place."""
-        for fd in self._watch:
-            self._poll.register(fd, select.POLLIN)
+
+    def watch(self, fd: int, ready: Callable[[], None]) -> None:
+        """`run` calls `ready` while `fd` is readable."""
+        self._watched[fd] = ready
+        self._poll.register(fd, select.POLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        del self._watched[fd]
+        self._poll.unregister(fd)
 
     def add(self, uffd: Uffd, missing: Missing) -> Client:
         """One more process to serve. Clients are numbered in the order of these calls."""
@@ -151,8 +157,14 @@ class Server:
         for fd, _ in self._poll.poll(timeout_ms):
             if fd in self._by_fd:
                 self._read(self._by_fd[fd])
-            elif fd in self._watch:
-                self._watch[fd]()
+            elif fd in self._watched:
+                self._watched[fd]()
+
+    def drain(self, client: Client) -> None:
+        """Reads what is left of a client that is about to be let go of; its faults were woken."""
+        while client.number in self.clients and client.uffd.poll(0):
+            self._read(client)
+        self._waiting = deque(each for each in self._waiting if each[0] is not client)
 
     def _read(self, client: Client) -> None:
         try:
@@ -262,7 +274,8 @@ class Server:
 
     def _complete(self, client: Client) -> None:
         self.finish(client)
-        self._forget(client)
+        if client.number in self.clients:
+            self._forget(client)
 
     def _gone(self, client: Client, error: UffdError) -> None:
         """The memory behind a userfaultfd is no more: the process ended or exec'ed."""

@@ -49,6 +49,15 @@ class Context:
     objects: dict[int, int] = field(default_factory=dict)  # SharedObject.id -> fd in snap
 
 
+Memory = Callable[[Process, Remote, Context], None]
+
+
+def fill_all(process: Process, remote: Remote, ctx: Context) -> None:
+    """All bytes now."""
+    everything = Ranges([(address_space.LOWEST, address_space.HIGHEST)])
+    fill.fill(ctx.image, process, everything, remote.tracee)
+
+
 class Rebuilt:
     """A process that stands stopped, all in place but its registers. All calls from the thread
     that made it."""
@@ -101,13 +110,13 @@ def rebuild(
     ctx: Context,
     *,
     namespace: bool = False,
-    memory: Ranges | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    memory: Memory = fill_all,
 ) -> Iterator[Rebuilt]:
     """The process of an image, stopped, until `Rebuilt.run`; if that has not come by the end of
     the block, it is killed and nothing of it is left.
 
-    `memory`: the ranges to fill now (None: all); `namespace`: in a pid namespace of its own.
+    `memory` sees to it that the bytes come: called when all mappings are made and empty, and the
+    descriptors placed. `namespace`: in a pid namespace of its own.
     Raises RestoreError and others of snapshot/errors.py.
     """
     check(ctx.manifest)
@@ -126,9 +135,11 @@ def rebuild(
         remote.open(address_space.free_place(process, tracee.tid, remote.scratch_size))
         remote.batch([Call(NR.prctl, (_PR_SET_PDEATHSIG, 0, 0, 0, 0))])
         stages.early(process, remote, ctx)
-        _memory(process, remote, ctx, originals, memory, progress)
+        _map(process, remote, ctx, originals)
         descriptors.place(process, opened, remote, ctx)
         _close_all(opened)
+        memory(process, remote, ctx)
+        address_space.lock(process, remote, ctx)
         tracees = _threads(process, spawned, remote)
         rebuilt = Rebuilt(process, spawned, tracees, remote)
         for thread in process.threads:
@@ -166,12 +177,6 @@ def final_registers(thread: Thread) -> bytes:
     return registers.pack()
 
 
-def pointers(registers: bytes) -> tuple[int, ...]:
-    """Stack pointer and thread pointer, for fill.hot."""
-    values = Registers.unpack(registers)
-    return values.rsp, values.fs_base
-
-
 def _take(spawned: Spawned) -> Tracee:
     tracee = ptrace.seize(spawned.pid, ptrace.EXITKILL)
     tracee.interrupt()
@@ -181,14 +186,7 @@ def _take(spawned: Spawned) -> Tracee:
     return tracee
 
 
-def _memory(
-    process: Process,
-    remote: Remote,
-    ctx: Context,
-    originals: Originals,
-    ranges: Ranges | None,
-    progress: Callable[[int], None],
-) -> None:
+def _map(process: Process, remote: Remote, ctx: Context, originals: Originals) -> None:
     def descriptor(mapping: Mapping) -> int:
         if mapping.kind == "file":
             return originals.descriptor(mapping)
@@ -199,10 +197,6 @@ def _memory(
     address_space.put_vdso(process, remote)
     address_space.make(process.mappings, remote, descriptor)
     address_space.advise(process, remote, ctx)
-    if ranges is None:
-        ranges = Ranges([(address_space.LOWEST, address_space.HIGHEST)])
-    fill.fill(ctx.image, process, ranges, remote.tracee, progress)
-    address_space.lock(process, remote, ctx)
 
 
 def _threads(process: Process, spawned: Spawned, remote: Remote) -> dict[int, Tracee]:

@@ -80,6 +80,15 @@ def spawn(pid: int, keep: Sequence[int] = (), namespace: bool = False) -> Spawne
     return spawned
 
 
+def twin() -> int:
+    """fork(2) with the descriptor table shared: -> pid of the child, 0 in the child. The caller has
+    one thread only. The child ends with os._exit or exec."""
+    pid = int(lib.spawn_twin())
+    if pid < 0:
+        raise KernelError(f"clone(CLONE_FILES): {os.strerror(-pid)}", "ulimit -u")
+    return pid
+
+
 def _memfd(name: str, content: bytes) -> int:
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     os.write(fd, content)

@@ -209,6 +209,10 @@ class Uffd:
             raise UffdError("read(userfaultfd)", -count)
         return int(count)
 
+    def held_by(self, pid: int, number: int) -> bool:
+        """Whether descriptor `number` of process `pid` is this very userfaultfd."""
+        return bool(lib.uffd_is(self.fd, pid, number) == 1)
+
     def poll(self, timeout_ms: int) -> bool:
         """True when a message can be read, False after `timeout_ms` (-1: no limit)."""
         ready = lib.uffd_poll(self.fd, timeout_ms)

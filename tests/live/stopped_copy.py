@@ -11,17 +11,21 @@ import struct
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from snapshot import examine
 from snapshot.freeze import freeze
+from snapshot.image import Image
 from snapshot.kernel import pidfd as pidfds
 from snapshot.kernel import procfs, vdso
 from snapshot.manifest import OBJECT_SPACE, Host, Manifest, SharedObject
 from snapshot.regions import Window
 from snapshot.resources import capture_process, descriptors
 from snapshot.resources.memfd import SharedMemory
+from snapshot.store import Store
 from snapshot.units import CHUNK, PAGE, PAGES_PER_CHUNK, align_down
+from snapshot.writer import RawChunk
 
 PRESENT, SWAPPED, FILE = 1 << 63, 1 << 62, 1 << 61
 
@@ -61,6 +65,19 @@ class StoppedCopy:
                 nonzero |= (found != bytes(PAGE)) << page
                 data[page * PAGE : (page + 1) * PAGE] = found
         return Copied(present, bytes(data), nonzero)
+
+    def put(self, directory: Path) -> Image:
+        """The same in a store; the caller closes the image."""
+        with Store.open(directory, create=True) as store:
+            with store.begin(self.name) as writer:
+                for space in self._pages:
+                    for address in self.addresses(space):
+                        chunk = self.chunk(space, address)
+                        assert chunk is not None
+                        data = memoryview(chunk.data)
+                        writer.put([RawChunk(space, address, chunk.present, data)])
+                writer.commit(self.manifest)
+            return store.image(self.name)
 
     def page(self, address: int, space: int = 0) -> bytes:
         """The bytes of T0, zeros where there was nothing."""

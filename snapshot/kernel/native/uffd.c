@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/kcmp.h>
 #include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
@@ -112,6 +113,12 @@ int uffd_read_msgs(int fd, uffd_message *messages, int n)
     if (got < 0)
         return errno == EAGAIN ? 0 : -errno;
     return (int)((size_t)got / sizeof *messages);
+}
+
+int uffd_is(int fd, int pid, int number)
+{
+    long order = syscall(SYS_kcmp, getpid(), pid, KCMP_FILE, fd, number);
+    return order < 0 ? -errno : order == 0;
 }
 
 int uffd_poll(int fd, int timeout_ms)

@@ -99,6 +99,9 @@ int uffd_zeropage(int fd, uint64_t start, uint64_t len, uint64_t mode, int64_t *
 int uffd_wake(int fd, uint64_t start, uint64_t len);
 /* Up to n messages; 0 when there is none now. fd must be O_NONBLOCK. -> count */
 int uffd_read_msgs(int fd, uffd_message *messages, int n);
+/* 1 when descriptor `number` of process `pid` is the userfaultfd `fd` of ours, 0 when it is something
+ * else, -EBADF when it is not open, -ESRCH, -EPERM (kcmp(2)). */
+int uffd_is(int fd, int pid, int number);
 /* Waits until a message can be read. -> 1 readable, 0 timeout (ms; -1 waits for ever), -EBADF also
  * for POLLERR: the descriptor is unusable. EINTR is not hidden. */
 int uffd_poll(int fd, int timeout_ms);

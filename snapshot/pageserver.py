@@ -1,0 +1,246 @@
+"""The page server of a lazy restore, as processes: `python -m snapshot.pageserver`.
+
+Two processes that share one descriptor table (CLONE_FILES), in a session of their own:
+
+  guardian   waits. When the server ends before all pages are in, it makes itself new (exec) and
+             starts another one, which replays the journal and goes on.
+  server     lazy.Server, and nothing else. When the guardian ends, it makes another one.
+
+Because the table is shared, the userfaultfd of a child that the restored process forks is the
+guardian's from the instant the kernel makes it: no moment exists in which the end of one process
+would close it. Beside that the restored process holds a duplicate of its own: when both processes
+are killed at once it waits for ever (and can be killed) rather than read zeros.
+
+Only what is needed to end the restored process is imported at first; see `main`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from typing import Any, NoReturn
+
+ATTEMPTS = 5
+"""Servers in a row that may end without having put a single page in place."""
+LAST_WORDS = 4096
+
+
+class Plan:
+    """What both processes know, kept in the journal: descriptors are those of the shared table."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.store: str = fields["store"]
+        self.image: str = fields["image"]
+        self.space: int = fields["space"]
+        self.control: int = fields["control"]  # to `snap restore`, as long as that lives
+        self.uffd: int = fields.get("uffd", -1)
+        self.pidfd: int = fields.get("pidfd", -1)
+        self.pid: int = fields.get("pid", 0)
+        self.duplicate: int = fields.get("duplicate", -1)  # its number in the restored process
+        self.ranges: list[tuple[int, int]] = [tuple(each) for each in fields.get("ranges", [])]
+
+    def fields(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def say(plan: Plan | None, message: str) -> None:
+    """A line of the log (stderr)."""
+    who = f"{plan.pid}: {plan.image}: " if plan else ""
+    with suppress(OSError):
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(2, f"{stamp} {os.getpid()} {who}{message}\n".encode())
+
+
+def tell(plan: Plan, event: str, **more: Any) -> None:
+    """A message to `snap restore`, if it is still there."""
+    with suppress(OSError):
+        data = json.dumps({"event": event, **more}).encode()
+        control = socket.socket(fileno=os.dup(plan.control))
+        with control:
+            control.send(data, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """`--start SOCKET STORE IMAGE SPACE`, or `--resume JOURNAL` after a server was lost."""
+    from .journal import Journal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if arguments[0] == "--start":
+        control, store, image, space = arguments[1:]
+        journal = Journal.create()
+        fields = {"store": store, "image": image, "space": int(space), "control": int(control)}
+        journal.set_plan(fields)
+    else:
+        journal = Journal(int(arguments[1]))
+        os.set_inheritable(journal.fd, False)
+    plan = Plan(journal.plan)
+    try:
+        guard(journal, start_server(journal))
+    except BaseException as error:
+        give_up(journal, plan, f"the page server cannot be started: {error!r}")
+
+
+def start_server(journal: Any) -> int:
+    """-> pid of the server; in the server itself this does not return."""
+    from .kernel.spawn import twin
+
+    pid = twin()
+    if pid == 0:
+        serve(journal)
+    return pid
+
+
+def guard(journal: Any, server: int) -> NoReturn:
+    """Waits for the end of the server, and acts on it."""
+    from .journal import DONE, FAILED, STARTING
+
+    _name(b"snap-guardian")
+    pidfd = os.pidfd_open(server)
+    while True:
+        with suppress(InterruptedError):
+            select.select([pidfd], [], [])
+            break
+    with suppress(ChildProcessError):  # not our child, if the server made us
+        os.waitpid(server, 0)
+    os.close(pidfd)
+    plan = Plan(journal.plan)
+    if journal.state in (DONE, FAILED, STARTING):
+        os._exit(0 if journal.state == DONE else 1)
+    if not alive(plan.pidfd) and not _descendants(plan.pid):
+        os._exit(0)
+    if journal.futile >= ATTEMPTS:
+        give_up(journal, plan, f"{journal.futile} page servers in a row ended at once")
+    say(plan, f"the page server {server} ended before all pages were in; starting another one")
+    resume(journal, plan)
+
+
+def resume(journal: Any, plan: Plan) -> NoReturn:
+    """This process becomes a fresh guardian with the descriptors that matter."""
+    from .events import Fork
+
+    wanted = [journal.fd, plan.control, plan.uffd, plan.pidfd]
+    wanted += [event.fd for _, event in journal.replay() if isinstance(event, Fork)]
+    for fd in wanted:
+        with suppress(OSError):
+            os.set_inheritable(fd, True)
+    command = [sys.executable, "-m", "snapshot.pageserver", "--resume", str(journal.fd)]
+    try:
+        os.execv(sys.executable, command)
+    except OSError as error:
+        give_up(journal, plan, f"{sys.executable}: {error.strerror}")
+
+
+def serve(journal: Any) -> NoReturn:
+    """The server process, from beginning to end."""
+    from .journal import DONE, RUNNING
+
+    _name(b"snap-pages")
+    status = 1
+    plan = Plan(journal.plan)
+    try:
+        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("-900")
+        from .service import Service
+
+        if journal.state != RUNNING:
+            service = Service(journal, plan)
+            tell(plan, "opened")
+            if not service.receive():
+                os._exit(1)  # `snap restore` gave up before the process ran
+            tell(plan, "ready", server=os.getpid())
+        else:
+            journal.futile += 1
+            service = Service(journal, plan)
+            service.take_over()
+        service.run()
+        journal.state = DONE
+        tell(plan, "complete", faults=service.faults, pages=journal.filled)
+        status = 0
+    except BaseException as error:
+        message = getattr(error, "message", None) or repr(error)
+        if os.environ.get("SNAP_DEBUG"):
+            import traceback
+
+            traceback.print_exc()
+        if journal.state == RUNNING and not _may_be_tried_again(error):
+            give_up(journal, plan, message)
+        if journal.state != RUNNING:
+            tell(plan, "failed", message=message)
+        else:
+            say(plan, f"the page server ends: {message}")
+    os._exit(status)
+
+
+def _may_be_tried_again(error: BaseException) -> bool:
+    """Bytes that cannot be trusted do not get better, and a lost event is lost."""
+    from .errors import DamagedError
+    from .journal import JournalFull
+
+    return not isinstance(error, DamagedError | JournalFull)
+
+
+def give_up(journal: Any, plan: Plan, reason: str) -> NoReturn:
+    """Ends the restored process and all it has forked: their missing pages will never come."""
+    from .journal import FAILED
+
+    journal.state = FAILED
+    if plan.pidfd >= 0:
+        victims = [pid for pid in _descendants(plan.pid) if pid != os.getpid()]
+        if alive(plan.pidfd):
+            say(plan, f"killed process {plan.pid}: {reason}")
+            with suppress(OSError):
+                signal.pidfd_send_signal(plan.pidfd, signal.SIGKILL)
+        for pid in victims:
+            say(plan, f"killed its child {pid}")
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+    else:
+        say(plan, reason)
+    tell(plan, "failed", message=reason[:LAST_WORDS])
+    os._exit(1)
+
+
+def alive(pidfd: int) -> bool:
+    if pidfd < 0:
+        return False
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return not poll.poll(0)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes forked by `pid` and theirs, as far as /proc still tells."""
+    if not pid:
+        return []
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        with suppress(OSError, ValueError, IndexError):
+            with open(f"/proc/{int(name)}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+            if fields[0] != b"Z":
+                children.setdefault(int(fields[1]), []).append(int(name))
+    found: list[int] = []
+    todo = [pid]
+    while todo:
+        new = children.get(todo.pop(), [])
+        found += new
+        todo += new
+    return found
+
+
+def _name(comm: bytes) -> None:
+    with suppress(OSError), open("/proc/self/comm", "wb") as file:
+        file.write(comm)
+
+
+if __name__ == "__main__":
+    from snapshot import pageserver  # the module that others import, not a second one
+
+    pageserver.main(sys.argv[1:])

@@ -1,0 +1,140 @@
+"""A lazy restore on the side of `snap restore`: start a page server, hand it the process."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import fill, lazy
+from .errors import RestoreError
+from .image import Image
+from .kernel import pidfd as pidfds
+from .kernel import uffd
+from .kernel.arch_x86_64 import NR
+from .kernel.remote import Call, Remote
+from .kernel.uffd import Uffd
+from .manifest import Process
+from .rebuild import Context
+from .service import MESSAGE_BYTES
+
+_HIGH = 900
+"""The duplicate in the restored process gets this number or the next free one."""
+_F_DUPFD_CLOEXEC = 1030
+_SECONDS = 60.0
+"""A page server that has not opened its image by then never will."""
+
+
+class PageServer:
+    """A page server that is starting, or at work. It outlives this process once the restored
+    process is its own."""
+
+    def __init__(self, image: Image, process: Process) -> None:
+        """Starts one; it opens the image while the process is being rebuilt."""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._log = image.store_path / "pageserver.log"
+        self.pid = 0
+        root = str(Path(__file__).resolve().parent.parent)
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        store = str(image.store_path.resolve())
+        log = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "snapshot.pageserver", "--start"),
+                    *(str(theirs.fileno()), store, image.name, str(process.index)),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                cwd="/",
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            )
+        os.close(log)
+
+    def memory(self, process: Process, remote: Remote, ctx: Context) -> None:
+        """For rebuild: what this server can bring, it brings from here on, also to the kernel when
+        that touches the memory of the new process; the rest is filled."""
+        self._expect("opened")
+        number, duplicate = _create(process, remote)
+        pid = remote.tracee.tid
+        handle = os.pidfd_open(pid)
+        try:
+            with Uffd(pidfds.getfd(handle, number)) as opened:
+                remote.call(NR.close, number)
+                opened.api(lazy.EVENTS)
+                ranges = fill.lazy_ranges(process)
+                for start, end in ranges:
+                    opened.register(start, end - start, uffd.MISSING)
+                plan = {"pid": pid, "duplicate": duplicate, "ranges": ranges}
+                self._send(json.dumps(plan).encode(), opened.fd, handle)
+            self.pid = self._expect("ready")["server"]
+        finally:
+            os.close(handle)
+        fill.fill(ctx.image, process, fill.at_once(process), remote.tracee)
+
+    def _send(self, data: bytes, *descriptors: int) -> None:
+        if len(data) > MESSAGE_BYTES:
+            raise RestoreError("too many regions for a lazy restore", "snap restore --eager")
+        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE_BYTES)
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+        self._control.sendmsg([data], [rights])
+
+    def complete(self) -> str | None:
+        """Waits until all pages are in -> None; or what went wrong, if the process was killed."""
+        while True:
+            try:
+                message = self._message(None)
+            except RestoreError as error:
+                return error.message
+            if message["event"] == "complete":
+                return None
+
+    def abandon(self) -> None:
+        """The process is no more, or never was: waits for the end of the server."""
+        self._control.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _expect(self, event: str) -> dict[str, Any]:
+        message = self._message(_SECONDS)
+        if message["event"] != event:
+            raise RestoreError(f"the page server said {message}", f"cat {self._log}")
+        return message
+
+    def _message(self, seconds: float | None) -> dict[str, Any]:
+        self._control.settimeout(seconds)
+        try:
+            data = self._control.recv(MESSAGE_BYTES)
+        except TimeoutError:
+            raise RestoreError(
+                f"the page server did not answer in {seconds} s", f"cat {self._log}"
+            ) from None
+        if not data:
+            raise RestoreError("the page server ended", f"tail {self._log}")
+        message: dict[str, Any] = json.loads(data)
+        if message["event"] == "failed":
+            raise RestoreError(f"page server: {message['message']}", f"tail {self._log}")
+        return message
+
+
+def _create(process: Process, remote: Remote) -> tuple[int, int]:
+    """A userfaultfd of the new process, made inside it while it still has the power for that.
+    -> its number, and that of the duplicate which stays until all pages are in."""
+    number = remote.call(NR.userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK)
+    highest = max((one.fd for one in process.descriptors), default=2)
+    for lowest in (max(highest + 1, _HIGH), highest + 1):
+        (duplicate,) = remote.batch([Call(NR.fcntl, (number, _F_DUPFD_CLOEXEC, lowest))])
+        if duplicate >= 0:
+            return number, duplicate
+    raise RestoreError(f"no descriptor is free above {highest}", "ulimit -n 4096")

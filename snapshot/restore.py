@@ -1,0 +1,175 @@
+"""Bringing a process back: image → rebuild → lazy.
+
+Eager: the process is rebuilt, filled and let go. Lazy: it is let go with its memory missing, and a
+page server (pageserver.py) brings each page at its first touch and streams the rest. Whatever goes
+wrong before it runs, nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from . import address_space, fill
+from .errors import UnsupportedError
+from .image import Image
+from .kernel.remote import Remote
+from .manifest import Process
+from .paging import PageServer
+from .ranges import Ranges
+from .rebuild import Context, Rebuilt, rebuild
+from .stats import Progress, ProgressCallback, Stopwatch
+
+log = logging.getLogger("snap")
+
+
+class Hooks(Protocol):
+    """hooks.Hooks."""
+
+    def run(self, stage: str, /, *, pid: int, image: str) -> None: ...
+    def wants(self, stage: str, /) -> bool: ...
+
+
+@dataclass
+class Restored:
+    """A restored process, which runs. It is a child of this process."""
+
+    image: str
+    pid: int
+    mode: Literal["eager", "lazy"]
+    ready_us: int  # from the start of the restore until it ran
+    server_pid: int | None = None
+    closed_connections: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    _waited: int = 0
+    _server: PageServer | None = None
+    _status: int | None = None
+    _completing: threading.Lock = field(default_factory=threading.Lock)
+    _completed: bool = False
+    _failure: str | None = None
+
+    def wait(self) -> int:
+        """Until it ends -> its exit status, -n when signal n ended it (`--pid new`: 128 + n)."""
+        if self._status is None:
+            _, status = os.waitpid(self._waited, 0)
+            self._status = os.waitstatus_to_exitcode(status)
+        return self._status
+
+    def complete(self) -> str | None:
+        """Until all of its memory is there -> None, or why it was killed instead."""
+        with self._completing:
+            if self._server is not None and not self._completed:
+                self._failure = self._server.complete()
+                self._completed = True
+            return self._failure
+
+
+def restore(
+    image: Image,
+    *,
+    lazy: bool = False,
+    pid: Literal["keep", "new"] = "keep",
+    hooks: Hooks | None = None,
+    stdio: Sequence[int] = (0, 1, 2),
+    progress: ProgressCallback | None = None,
+    parent_stays: bool = False,
+) -> Restored:
+    """Brings the process of `image` back; returns when it runs.
+
+    `pid`: "keep" gives it its old pids, "new" a pid namespace of its own in which they are free.
+    `stdio`: descriptors that stand in for those that led outside. `parent_stays`: the caller will
+    wait for it, so its death signal may be armed.
+    Raises SnapError; then nothing is left of it.
+    """
+    job = _Restore(image, hooks, progress)
+    process = _only_process(image)
+    job.hook("before-restore", 0)
+    context = Context(image.manifest, image, stdio)
+    with job.page_server(process, lazy) as server:
+        memory = server.memory if server else job.fill
+        with rebuild(process, context, namespace=pid == "new", memory=memory) as rebuilt:
+            rebuilt.finish(context, parent_stays=parent_stays)
+            job.hook("rebuilt", rebuilt.pid)
+            rebuilt.run()
+    return job.running(rebuilt, context, server)
+
+
+class _Restore:
+    """One `restore`."""
+
+    def __init__(
+        self, image: Image, hooks: Hooks | None, progress: ProgressCallback | None
+    ) -> None:
+        self._image = image
+        self._hooks = hooks
+        self._progress = progress
+        self._clock = Stopwatch()
+
+    def hook(self, stage: str, pid: int) -> None:
+        if self._hooks is not None:
+            self._hooks.run(stage, pid=pid, image=self._image.name)
+
+    @contextmanager
+    def page_server(self, process: Process, lazy: bool) -> Iterator[PageServer | None]:
+        """A page server, if wanted and not all in vain; ended when the block fails."""
+        if not lazy or not self._image.addresses(process.index):
+            yield None
+            return
+        server = PageServer(self._image, process)
+        try:
+            yield server
+        except BaseException:
+            server.abandon()
+            raise
+
+    def fill(self, process: Process, remote: Remote, ctx: Context) -> None:
+        """rebuild.Memory for an eager restore, with progress."""
+        total = sum(mapping.populated for mapping in fill.private(process))
+
+        def filled(done: int) -> None:
+            if self._progress is not None:
+                self._progress(Progress("filling", done, total, seconds=self._clock.seconds))
+
+        everything = Ranges([(address_space.LOWEST, address_space.HIGHEST)])
+        fill.fill(self._image, process, everything, remote.tracee, filled)
+
+    def running(self, rebuilt: Rebuilt, ctx: Context, server: PageServer | None) -> Restored:
+        """From here on nothing can be taken back."""
+        restored = Restored(
+            image=self._image.name,
+            pid=rebuilt.pid,
+            mode="lazy" if server else "eager",
+            ready_us=self._clock.elapsed_us,
+            server_pid=server.pid if server else None,
+            closed_connections=ctx.closed_connections,
+            warnings=ctx.warnings,
+            _waited=rebuilt.spawned.waited,
+            _server=server,
+        )
+        self.hook("running", restored.pid)
+        if server is None:
+            self.hook("complete", restored.pid)
+        elif self._hooks is not None and self._hooks.wants("complete"):
+            # Not a daemon: an interpreter that is about to end waits for it, as the hook expects.
+            threading.Thread(target=self._complete, args=(restored,), name="snap-complete").start()
+        return restored
+
+    def _complete(self, restored: Restored) -> None:
+        failure = restored.complete()
+        if failure is None:
+            self.hook("complete", restored.pid)
+        else:
+            log.error("%d: %s", restored.pid, failure)
+
+
+def _only_process(image: Image) -> Process:
+    processes = image.manifest.processes
+    if len(processes) != 1:
+        pids = [f"process {process.pid} ({process.comm.decode()})" for process in processes]
+        raise UnsupportedError("an image of several processes cannot be restored yet", pids)
+    return processes[0]

@@ -1,0 +1,139 @@
+"""What a page server process does: an image on one side, the userfaultfd of a process on the other.
+
+`lazy.Server` is the loop; here are its surroundings: the image, the message of `snap restore` with
+the descriptors, the guardian to keep alive, and leaving no trace when all pages are in.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from . import pageserver
+from .errors import SnapError
+from .freeze import freeze
+from .journal import RUNNING, Journal
+from .kernel import procfs
+from .kernel.arch_x86_64 import NR
+from .kernel.spawn import twin
+from .kernel.uffd import Uffd, UffdError
+from .lazy import Client, Server
+from .maps import parse_smaps
+from .missing import Missing
+from .pageserver import Plan
+from .store import Store
+
+MESSAGE_BYTES = 1 << 20
+
+
+class Service:
+    def __init__(self, journal: Journal, plan: Plan) -> None:
+        """Opens the image: StoreError, DamagedError."""
+        self.journal = journal
+        self.plan = plan
+        self.image = Store.open(Path(plan.store)).image(plan.image)
+        self.image.addresses(plan.space)  # reads and verifies the index now, not at the first fault
+        self._guardian = -1
+        self._server = Server(self.image, plan.space, journal, self._finish)
+        self._watch_guardian(os.getppid())
+
+    @property
+    def faults(self) -> int:
+        return self._server.faults
+
+    def receive(self) -> bool:
+        """Waits for the userfaultfd and the ranges; False when `snap restore` has ended first."""
+        with socket.socket(fileno=os.dup(self.plan.control)) as control:
+            data, ancillary, _, _ = control.recvmsg(MESSAGE_BYTES, socket.CMSG_SPACE(8))
+        if not data:
+            return False
+        numbers = array.array("i")
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                numbers.frombytes(content)
+        uffd, pidfd = numbers
+        fields: dict[str, Any] = {**self.plan.fields(), **json.loads(data)}
+        plan = Plan({**fields, "uffd": uffd, "pidfd": pidfd})
+        self.plan.__dict__.update(plan.__dict__)
+        self.journal.set_plan(self.plan.fields())
+        self.journal.state = RUNNING
+        self._add()
+        return True
+
+    def take_over(self) -> None:
+        """Goes on where another server ended."""
+        self._add()
+        self._server.take_over()
+
+    def _add(self) -> None:
+        self._server.add(Uffd(self.plan.uffd), Missing.of(self.plan.ranges))
+
+    def run(self) -> None:
+        self._server.run()
+        if self._guardian >= 0:
+            os.close(self._guardian)
+        self.image.close()
+
+    def _finish(self, client: Client) -> None:
+        """Lets go of a process that has all its pages. The userfaultfd of a forked child is ours
+        alone; that of the restored process is also held by itself, and by what it has forked."""
+        if client.number != 0 or not pageserver.alive(self.plan.pidfd):
+            return
+        with suppress(UffdError, SnapError, OSError):
+            self._unregister(client)
+        self._server.drain(client)
+        for pid in self._holders(client):
+            try:
+                _close_in(pid, self.plan.duplicate, client.uffd)
+            except (SnapError, OSError) as error:
+                pageserver.say(self.plan, f"descriptor {self.plan.duplicate} stays open: {error}")
+
+    def _unregister(self, client: Client) -> None:
+        """Pages that were missing are zeros of the process's own from here on; all who wait go on.
+        Nothing is write-protected, so this takes the mmap lock for microseconds at any size."""
+        for line in parse_smaps(procfs.read(self.plan.pid, "smaps")):
+            if "um" in line.vm_flags:
+                with suppress(UffdError):
+                    client.uffd.unregister(line.start, line.size)
+
+    def _holders(self, client: Client) -> list[int]:
+        """Processes that have the duplicate: the restored one and those it has forked."""
+        found = []
+        name = f"fd/{self.plan.duplicate}"
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit() or int(entry) == os.getpid():
+                continue
+            with suppress(OSError, SnapError):
+                pid = int(entry)
+                if b"userfaultfd" in procfs.link(pid, name) and client.uffd.held_by(
+                    pid, self.plan.duplicate
+                ):
+                    found.append(pid)
+        return found
+
+    def _watch_guardian(self, pid: int) -> None:
+        """A guardian that ends is replaced by a copy of this process that only waits."""
+        self._guardian = os.pidfd_open(pid)
+        self._server.watch(self._guardian, self._guardian_ended)
+
+    def _guardian_ended(self) -> None:
+        self._server.unwatch(self._guardian)
+        os.close(self._guardian)
+        server = os.getpid()
+        pid = twin()
+        if pid == 0:
+            pageserver.guard(self.journal, server)
+        pageserver.say(self.plan, f"the guardian ended; {pid} takes its place")
+        self._watch_guardian(pid)
+
+
+def _close_in(pid: int, fd: int, uffd: Uffd) -> None:
+    """Closes the duplicate in a process, which stops for that."""
+    with freeze(pid) as frozen:
+        if uffd.held_by(pid, fd):
+            frozen.remote.call(NR.close, fd)
