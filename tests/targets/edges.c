@@ -2,7 +2,7 @@
  * has it fork, shrink, move, drop, unmap and share its memory and check every byte of it. After a
  * round everything is filled anew with other words, and it waits again.
  *
- *   --mib M   size of each area, --skip NAME leaves one kind of operation out
+ *   --mib M   size of each area, --only NAME does one kind of operation alone
  * status.verified counts the rounds, values[0] tells which operation is under way. */
 #define _GNU_SOURCE
 #include "victim.h"
@@ -284,7 +284,7 @@ int main(int argc, char **argv)
             publish();
         while (sigtimedwait(&usr1, NULL, &often) != SIGUSR1);
         for (size_t i = 0; i < sizeof operations / sizeof *operations; i++) {
-            if (strcmp(option_text("skip", ""), operations[i].name) == 0)
+            if (*option_text("only", "") && strcmp(option_text("only", ""), operations[i].name))
                 continue;
             values[0] = i;
             operations[i].run();

@@ -1,0 +1,155 @@
+"""Every byte of an image is the byte at T0.
+
+Two proofs. In the `frozen` hook, with every thread stopped, the oracle reads the target's memory by
+a path of its own, and afterwards every byte of the image is compared with it. And programs whose
+memory has an order that only a single instant shows are read from the image as data.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+import snapshot
+from snapshot.store import Store
+from tests.conftest import Spawn
+from tests.harness import oracle
+from tests.harness.takes import compared, restored, take_with_oracle
+
+pytestmark = pytest.mark.live
+
+TIMES = 4
+"""Takes of each writer here; `make stress` does 200 in a row."""
+
+WRITERS = [
+    {"kind": "anon", "mib": 96, "threads": 2},
+    {"kind": "anon", "mib": 64, "threads": 4, "sparse": 1},
+    {"kind": "thp", "mib": 96, "threads": 2},
+    {"kind": "many", "mib": 64, "threads": 2, "sparse": 1},
+    {"kind": "memfd", "mib": 64, "threads": 2},
+    {"kind": "shm", "mib": 64, "threads": 2, "sparse": 1},
+    {"kind": "brk", "mib": 64, "threads": 2},
+    {"kind": "stack", "threads": 2},
+    {"kind": "data", "threads": 2},
+    {"kind": "file", "mib": 16, "threads": 2},
+    {"kind": "ro", "mib": 16, "threads": 1},
+    {"kind": "mixed", "mib": 96, "threads": 4, "sparse": 1},
+    {"kind": "anon", "mib": 96, "threads": 2, "rate": 5000},
+]
+
+
+def label(options: dict[str, object]) -> str:
+    return "-".join(str(value) for value in options.values())
+
+
+@pytest.mark.parametrize("options", WRITERS, ids=label)
+def test_every_byte_of_a_writer(spawn: Spawn, store: Path, options: dict[str, object]) -> None:
+    writer = spawn("writer", **options)
+    for number in range(TIMES):
+        assert compared(writer.pid, store, f"image-{number}") == []
+        writer.healthy()
+    writer.verify()
+    writer.goes_on()
+
+
+def test_every_byte_of_python(spawn: Spawn, store: Path) -> None:
+    app = spawn.python(mib=32)
+    for number in range(TIMES):
+        assert compared(app.pid, store, f"image-{number}") == []
+    app.verify()
+    app.goes_on()
+
+
+def test_every_byte_of_sixteen_threads(spawn: Spawn, store: Path) -> None:
+    victim = spawn("threads16")
+    for number in range(TIMES):
+        assert compared(victim.pid, store, f"image-{number}") == []
+        victim.goes_on()
+
+
+STORMS = ["munmap", "madvise", "fork", "brk", "mremap", "protect", "threads"]
+
+
+@pytest.mark.parametrize("what", STORMS)
+def test_every_byte_in_a_storm(spawn: Spawn, store: Path, what: str) -> None:
+    """Memory comes, goes and moves while it is being saved. An image that was made is exact; one
+    that cannot be made is an error and leaves nothing."""
+    victim = spawn("storm", what=what, mib=4)
+    for number in range(TIMES):
+        assert compared(victim.pid, store, f"image-{number}") == []
+        victim.verify()
+    victim.goes_on()
+
+
+def test_small_staging(spawn: Spawn, store: Path) -> None:
+    """A budget far below what is written: it spills or makes writers wait, and stays exact."""
+    writer = spawn("writer", kind="anon", mib=96, threads=4)
+    memory, image = take_with_oracle(writer.pid, store, "tight", memory=4 << 20)
+    with image:
+        assert oracle.compare(memory, image, writer.pid) == []
+        assert image.manifest.stats.peak_staging_bytes <= 4 << 20
+    writer.verify()
+
+
+def test_images_in_one_store(spawn: Spawn, store: Path) -> None:
+    """Images share chunks; each keeps its own instant, also when others are removed."""
+    writer = spawn("writer", kind="anon", mib=48, rate=2000)
+    taken = [take_with_oracle(writer.pid, store, f"image-{n}") for n in range(5)]
+    for memory, image in taken:
+        assert oracle.compare(memory, image, writer.pid) == []
+        image.close()
+    with Store.open(store) as opened:
+        for name in ("image-0", "image-2", "image-3"):
+            opened.remove(name)
+        opened.collect()
+    for number in (1, 4):
+        with snapshot.open_image(f"image-{number}", store=store) as image:
+            assert oracle.compare(taken[number][0], image, writer.pid) == []
+            assert list(image.verify()) == []
+
+
+ORDERED = [
+    {"rings": 1, "pages": 4000},
+    {"rings": 4, "pages": 2000, "spread": 64},
+    {"rings": 3, "pages": 1000, "spread": 64, "relay": 1},
+]
+
+
+@pytest.mark.parametrize("options", ORDERED, ids=label)
+def test_order_in_an_image(spawn: Spawn, store: Path, options: dict[str, int]) -> None:
+    """Black box: no hook, nothing but the image."""
+    ordered = spawn.ordered(**options)
+    newest = 0
+    for number in range(TIMES * 2):
+        with snapshot.take(ordered.pid, name=f"image-{number}", store=store) as image:
+            assert ordered.torn(image.read) == []
+            first = int.from_bytes(image.read(ordered.rings()[0][0], 8), "little")
+            assert first >= newest, "an image from before the one before it"
+            newest = first
+        ordered.goes_on()
+
+
+def test_order_survives_restore(spawn: Spawn, store: Path) -> None:
+    """The program itself checks its order from the first increment after the restore."""
+    ordered = spawn.ordered(rings=3, pages=1000, spread=64)
+    snapshot.take(ordered.pid, name="image", store=store).close()
+    ordered.kill()
+    for lazy in (True, False):
+        with restored(ordered, "image", store, lazy):
+            ordered.goes_on()
+
+
+def test_two_images_at_once(spawn: Spawn, store: Path) -> None:
+    """Two targets into one store at the same time, each by its own `snap take`."""
+    import concurrent.futures
+
+    writers = [spawn("writer", mib=48), spawn("writer", mib=48)]
+    names = [f"writer-{number}" for number in range(2)]
+    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        pairs = zip(writers, names, strict=True)
+        work = [pool.submit(compared, writer.pid, store, name) for writer, name in pairs]
+        assert list(itertools.chain(*(one.result() for one in work))) == []
+    for writer in writers:
+        writer.verify()

@@ -1,0 +1,190 @@
+"""A take does not show in its target: /proc tells the same before and after, and no program
+notices anything. Not even when `snap` is killed on the way."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import snapshot
+from tests.conftest import Snap, Spawn
+from tests.harness.processes import wait_until
+from tests.harness.victims import Victim
+
+pytestmark = pytest.mark.live
+
+VOLATILE = re.compile(
+    r"^(Vm(RSS|HWM|Peak|PTE|Swap)|Rss\w+|(non)?voluntary_ctxt_switches|State|SigQ|x86_Thread\w+|"
+    r"Cpus_allowed\w*):.*\n",
+    re.M,
+)
+
+
+def observed(pid: int) -> dict[str, str]:
+    """What /proc says of a process that a take must not change."""
+    root = Path(f"/proc/{pid}")
+    seen = {
+        name: (root / name).read_text(errors="replace") for name in ("maps", "limits", "timers")
+    }
+    seen["flags"] = "\n".join(
+        line
+        for line in (root / "smaps").read_text(errors="replace").splitlines()
+        if line.startswith("VmFlags") or re.match(r"[0-9a-f]+-", line)
+    )
+    seen["oom"] = (root / "oom_score_adj").read_text()
+    seen["tasks"] = " ".join(sorted(os.listdir(root / "task"), key=int))
+    for task in seen["tasks"].split():
+        status = (root / "task" / task / "status").read_text(errors="replace")
+        seen[f"status {task}"] = VOLATILE.sub("", status)
+        seen[f"comm {task}"] = (root / "task" / task / "comm").read_text()
+        seen[f"children {task}"] = (root / "task" / task / "children").read_text()
+    for fd in sorted(os.listdir(root / "fd"), key=int):
+        info = (root / "fdinfo" / fd).read_text()
+        # A position moves as the program writes, a timerfd counts down.
+        info = re.sub(r"^(pos|it_value|ticks|eventfd-count):.*\n", "", info, flags=re.M)
+        seen[f"fd {fd}"] = os.readlink(root / "fd" / fd) + "\n" + info
+    return seen
+
+
+def changes(before: dict[str, str], after: dict[str, str]) -> str:
+    """Line by line what differs, for the message of a failed test."""
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key, "").splitlines(), after.get(key, "").splitlines()
+        found += [f"{key}: - {line}" for line in old if line not in new]
+        found += [f"{key}: + {line}" for line in new if line not in old]
+        if old != new and sorted(old) == sorted(new):
+            found.append(f"{key}: other order")
+    return "\n".join(found)
+
+
+@contextmanager
+def unchanged(victim: Victim) -> Iterator[None]:
+    before = observed(victim.pid)
+    yield
+    assert changes(before, observed(victim.pid)) == ""
+
+
+VICTIMS = [
+    ("writer", {"kind": "mixed", "mib": 32, "threads": 3, "sparse": 1}),
+    ("writer", {"kind": "many", "mib": 16}),
+    ("threads16", {}),
+    ("ordered", {"rings": 2, "spread": 16}),
+    ("edges", {"mib": 2}),
+    ("exits", {"mib": 4}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), VICTIMS)
+def test_nothing_changes(spawn: Spawn, store: Path, name: str, options: dict[str, object]) -> None:
+    victim = spawn(name, **options)
+    for number in range(3):
+        with unchanged(victim):
+            snapshot.take(victim.pid, name=f"image-{number}", store=store).close()
+        victim.healthy()
+
+
+def test_nothing_changes_in_python(spawn: Spawn, store: Path) -> None:
+    app = spawn.python(mib=8)
+    app.verify()  # its thread pool is complete, its allocator warm
+    with unchanged(app):
+        snapshot.take(app.pid, name="image", store=store).close()
+    app.verify()
+
+
+def test_no_interrupted_call(spawn: Spawn, store: Path) -> None:
+    """epoll_wait, futex, poll, nanosleep, read: none returns EINTR, however often we take."""
+    victim = spawn("threads16")
+    for number in range(20):
+        with snapshot.take(victim.pid, name=f"image-{number}", store=store):
+            victim.healthy()
+    victim.goes_on()
+
+
+def waits_in(pid: int, call: int) -> bool:
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0] == str(call)
+
+
+def test_a_program_blocked_in_read(store: Path) -> None:
+    """cat, waiting for its input, is still in the same call with the same arguments after it."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as cat:
+        wait_until(lambda: waits_in(cat.pid, 0), "cat in read(2)")
+        before = Path(f"/proc/{cat.pid}/syscall").read_text()
+        snapshot.take(cat.pid, name="cat", store=store).close()
+        wait_until(lambda: waits_in(cat.pid, 0), "cat in read(2)")
+        assert Path(f"/proc/{cat.pid}/syscall").read_text() == before
+        assert cat.communicate(b"still here")[0] == b"still here"
+
+
+def test_a_sleep_is_not_cut_short(store: Path) -> None:
+    with subprocess.Popen(["sleep", "2"]) as sleep:
+        wait_until(lambda: waits_in(sleep.pid, 230), "sleep in clock_nanosleep(2)")
+        for number in range(5):
+            snapshot.take(sleep.pid, name=f"sleep-{number}", store=store).close()
+            assert sleep.poll() is None
+        assert sleep.wait(10) == 0
+
+
+def test_a_stopped_process_stays_stopped(spawn: Spawn, store: Path) -> None:
+    victim = spawn("writer", mib=8)
+    victim.signal(signal.SIGSTOP)
+    wait_until(lambda: "T" in state_of(victim.pid), "the victim stopping")
+    snapshot.take(victim.pid, name="image", store=store).close()
+    assert "T (stopped)" in state_of(victim.pid)
+    victim.signal(signal.SIGCONT)
+    victim.verify()
+
+
+def state_of(pid: int) -> str:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return status.split("State:\t")[1].split("\n")[0]
+
+
+def huge_kib(pid: int) -> int:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(text.split("AnonHugePages:")[1].split()[0])
+
+
+def test_huge_pages_stay_huge(spawn: Spawn, store: Path) -> None:
+    victim = spawn("writer", kind="thp", mib=64, rate=100)
+    before = huge_kib(victim.pid)
+    if before < 32 * 1024:
+        pytest.skip(
+            "no huge pages here: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+        )
+    snapshot.take(victim.pid, name="image", store=store).close()
+    assert huge_kib(victim.pid) > before * 0.8
+    victim.verify()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stage", ["before-freeze", "frozen", "resumed"])
+def test_snap_ends_on_the_way(spawn: Spawn, snap: Snap, stage: str, number: signal.Signals) -> None:
+    """At `frozen` every thread of the target is stopped when its tracer dies."""
+    victim = spawn("threads16")
+    with unchanged(victim):
+        ran = snap("take", victim.pid, "--hook", f"{stage}=kill -{int(number)} $PPID", ok=False)
+        assert ran.code != 0
+    victim.goes_on()
+    assert snap.names() == []
+    # What is left of the dead take is in nobody's way.
+    with unchanged(victim):
+        snap("take", victim.pid, "--name", "next")
+    assert snap("verify", "next").json["ok"]
+
+
+def test_memory_is_given_back(spawn: Spawn, store: Path) -> None:
+    """The target does not grow by being snapshotted."""
+    victim = spawn("writer", mib=64)
+    before = int(Path(f"/proc/{victim.pid}/statm").read_text().split()[1])
+    for number in range(3):
+        snapshot.take(victim.pid, name=f"image-{number}", store=store).close()
+    after = int(Path(f"/proc/{victim.pid}/statm").read_text().split()[1])
+    assert after - before < 256, "pages"
