@@ -58,13 +58,9 @@ class LostError(TakeError):
     `gone`: the process ended, so no other will.
     """
 
-    def __init__(self, reason: int, count: int, address: int) -> None:
-        super().__init__(
-            f"{REASONS.get(reason, f'reason {reason}')} ({mib(count)} from {address:#x})",
-            "snap take PID",
-        )
-        self.reason = REASONS.get(reason, str(reason))
-        self.gone = reason == int(lib.SNAP_LOST_GONE)
+    def __init__(self, reason: str, *, gone: bool = False) -> None:
+        super().__init__(reason, "snap take PID")
+        self.gone = gone
 
 
 class Staging:
@@ -148,6 +144,12 @@ class Pump:
             if window.whole:
                 _check(lib.snap_pump_want(self._pump, window.start, window.end), "want")
 
+    def register(self) -> None:
+        """Register what will be armed. The target is stopped, and `start` must follow."""
+        address = ffi.new("uint64_t *")
+        result = lib.snap_pump_register(self._pump, address)
+        _check(result, f"registering the memory at {address[0]:#x}", f"snap check {self.pid}")
+
     def scan(self) -> None:
         """Find the pages that hold something. The target is stopped."""
         _check(lib.snap_pump_scan(self._pump), "PAGEMAP_SCAN", "snap check")
@@ -195,7 +197,11 @@ class Pump:
             raise self._failure
         if self._result == -errno.ENODATA:
             raw = self._raw()
-            raise LostError(raw.lost_reason, raw.lost_bytes, raw.lost_address)
+            reason = REASONS.get(raw.lost_reason, f"reason {raw.lost_reason}")
+            raise LostError(
+                f"{reason} ({mib(raw.lost_bytes)} from {raw.lost_address:#x})",
+                gone=raw.lost_reason == lib.SNAP_LOST_GONE,
+            )
         _check(self._result, f"saving the memory of process {self.pid}")
 
     def counters(self) -> Counters:

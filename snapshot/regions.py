@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from .manifest import OBJECT_SPACE, MappedFile, Mapping, MappingKind, SharedObject
 from .maps import Line
+from .resources.memfd import SharedMemory
 from .units import CHUNK, PAGE, align_down, align_up
 
 KERNEL_OWN = (b"[vdso]", b"[vvar]", b"[vvar_vclock]")
@@ -56,7 +57,7 @@ class Plan:
     windows: list[Window] = field(default_factory=list)
     files: dict[tuple[int, int], MappedFile] = field(default_factory=dict)  # by (device, inode)
     objects: dict[tuple[int, int], SharedObject] = field(default_factory=dict)
-    object_source: dict[int, Line] = field(default_factory=dict)  # a mapping to open it through
+    object_source: dict[int, Line | SharedMemory] = field(default_factory=dict)  # to open it by
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -75,9 +76,17 @@ class Plan:
         return merged
 
 
-def plan(lines: Iterable[Line], space: int, facts: Callable[[Line], FileFacts]) -> Plan:
-    """`lines` are those of smaps (VmFlags decide). `facts` is asked for mappings with an inode."""
+def plan(
+    lines: Iterable[Line],
+    space: int,
+    facts: Callable[[Line], FileFacts],
+    needed: Iterable[SharedMemory] = (),
+) -> Plan:
+    """`lines` are those of smaps (VmFlags decide). `facts` is asked for mappings with an inode.
+    `needed`: the shared objects that descriptors lead to, mapped or not."""
     made = Plan(space)
+    for memory in needed:
+        _object(made, memory)
     for line in lines:
         refusal = _refusal(line)
         if refusal:
@@ -192,8 +201,23 @@ def _file(made: Plan, line: Line, facts: FileFacts) -> None:
         )
 
 
+def _object(made: Plan, memory: SharedMemory) -> None:
+    known = SharedObject(
+        id=len(made.objects),
+        kind=memory.kind,
+        name=memory.name,
+        device=memory.device,
+        inode=memory.inode,
+        size=memory.size,
+        seals=memory.seals,
+        mode=memory.mode & 0o7777,
+    )
+    made.objects[memory.device, memory.inode] = known
+    made.object_source[known.id] = memory
+
+
 def _shared(made: Plan, line: Line, facts: FileFacts, memfd: bool) -> None:
-    key = (line.device, line.inode)
+    key = (facts.device, facts.inode)
     known = made.objects.get(key)
     if known is None:
         kind = "memfd" if memfd else "anon" if line.name == b"/dev/zero" else "tmpfs"
@@ -201,8 +225,8 @@ def _shared(made: Plan, line: Line, facts: FileFacts, memfd: bool) -> None:
             id=len(made.objects),
             kind=kind,  # type: ignore[arg-type]
             name=line.name.removeprefix(b"/memfd:") if memfd else facts.path,
-            device=line.device,
-            inode=line.inode,
+            device=facts.device,
+            inode=facts.inode,
             size=facts.size,
             mode=facts.mode & 0o7777,
             linked=facts.named and not memfd,

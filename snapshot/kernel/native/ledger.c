@@ -73,8 +73,7 @@ window *ledger_find(snap_pump *p, uint64_t address)
     return NULL;
 }
 
-/* Position in by_start of the first window that ends above `address`. */
-static size_t first_above(const snap_pump *p, uint64_t address)
+size_t ledger_above(const snap_pump *p, uint64_t address)
 {
     size_t low = 0, high = p->windows.count;
     while (low < high) {
@@ -160,7 +159,7 @@ int ledger_move(snap_pump *p, uint64_t from, uint64_t to, uint64_t length)
 uint64_t ledger_unsaved(snap_pump *p, uint64_t start, uint64_t end, uint8_t state, uint64_t *where)
 {
     uint64_t bytes = 0;
-    for (size_t k = first_above(p, start); k < p->windows.count; k++) {
+    for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
         const window *w = &p->windows.at[p->by_start[k]];
         if (w->start >= end)
             break;

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,8 +17,11 @@
 #include <unistd.h>
 
 #define MESSAGES 32
-#define LET_GO UINT64_C(0x1000000)          /* unregistering more at once holds mmap_lock too long */
+#define LET_GO UINT64_C(0x1000000)          /* releasing more at once holds mmap_lock too long */
 #define PATIENCE_NS UINT64_C(2000000000)    /* for the event that explains why a mark is gone */
+#define MOST_TURNS 8                        /* of reading messages, between two looks at the rest */
+#define GAP_NS UINT64_C(200000)
+#define MOST_LOOKS 20                       /* for the thread that has posted an event */
 #define SWEEP_POLL_CHUNKS 4                 /* faults are looked for every 256 KiB of the sweep */
 
 /* ---- set up ---------------------------------------------------------------------------------- */
@@ -127,6 +131,20 @@ int snap_pump_ready(snap_pump *p)
 }
 
 /* ---- while the target is stopped --------------------------------------------------------------- */
+
+int snap_pump_register(snap_pump *p, uint64_t *address)
+{
+    for (size_t i = 0; i < p->windows.count; i++) {
+        const window *w = &p->windows.at[i];
+        if (!w->armed)
+            continue;
+        *address = w->start;
+        int r = uffd_register(p->uffd, w->start, w->end - w->start, UFFDIO_REGISTER_MODE_WP, NULL);
+        if (r)
+            return r;
+    }
+    return 0;
+}
 
 static void mark(snap_pump *p, const window *w, uint64_t start, uint64_t end)
 {
@@ -270,27 +288,36 @@ static int release_later(snap_pump *p, uint64_t start, uint64_t end)
     return 0;
 }
 
-/* Lets the target write [start, end) (run-time) again. A success is the fence of save.c. */
+/* Lets the target write [start, end) (run-time) again. */
 static int release(snap_pump *p, uint64_t start, uint64_t end)
 {
     int r = uffd_writeprotect(p->uffd, start, end - start, 0);
-    if (r == -ENOENT && end - start > PAGE) {
-        /* Something else was mapped into the range: release what is still ours, page by page. */
-        for (uint64_t page = start; page < end; page += PAGE) {
-            r = release(p, page, page + PAGE);
-            if (r)
-                return r;
-        }
-        return 0;
-    }
     if (r == -EAGAIN)
         return release_later(p, start, end);
-    if (r == -ENOENT || r == -EINVAL) {
-        /* Not registered any more: nothing to release, but somebody may still wait there. */
-        uffd_wake(p->uffd, start, end - start);
-        return 0;
+    if (r == -ESRCH)
+        return r;
+    /* Any other answer is the fence of save.c: EAGAIN is looked for before the range is. */
+    int e = save_publish(p);
+    if (e || !r)
+        return e;
+    if (r == -ENOENT && end - start > PAGE) {
+        /* Something else was mapped into the range: release what is still ours, page by page. */
+        for (uint64_t page = start; page < end && !e; page += PAGE)
+            e = release(p, page, page + PAGE);
+        return e;
     }
-    return r ? r : save_publish(p);
+    /* Not registered any more: nothing to release, but somebody may still wait there. */
+    uffd_wake(p->uffd, start, end - start);
+    return 0;
+}
+
+/* Publishes what is tentative if no event is unread: a release of no memory is a fence too. */
+static int fence(snap_pump *p)
+{
+    if (!p->tentative.count)
+        return 0;
+    int r = uffd_writeprotect(p->uffd, PAGE, PAGE, 0);
+    return r == -EAGAIN ? 0 : r == -ESRCH ? r : save_publish(p);
 }
 
 static int flush_releases(snap_pump *p)
@@ -303,7 +330,19 @@ static int flush_releases(snap_pump *p)
         if (e)
             return e;
     }
-    return 0;
+    return fence(p);
+}
+
+/* After an event was read its caller goes on, and until its next such call releases succeed. One
+ * that makes such calls in a loop would starve every writer if this moment were missed. */
+static int flush_in_the_gap(snap_pump *p)
+{
+    uint64_t until = now_ns() + GAP_NS;
+    int r;
+    do {
+        r = flush_releases(p);
+    } while (!r && (p->releases.count || p->tentative.count) && now_ns() < until);
+    return r;
 }
 
 /* Releases what is armed of the space addresses [from, to) of an area. */
@@ -381,22 +420,33 @@ static int serve_faults(snap_pump *p)
     return failed;
 }
 
-/* An event comes next and it has not been read, so its caller has not yet done what it announces.
- * If that is to discard memory (madvise), save it now: /proc/PID/task/TID/syscall shows the call. */
-static int save_before_remove(snap_pump *p)
+/* Saves what is unsaved of the run-time range [start, end). */
+static int save_range(snap_pump *p, uint64_t start, uint64_t end)
 {
-    char path[64], line[256];
-    snprintf(path, sizeof path, "/proc/%d/task", p->pid);
-    DIR *tasks = opendir(path);
-    if (!tasks)
-        return errno == ENOENT ? 0 : -errno;
-    int r = 0;
-    for (struct dirent *entry; !r && (entry = readdir(tasks));) {
+    for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
+        const window *w = &p->windows.at[p->by_start[k]];
+        if (w->start >= end)
+            break;
+        uint64_t low = w->start > start ? w->start : start, high = w->end < end ? w->end : end;
+        int r = save_space(p, w->area, (low - w->start + w->at) & ~(CHUNK - 1),
+                           high - w->start + w->at);
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
+/* One look at what every thread is doing. *waiting: threads that sleep in a call which posts
+ * events; *running: threads that cannot be asked because they do not sleep. */
+static int save_ahead_of(snap_pump *p, int tasks, DIR *names, int *waiting, int *running)
+{
+    char line[256], file[300];
+    *waiting = *running = 0;
+    for (struct dirent *entry; (entry = readdir(names));) {
         if (entry->d_name[0] == '.')
             continue;
-        char file[300];
         snprintf(file, sizeof file, "%s/syscall", entry->d_name);
-        int fd = openat(dirfd(tasks), file, O_RDONLY | O_CLOEXEC);
+        int fd = openat(tasks, file, O_RDONLY | O_CLOEXEC);
         if (fd < 0)
             continue;
         ssize_t n = read(fd, line, sizeof line - 1);
@@ -405,31 +455,44 @@ static int save_before_remove(snap_pump *p)
             continue;
         line[n] = 0;
         long nr;
-        unsigned long long start, length, advice;
-        if (sscanf(line, "%ld 0x%llx 0x%llx 0x%llx", &nr, &start, &length, &advice) != 4 ||
-            nr != SYS_madvise)
+        unsigned long long start, length;
+        if (sscanf(line, "%ld 0x%llx 0x%llx", &nr, &start, &length) != 3) {
+            ++*running;
             continue;
-        uint64_t end = (start + length + PAGE - 1) & ~(PAGE - 1);
-        for (uint64_t at = start; at < end && !r;) {
-            const window *w = NULL;
-            for (size_t i = 0; i < p->windows.count; i++) {
-                const window *c = &p->windows.at[p->by_start[i]];
-                if (c->end > at) {
-                    w = c;
-                    break;
-                }
-            }
-            if (!w || w->start >= end)
-                break;
-            uint64_t low = w->start > at ? w->start : at, high = w->end < end ? w->end : end;
-            r = save_space(p, w->area, (low - w->start + w->at) & ~(CHUNK - 1),
-                           high - w->start + w->at);
-            at = w->end;
         }
-        if (r == -EAGAIN)
-            r = 0; /* not whole any more: reading the event will tell what was lost */
+        if (nr == SYS_munmap || nr == SYS_mremap || nr == SYS_brk || nr == SYS_mmap || nr == SYS_shmdt)
+            ++*waiting;
+        if (nr != SYS_madvise)
+            continue;
+        ++*waiting;
+        int r = save_range(p, start, (start + length + PAGE - 1) & ~(PAGE - 1));
+        if (r && r != -EAGAIN) /* not whole any more: reading the event will tell what was lost */
+            return r;
     }
-    closedir(tasks);
+    return 0;
+}
+
+/* An event comes next and it has not been read, so its caller has not yet done what it announces.
+ * If that is to discard memory (madvise), it is saved now: /proc/PID/task/TID/syscall shows the
+ * call. The caller may have posted its event and not be asleep yet, so look again when nobody was
+ * found, and once more while others run. */
+static int save_before_event(snap_pump *p)
+{
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/task", p->pid);
+    DIR *names = opendir(path);
+    if (!names)
+        return errno == ENOENT ? 0 : -errno;
+    int r = 0;
+    for (int look = 0; look < MOST_LOOKS && !r; look++) {
+        int waiting, running;
+        rewinddir(names);
+        r = save_ahead_of(p, dirfd(names), names, &waiting, &running);
+        if (waiting && (look || !running))
+            break;
+        sched_yield();
+    }
+    closedir(names);
     return r;
 }
 
@@ -456,9 +519,7 @@ static int handle(snap_pump *p, const uffd_message *m)
         return ledger_move(p, m->arg[0], m->arg[1], m->arg[2]);
     case UFFD_EVENT_REMOVE:
         bytes = p->letting_go ? 0 : ledger_unsaved(p, m->arg[0], m->arg[1], TENTATIVE, &where);
-        if (bytes)
-            return lost(p, bytes, where, SNAP_LOST_REMOVE);
-        return p->tentative.count ? release_later(p, m->arg[0], m->arg[1]) : 0;
+        return bytes ? lost(p, bytes, where, SNAP_LOST_REMOVE) : 0;
     case UFFD_EVENT_UNMAP:
         bytes = p->letting_go ? 0 : ledger_unsaved(p, m->arg[0], m->arg[1], TENTATIVE, &where);
         if (bytes)
@@ -482,12 +543,13 @@ static int pending_faults(const snap_pump *p)
     return at ? atoi(at + 8) : -EPROTO;
 }
 
-/* Reads and answers all messages there are. *any: whether there was one. */
+/* Reads and answers messages that wait. *any: whether there was one. */
 static int serve(snap_pump *p, bool *any)
 {
     uffd_message messages[MESSAGES];
     *any = false;
-    for (;;) {
+    /* Bounded: a target that discards memory in a loop must not keep us from the rest. */
+    for (int turn = 0; turn < MOST_TURNS; turn++) {
         int r = uffd_poll(p->uffd, 0);
         if (r <= 0)
             break;
@@ -495,18 +557,21 @@ static int serve(snap_pump *p, bool *any)
         if (n < 0)
             return n;
         if (n == 0) {
-            if (!p->letting_go && (r = save_before_remove(p)))
+            if (p->unsaved_chunks && !p->letting_go && (r = save_before_event(p)))
                 return r;
             n = 1;
         }
         n = uffd_read_msgs(p->uffd, messages, n < MESSAGES ? n : MESSAGES);
         if (n < 0)
             return n;
-        *any = *any || n > 0;
-        for (int i = 0; i < n; i++)
+        bool event = false;
+        for (int i = 0; i < n; i++) {
+            *any = true;
+            event = event || messages[i].event != UFFD_EVENT_PAGEFAULT;
             if ((r = handle(p, &messages[i])))
                 return r;
-        if ((r = serve_faults(p)))
+        }
+        if ((r = serve_faults(p)) || (r = event ? flush_in_the_gap(p) : flush_releases(p)))
             return r;
     }
     int r = serve_faults(p);
@@ -572,39 +637,37 @@ static int sweep(snap_pump *p)
 
 /* ---- the end ----------------------------------------------------------------------------------- */
 
-/* Unregisters everything in small steps, answering whoever still faults: closing an armed uffd in
- * one go holds the target's mmap lock for 40 to 200 ms at 4 GiB. */
+/* After a failure: releases everything in small steps, answering whoever still faults, so that the
+ * close of the uffd finds little to do (closing an armed one holds the target's mmap lock for 40 to
+ * 200 ms at 4 GiB). Nothing is unregistered here: that would split a mapping for a moment, and a
+ * mremap of the target that spans the split would fail. */
 static int let_go(snap_pump *p)
 {
     p->letting_go = true;
-    uint64_t cursor = 0;
-    for (;;) {
+    for (uint64_t cursor = 0;;) {
         bool any;
         int r = serve(p, &any);
         if (r)
             return r;
-        const window *w = NULL;
-        for (size_t i = 0; i < p->windows.count && !w; i++) {
-            const window *c = &p->windows.at[p->by_start[i]];
-            if (c->armed && c->end > cursor)
-                w = c;
-        }
-        if (!w)
+        size_t k = ledger_above(p, cursor);
+        while (k < p->windows.count && !p->windows.at[p->by_start[k]].armed)
+            k++;
+        if (k == p->windows.count)
             return 0;
+        const window *w = &p->windows.at[p->by_start[k]];
         uint64_t start = w->start > cursor ? w->start : cursor;
         uint64_t end = w->end - start > LET_GO ? start + LET_GO : w->end;
-        r = uffd_unregister(p->uffd, start, end - start);
+        r = uffd_writeprotect(p->uffd, start, end - start, 0);
         if (r == -ESRCH)
             return r;
-        /* Others: the range changed under us; what is left of it goes when the uffd is closed. */
-        uffd_wake(p->uffd, start, end - start);
-        cursor = end;
+        cursor = end; /* what could not be released here, the close releases */
     }
 }
 
+/* Faults and releases that still wait are answered by letting go. */
 static bool finished(const snap_pump *p)
 {
-    return !p->unsaved_chunks && !p->tentative.count && !p->faults.count && !p->releases.count;
+    return !p->unsaved_chunks && !p->tentative.count;
 }
 
 /* Waits for a message, and when `slots` also for a free staging slot. */
@@ -628,7 +691,7 @@ static int loop(snap_pump *p)
             r = sweep(p);
         if (r == -ENOBUFS) {
             p->stuck_since_ns = 0;
-            idle(p, true, 100);
+            idle(p, true, p->tentative.count ? 1 : 100);
             continue;
         }
         if (r && r != -EAGAIN)
@@ -645,9 +708,6 @@ static int loop(snap_pump *p)
             return lost(p, p->unsaved_chunks * CHUNK,
                         p->areas.at[p->sweep_area].start + p->sweep_chunk * CHUNK, SNAP_LOST_UNARMED);
         idle(p, false, 1);
-        if (!p->unsaved_chunks && p->tentative.count && !p->releases.count && !p->faults.count &&
-            (r = release_later(p, p->tentative.at[0].low, p->tentative.at[0].high)))
-            return r;
     }
     return 0;
 }
@@ -660,11 +720,8 @@ int snap_pump_run(snap_pump *p)
     int r = loop(p);
     if (r == -ESRCH)
         r = lost(p, p->unsaved_chunks * CHUNK, 0, SNAP_LOST_GONE);
-    if (p->counters.lost_reason != SNAP_LOST_GONE) {
-        int e = let_go(p);
-        if (!r && e != -ESRCH) /* everything is saved: a target that ends now harms nothing */
-            r = e;
-    }
+    if (r && p->counters.lost_reason != SNAP_LOST_GONE)
+        (void)let_go(p); /* a courtesy: the close of the uffd does all of it */
     snap_pump_end(p);
     return r;
 }

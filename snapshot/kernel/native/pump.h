@@ -2,7 +2,7 @@
  * rest in the background. docs/architecture.md tells the order that makes the image exact.
  *
  * A pump belongs to one process. Life: new, add_area, add_window, then with the target stopped
- * scan, save_stopped, arm; then run in a thread of its own (it blocks, and takes no lock that
+ * register, scan, save_stopped, arm; then run in a thread of its own (it blocks, and takes no lock that
  * Python holds) while other threads call next and done; free when run has returned.
  *
  * Functions return 0 or a count, or -errno. `space address`: where a byte is in the image: the
@@ -68,6 +68,10 @@ int snap_pump_add_window(snap_pump *pump, int area, uint64_t start, uint64_t end
 /* After the last window, before anything below. */
 int snap_pump_ready(snap_pump *pump);
 
+/* With the target stopped. Registers the armed windows for write-protect faults: from here on
+ * events must be read, so run has to follow before the target goes on. EBUSY: another
+ * userfaultfd owns *address. */
+int snap_pump_register(snap_pump *pump, uint64_t *address);
 /* With the target stopped. Finds the pages of every window that hold something: of armed private
  * memory what is present or swapped; of unarmed private memory what is not the file's page; of
  * shared objects what is data. */
@@ -81,10 +85,10 @@ int snap_pump_save_stopped(snap_pump *pump, int everything);
 /* With the target stopped, as the last thing: write-protects all armed windows. This is T0. */
 int snap_pump_arm(snap_pump *pump);
 
-/* Serves faults and events and sweeps until everything is saved, then lets go of all protection
- * in small steps. 0: the image is complete. -ENODATA: bytes of T0 were lost, see the counters.
- * -ECANCELED: snap_pump_stop. Anything else: unexpected. On failure nothing is released here:
- * closing the uffd does that. In every case the queue ends for snap_pump_next. */
+/* Serves faults and events and sweeps until everything is saved; after a failure it releases what
+ * is armed. The caller then closes the uffd at once: until then nobody serves what still faults.
+ * 0: the image is complete. -ENODATA: bytes of T0 were lost, see the counters. -ECANCELED:
+ * snap_pump_stop. Anything else: unexpected. In every case the queue ends for snap_pump_next. */
 int snap_pump_run(snap_pump *pump);
 /* From any thread: run returns soon. */
 void snap_pump_stop(snap_pump *pump);

@@ -97,6 +97,8 @@ int snap_grow(void **at, size_t *capacity, size_t count, size_t size);
 /* ledger.c */
 int ledger_index(snap_pump *p);
 window *ledger_find(snap_pump *p, uint64_t address);
+/* Position in by_start of the first window that ends above `address`. */
+size_t ledger_above(const snap_pump *p, uint64_t address);
 /* The first window of area `a` that may hold space address `at` or above; iterate while inside. */
 size_t ledger_first(const snap_pump *p, const area *a, uint64_t at);
 /* Takes [start, end) out of all windows (unmapped), or moves it by `delta` (mremap). */

@@ -1,0 +1,151 @@
+"""What a target is and whether all of it can be handled, found out without touching it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+
+from .errors import DeniedError, TargetError, UnsupportedError
+from .kernel import pidfd as pidfds
+from .kernel import procfs
+from .maps import Line, parse_maps
+from .regions import FileFacts, Plan, plan
+from .resources import descriptors, preflight
+from .resources.memfd import SharedMemory
+
+O_ACCMODE = 3
+ELF_X86_64 = 62  # e_machine, elf(5)
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """A target at one moment. The fields but the plan tell whether it has changed since."""
+
+    pid: int
+    maps: bytes  # the text of /proc/PID/maps
+    needed: dict[tuple[int, int], SharedMemory]
+    written: frozenset[tuple[int, int]]
+    plan: Plan
+
+    def holds(self, needed: dict[tuple[int, int], SharedMemory]) -> bool:
+        """Whether the plan still fits the target, which is stopped and needs `needed`."""
+        if procfs.read(self.pid, "maps") != self.maps or needed != self.needed:
+            return False
+        return not self.plan.objects or written_files(self.pid) == self.written
+
+
+def target(pid: int) -> None:
+    """Raises TargetError or DeniedError when `pid` is nothing that can be taken."""
+    if pid <= 0:
+        raise TargetError(f"{pid} is no process id", "ps -e")
+    status = procfs.status(pid)
+    comm = procfs.comm(pid).decode("utf-8", "replace")
+    if status.state in "ZX":
+        raise TargetError(f"process {pid} ({comm}) is a zombie: its memory is gone", "ps -p PID")
+    if status.kernel_thread:
+        raise TargetError(f"{pid} ({comm}) is a kernel thread: it has no memory of its own", "ps")
+    if status.number("Tgid") != pid:
+        leader = status.number("Tgid")
+        raise TargetError(f"{pid} is a thread of process {leader}", f"snap take {leader}")
+    if status.tracer:
+        raise TargetError(
+            f"process {pid} ({comm}) is being traced by process {status.tracer}",
+            f"ps -p {status.tracer}",
+        )
+    _machine(pid)
+
+
+def _machine(pid: int) -> None:
+    try:
+        with open(f"/proc/{pid}/exe", "rb") as file:
+            head = file.read(20)
+    except PermissionError:
+        raise DeniedError(
+            f"process {pid} may not be examined by uid {os.geteuid()}", f"sudo snap take {pid}"
+        ) from None
+    except OSError:
+        return  # a program that is no longer to be read is recognised by its system calls
+    if head[:4] == b"\x7fELF" and int.from_bytes(head[18:20], "little") != ELF_X86_64:
+        raise UnsupportedError(f"process {pid} is no x86-64 program", [], "snap check")
+
+
+def examine(pid: int, needed: dict[tuple[int, int], SharedMemory] | None = None) -> Examination:
+    """Reads what decides how each mapping is treated. Runs before the pause, and again inside it
+    when something has changed since. The page tables are walked for it (about 1 ms a GiB).
+    `needed`: the shared objects that descriptors lead to, where the target is stopped."""
+    needed = needed or {}
+    lines = procfs.smaps(pid)
+    maps = procfs.read(pid, "maps")
+    if _ranges(lines) != _ranges(parse_maps(maps)):
+        maps = b""  # it changed in between: the pause will look again
+    written = written_files(pid)
+    tmpfs = _tmpfs_devices(pid)
+
+    def facts(line: Line) -> FileFacts:
+        found = procfs.mapped_path(pid, line)
+        key = (found.stat.st_dev, found.stat.st_ino)
+        return FileFacts(
+            path=found.path,
+            named=found.named,
+            tmpfs=line.device in tmpfs,
+            character=stat.S_ISCHR(found.stat.st_mode),
+            device=found.stat.st_dev,
+            inode=found.stat.st_ino,
+            size=found.stat.st_size,
+            mtime_ns=found.stat.st_mtime_ns,
+            mode=found.stat.st_mode,
+            written=key in written,
+        )
+
+    return Examination(pid, maps, needed, written, plan(lines, 0, facts, needed.values()))
+
+
+def refuse(pid: int, made: Plan, descriptor_problems: list[str] | None = None) -> None:
+    """ONE UnsupportedError that lists everything of the process that cannot be handled."""
+    if descriptor_problems is None:
+        handle = pidfds.open(pid)
+        try:
+            descriptor_problems = descriptors.examine(pid, handle)
+        finally:
+            os.close(handle)
+    problems = [*made.problems, *descriptor_problems, *preflight.unsupported(pid)]
+    if problems:
+        raise UnsupportedError(
+            f"process {pid} has {len(problems)} thing{'s' * (len(problems) > 1)} "
+            "that cannot be taken:",
+            problems,
+            f"snap check {pid}",
+        )
+
+
+def written_files(pid: int) -> frozenset[tuple[int, int]]:
+    """(device, inode) of the shared memory files that a descriptor of the process can write to."""
+    found = set()
+    for name in procfs.names(pid, "fd"):
+        path = f"/proc/{pid}/fd/{name}"
+        try:
+            link = os.readlink(path)
+            if not link.startswith("/"):
+                continue
+            mode = os.lstat(path).st_mode
+            if mode & stat.S_IWUSR:
+                info = os.stat(path)
+                found.add((info.st_dev, info.st_ino))
+        except OSError:
+            continue  # closed meanwhile
+    return frozenset(found)
+
+
+def _tmpfs_devices(pid: int) -> frozenset[int]:
+    devices = set()
+    for row in procfs.read(pid, "mountinfo").split(b"\n"):
+        left, _, right = row.partition(b" - ")
+        if right.startswith((b"tmpfs ", b"devtmpfs ")):
+            major, _, minor = left.split()[2].partition(b":")
+            devices.add(os.makedev(int(major), int(minor)))
+    return frozenset(devices)
+
+
+def _ranges(lines: list[Line]) -> list[tuple[int, int, int, bytes]]:
+    return [(line.start, line.end, line.prot, line.name) for line in lines]

@@ -1,0 +1,139 @@
+"""The userfaultfd of a target: made inside it, held outside it, gone from it at once.
+
+A userfaultfd belongs to the address space in which it was created, so the target creates it, by
+injected calls; `pidfd_getfd` brings a duplicate here and the target closes its own. From then on
+only this process holds it: its last close, also by SIGKILL, ends all protection and wakes all
+writers, which is what makes a dying `snap` harmless (fs/userfaultfd.c, userfaultfd_release).
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import socket
+import struct
+from types import TracebackType
+
+from .errors import DeniedError, KernelError
+from .freeze import Frozen
+from .kernel import pidfd
+from .kernel.arch_x86_64 import NR
+from .kernel.remote import Call
+from .kernel.uffd import FEATURES, Uffd
+
+NEEDED = ("PAGEFAULT_FLAG_WP", "EVENT_REMAP", "EVENT_REMOVE", "EVENT_UNMAP", "WP_HUGETLBFS_SHMEM")
+"""Not EVENT_FORK: a child then drops the userfaultfd and runs free, its parent stays armed."""
+DEVICE = "/dev/userfaultfd"
+USERFAULTFD_IOC_NEW = 0xAA00  # _IO(0xAA, 0), include/uapi/linux/userfaultfd.h
+SOCKET_FLAGS = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+
+
+class WriteProtection:
+    """A target's userfaultfd, handshake done. `close` (or the end of the process) ends it."""
+
+    def __init__(self, uffd: Uffd) -> None:
+        self.uffd = uffd
+
+    @classmethod
+    def create(cls, frozen: Frozen) -> WriteProtection:
+        """Inject the creation into the stopped target; nothing of it stays there.
+
+        Raises DeniedError when neither userfaultfd(2) nor /dev/userfaultfd is allowed,
+        UnsupportedError when the kernel lacks one of NEEDED.
+        """
+        remote = frozen.remote
+        flags = os.O_CLOEXEC | os.O_NONBLOCK
+        made = remote.batch([Call(NR.userfaultfd, (flags,))])[0]
+        if made in (-errno.EPERM, -errno.ENOSYS):
+            # A target without CAP_SYS_PTRACE may not, whoever injects it; through the device it
+            # may, when the device was opened by somebody who was allowed to.
+            made = _through_device(frozen, flags)
+        if made < 0:
+            raise KernelError(
+                f"userfaultfd in process {frozen.pid}: {errno.errorcode.get(-made, made)}",
+                f"snap check {frozen.pid}",
+            )
+        uffd = Uffd(_fetch(frozen, made))
+        try:
+            uffd.api(sum(FEATURES[name] for name in NEEDED))
+        except BaseException:
+            uffd.close()
+            raise
+        return cls(uffd)
+
+    def close(self) -> None:
+        self.uffd.close()
+
+    def __enter__(self) -> WriteProtection:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _fetch(frozen: Frozen, remote_fd: int) -> int:
+    """A duplicate of the target's descriptor here; the target's own is closed, come what may."""
+    try:
+        return pidfd.getfd(frozen.pidfd, remote_fd)
+    finally:
+        frozen.remote.call(NR.close, remote_fd)
+
+
+def _through_device(frozen: Frozen, flags: int) -> int:
+    """The target's number of a userfaultfd made from /dev/userfaultfd, or -errno.
+
+    The device is opened here and handed to the target over a socketpair of its own.
+    """
+    try:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise DeniedError(
+            f"process {frozen.pid} may not use userfaultfd, and {DEVICE}: {error.strerror}",
+            f"sudo setfacl -m u:{os.geteuid()}:rw {DEVICE}",
+        ) from None
+    remote = frozen.remote
+    mine = -1
+    theirs: tuple[int, ...] = ()
+    try:
+        pair = remote.put(bytes(8))
+        remote.call(NR.socketpair, socket.AF_UNIX, SOCKET_FLAGS, 0, pair)
+        theirs = struct.unpack("2i", remote.get(pair, 8))
+        mine = pidfd.getfd(frozen.pidfd, theirs[0])
+        with socket.socket(fileno=os.dup(mine)) as sender:
+            rights = array.array("i", [device])
+            sender.sendmsg([b"u"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        received = _receive(frozen, theirs[1])
+        if received < 0:
+            return received
+        made = remote.batch([Call(NR.ioctl, (received, USERFAULTFD_IOC_NEW, flags))])[0]
+        remote.call(NR.close, received)
+        return made
+    finally:
+        for fd in theirs:
+            remote.call(NR.close, fd)
+        if mine >= 0:
+            os.close(mine)
+        os.close(device)
+
+
+def _receive(frozen: Frozen, fd: int) -> int:
+    """recvmsg inside the target → the descriptor that came, or -errno."""
+    remote = frozen.remote
+    base = remote.put(bytes(128))
+    # struct msghdr at 0, struct iovec at 64, the byte at 80, struct cmsghdr with one int at 88.
+    header = struct.pack("QI4xQQQQi4x", 0, 0, base + 64, 1, base + 88, 24, 0)
+    vector = struct.pack("QQ", base + 80, 1)
+    remote.put(header.ljust(64, b"\0") + vector + bytes(48))
+    received = remote.batch([Call(NR.recvmsg, (fd, base, socket.MSG_CMSG_CLOEXEC))])[0]
+    if received < 0:
+        return received
+    length, level, kind, descriptor = struct.unpack("Qiii", remote.get(base + 88, 20))
+    if length != 20 or (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+        return -errno.EPROTO
+    return int(descriptor)
