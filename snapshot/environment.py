@@ -37,7 +37,13 @@ free pages beyond its end. So a file shorter than its last page has certainly be
 _PAGE_HEADER = 16
 _MAGIC_AND_VERSION = struct.pack("=II", 0xBEEFC0DE, 1)  # LMDB writes in the machine's byte order
 _READERS = 510
-_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.PanicError)
+_DAMAGE = (
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.InvalidError,
+    lmdb.PanicError,
+    struct.error,  # a key or value of another length than ours have
+)
 
 Transaction = Any
 """lmdb.Transaction: typed by the newest lmdb alone."""
@@ -64,7 +70,7 @@ class Environment:
                 max_readers=_READERS,
                 metasync=False,
                 mode=0o600,
-                max_spare_txns=8,
+                max_spare_txns=0,  # their reader slots would be shared with a forked child
             )
             self._begin_lmdb: Callable[..., Transaction] = self._lmdb.begin
             self._check_length()
@@ -101,6 +107,13 @@ class Environment:
         self._check_process()
         with self._understood("cannot write to"):
             self._lmdb.sync(True)
+
+    def let_go(self) -> bool:
+        """In a child after fork: forgets the environment, so that it can be opened anew. Not while
+        another thread of the parent had a transaction."""
+        if self._active == 0:
+            self._lmdb.close()
+        return self._active == 0
 
     def used_bytes(self) -> int:
         """Length of the part of the data file that LMDB uses or has used."""
@@ -180,7 +193,7 @@ class Environment:
         """Errors of LMDB and of the system become ours."""
         try:
             yield
-        except (lmdb.Error, OSError) as error:
+        except (lmdb.Error, OSError, struct.error) as error:
             raise self.failure(doing, error) from error
 
     def damage(self, error: Exception) -> DamagedError:
@@ -226,13 +239,14 @@ class Reading:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._transaction.abort()
         self._environment.leave()
-        if isinstance(error, lmdb.Error):  # a page that says what no page can
+        if isinstance(error, (lmdb.Error, struct.error)):  # a page that says what no page can
             raise self._environment.damage(error) from error
 
 
 _open: weakref.WeakValueDictionary[tuple[int, int], Environment] = weakref.WeakValueDictionary()
 _opening = threading.Lock()
-_inherited: list[Environment] = []  # of the parent; closing them here would disturb its locks
+_inherited: list[Environment] = []
+"""Of the parent, in the middle of a transaction: ending that here would end it there."""
 
 
 def open_environment(path: Path, map_bytes: int = MAP_BYTES) -> Environment:
@@ -260,7 +274,9 @@ def is_lmdb(path: Path) -> bool:
 
 def _after_fork() -> None:
     global _open, _opening
-    _inherited.extend(_open.values())
+    for environment in list(_open.values()):
+        if not environment.let_go():
+            _inherited.append(environment)
     _open = weakref.WeakValueDictionary()
     _opening = threading.Lock()
 

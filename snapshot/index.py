@@ -57,7 +57,9 @@ def load(environment: Environment, number: int, space: int) -> Space:
             for key, value in cursor:
                 if not key.startswith(prefix):
                     break
-                parts.append(key[_ADDRESS] + value)
+                entry = key[_ADDRESS] + value
+                if len(entry) == INDEX_ENTRY.size:  # others are damage, seen by the summary
+                    parts.append(entry)
     return Space(space, b"".join(parts))
 
 

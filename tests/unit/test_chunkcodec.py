@@ -1,0 +1,132 @@
+"""Chunk values: they come back as they were, or are refused."""
+
+from __future__ import annotations
+
+import struct
+from random import Random
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from snapshot import chunkcodec
+from snapshot.chunkcodec import HEADER, RAW, ZSTD, Chunk
+from snapshot.errors import DamagedError
+from snapshot.units import ALL_PAGES, CHUNK, PAGE, PAGES_PER_CHUNK
+
+unhurried = settings(deadline=None, max_examples=50)  # 64 KiB take a while to draw
+bitmaps = st.integers(0, ALL_PAGES)
+kinds = st.lists(st.integers(0, 3), min_size=PAGES_PER_CHUNK, max_size=PAGES_PER_CHUNK)
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> bytes:
+    """A chunk of zero pages, pages with one byte, text and noise: few draws for 64 KiB."""
+    random = Random(draw(st.integers(0, 1 << 32)))
+    makers = (
+        lambda: bytes(PAGE),
+        lambda: random.randrange(PAGE).to_bytes(2, "big").rjust(PAGE, b"\0"),
+        lambda: (random.randbytes(9) * PAGE)[:PAGE],
+        lambda: random.randbytes(PAGE),
+    )
+    return b"".join(makers[kind]() for kind in draw(kinds))
+
+
+chunks = drawn()
+
+
+def masked(data: bytes, present: int) -> bytes:
+    parts = [
+        data[i * PAGE : (i + 1) * PAGE] if present >> i & 1 else bytes(PAGE)
+        for i in range(PAGES_PER_CHUNK)
+    ]
+    return b"".join(parts)
+
+
+def value_of(data: bytes, present: int = ALL_PAGES) -> bytes:
+    return chunkcodec.encode([chunkcodec.examine(present, memoryview(data))])[0]
+
+
+@unhurried
+@given(chunks, bitmaps)
+def test_round_trip(data: bytes, present: int) -> None:
+    value = value_of(data, present)
+    chunk, digest = chunkcodec.decode(value)
+    assert chunk.present == present
+    assert chunk.data == masked(data, present)
+    assert digest == chunkcodec.digest_of(value)
+    for page in range(PAGES_PER_CHUNK):
+        filled = any(chunk.data[page * PAGE : (page + 1) * PAGE])
+        assert filled == bool(chunk.nonzero >> page & 1)
+
+
+@unhurried
+@given(st.lists(st.tuples(chunks, bitmaps), max_size=4))
+def test_many_at_once(some: list[tuple[bytes, int]]) -> None:
+    contents = [chunkcodec.examine(present, memoryview(data)) for data, present in some]
+    values = chunkcodec.encode(contents)
+    assert values == [value_of(data, present) for data, present in some]
+
+
+@unhurried
+@given(chunks, bitmaps, chunks, bitmaps)
+def test_overlay(old: bytes, first: int, new: bytes, second: int) -> None:
+    chunk, _ = chunkcodec.decode(value_of(old, first))
+    content = chunkcodec.overlay(chunk, second, memoryview(new))
+    merged, _ = chunkcodec.decode(chunkcodec.encode([content])[0])
+    assert merged.present == first | second
+    assert masked(merged.data, second) == masked(new, second)
+    assert masked(merged.data, first & ~second) == masked(old, first & ~second)
+
+
+@unhurried
+@given(chunks, bitmaps, st.data())
+def test_any_flipped_bit_is_noticed(data: bytes, present: int, draw: st.DataObject) -> None:
+    value = bytearray(value_of(data, present))
+    at = draw.draw(st.integers(0, len(value) - 1).filter(lambda at: at not in range(5, 8)))
+    value[at] ^= 1 << draw.draw(st.integers(0, 7))
+    try:
+        chunk, _ = chunkcodec.decode(bytes(value))
+    except DamagedError:
+        return
+    assert chunk.data == masked(data, present), "zstd has bits that mean nothing; never other bytes"
+    assert chunk.present == present
+
+
+@given(st.binary(max_size=300))
+def test_anything_else_is_refused(value: bytes) -> None:
+    with pytest.raises(DamagedError):
+        chunkcodec.decode(value)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_bomb_is_not_unpacked(said: bool) -> None:
+    """64 MiB of zeros in 2 KiB, whether or not the frame says its size."""
+    frame = zstandard.ZstdCompressor(write_content_size=said).compress(bytes(64 << 20))
+    value = HEADER.pack(1, 1, ZSTD, bytes(16)) + frame
+    with pytest.raises(DamagedError, match=r"bytes where 4096 belong|not a zstd frame"):
+        chunkcodec.decode(value)
+
+
+def test_zeros_have_no_payload() -> None:
+    value = value_of(bytes(CHUNK))
+    assert len(value) == HEADER.size
+    assert chunkcodec.decode(value)[0] == Chunk(ALL_PAGES, bytes(CHUNK), 0)
+
+
+def test_what_does_not_shrink_is_stored_raw() -> None:
+    data = b"".join(struct.pack(">Q", i * 0x9E3779B97F4A7C15 % 2**64) for i in range(CHUNK // 8))
+    value = value_of(data)
+    assert value[4] == RAW
+    assert value[HEADER.size :] == data
+
+
+def test_pages_that_are_not_meant_do_not_count() -> None:
+    noise = b"\xaa" * CHUNK
+    assert value_of(noise, 0b101) == value_of(masked(noise, 0b101), 0b101)
+
+
+def test_filled_but_not_present() -> None:
+    with pytest.raises(DamagedError, match="pages 0x0002 are filled but not present"):
+        chunkcodec.decode(HEADER.pack(1, 2, RAW, bytes(16)))
