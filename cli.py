@@ -1,24 +1,19 @@
 """The `snap` command: wiring only. Each command imports what it needs when it runs, so that
-`snap --help` is quick; `door` is the one way from an error to an exit code.
-
-Results (JSON with --json) go to stdout, everything that is for people's eyes to stderr.
+`snap --help` is quick; snapshot/door.py is the one way from an error to an exit code.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import wraps
+from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapshot.errors import SnapError
+from snapshot.door import door, note, put_json
 
 if TYPE_CHECKING:
     from snapshot.hooks import Hooks
@@ -43,53 +38,33 @@ VerboseOption = Annotated[
     int,
     typer.Option("--verbose", "-v", count=True, show_default=False, help="Say more (-vv: all)."),
 ]
-HookOption = Annotated[
+TakeHooks = Annotated[
     list[str] | None,
-    typer.Option("--hook", metavar="STAGE=COMMAND", help="Run COMMAND at STAGE (repeatable)."),
+    typer.Option(
+        "--hook",
+        metavar="STAGE=COMMAND",
+        help="Repeatable. before-freeze, frozen, resumed, committed, failed.",
+    ),
+]
+RestoreHooks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--hook",
+        metavar="STAGE=COMMAND",
+        help="Repeatable. before-restore, rebuilt, running, complete.",
+    ),
 ]
 StatsOption = Annotated[bool, typer.Option("--stats", help="Print what was measured.")]
+
+
+class Pids(StrEnum):
+    """How a restored process gets its pids."""
+
+    keep = "keep"
+    new = "new"
+
+
 ImageArgument = Annotated[str, typer.Argument(metavar="IMAGE", show_default=False)]
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: unwinds like Ctrl-C, so that a target is let go on the way out."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
-def door(command: Callable[..., int | None]) -> Callable[..., None]:
-    """The one door from an error to an exit code. `command` returns its exit status (None: 0)."""
-
-    @wraps(command)
-    def guarded(*args: Any, **options: Any) -> NoReturn:
-        verbose = int(options.get("verbose", 0))
-        _log(verbose)
-        try:
-            with _termination():
-                status = command(*args, **options) or 0
-                sys.stdout.flush()
-        except SnapError as error:
-            status = _failed(error.message, error.hint, error.exit_code, options)
-            if verbose:
-                _traceback()
-        except KeyboardInterrupt as interrupt:
-            number = interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT
-            status = _failed("interrupted", "", 128 + number, options)
-        except BrokenPipeError:
-            _discard_stdout()
-            status = 128 + signal.SIGPIPE
-        except typer.BadParameter:
-            raise
-        except Exception as error:
-            hint = "" if verbose else "the same command with -v shows where"
-            status = _failed(f"{type(error).__name__}: {error}", hint, 1, options)
-            if verbose:
-                _traceback()
-        raise typer.Exit(status)
-
-    return guarded
 
 
 @app.command(help="Snapshot a running process.", epilog="Example: snap take 4711 --name before")
@@ -105,18 +80,18 @@ def take(
     attempts: Annotated[
         int, typer.Option("--attempts", metavar="N", min=1, help="Instants tried at most.")
     ] = 3,
-    hook: HookOption = None,
+    hook: TakeHooks = None,
     stats: StatsOption = False,
     store: StoreOption = None,
     json: JsonOption = False,
     verbose: VerboseOption = 0,
 ) -> None:
-    from snapshot import describe, progress, store_path
+    from snapshot import arguments, describe, progress, store_path
     from snapshot.hooks import TAKE_STAGES
     from snapshot.take import take as run
 
     hooks = _hooks(hook, TAKE_STAGES)
-    limit = size(memory)
+    limit = _parsed(arguments.size, memory, "--memory")
     with progress.shown() as report:
         image = run(
             pid,
@@ -129,11 +104,11 @@ def take(
         )
     with image:
         manifest = image.manifest
-    _note(describe.summary(manifest) + _warnings(hooks.warnings))
+    note(describe.summary(manifest))
     if stats:
-        _note(describe.statistics_text(manifest.stats))
+        note(describe.statistics_text(manifest.stats))
     if json:
-        _json({**describe.taken(manifest), "warnings": [*manifest.warnings, *hooks.warnings]})
+        put_json({**describe.taken(manifest), "warnings": [*manifest.warnings, *hooks.warnings]})
     else:
         print(manifest.image)
 
@@ -146,32 +121,31 @@ def restore(
         bool, typer.Option("--lazy/--eager", help="Run before the memory is there, or after.")
     ] = False,
     pid: Annotated[
-        str, typer.Option("--pid", metavar="keep|new", help="The same pids, or a pid namespace.")
-    ] = "keep",
+        Pids, typer.Option("--pid", metavar="keep|new", help="The same pids, or a pid namespace.")
+    ] = Pids.keep,
     wait: Annotated[
         bool, typer.Option("--wait", help="Until it ends; pass signals on, return its status.")
     ] = False,
-    hook: HookOption = None,
-    stats: StatsOption = False,
+    hook: RestoreHooks = None,
     store: StoreOption = None,
     json: JsonOption = False,
     verbose: VerboseOption = 0,
 ) -> int | None:
-    from snapshot import describe, progress
+    from snapshot import describe, foreground, progress
     from snapshot.hooks import RESTORE_STAGES
     from snapshot.restore import restore as run
 
-    if pid not in ("keep", "new"):
-        raise typer.BadParameter(f"{pid!r} is neither keep nor new", param_hint="--pid")
     hooks = _hooks(hook, RESTORE_STAGES)
     with _store(store) as opened, opened.image(image) as source, progress.shown() as report:
-        restored = run(source, lazy=lazy, pid=pid, hooks=hooks, progress=report)
-    _note(describe.restored_text(restored) + _warnings(hooks.warnings))
+        restored = run(
+            source, lazy=lazy, pid=pid.value, hooks=hooks, progress=report, parent_stays=wait
+        )
+    note(describe.restored_text(restored))
     if json:
-        _json({**describe.restored(restored), "warnings": [*restored.warnings, *hooks.warnings]})
+        put_json({**describe.restored(restored), "warnings": [*restored.warnings, *hooks.warnings]})
     else:
         print(restored.pid, flush=True)
-    return _wait(restored) if wait else None
+    return foreground.wait(restored) if wait else None
 
 
 @app.command("list", help="The images of the store.", epilog="Example: snap list")
@@ -182,7 +156,7 @@ def list_(store: StoreOption = None, json: JsonOption = False, verbose: VerboseO
     with _store(store) as opened:
         images = [describe.listed(one) for one in opened.images()]
     if json:
-        _json(images)
+        put_json(images)
     elif images:
         print(*describe.images_table(images), sep="\n")
 
@@ -200,7 +174,7 @@ def show(
     with _store(store) as opened, opened.image(image) as source:
         manifest = source.manifest
     if json:
-        _json(describe.shown(manifest))
+        put_json(describe.shown(manifest))
     else:
         print(*describe.details(manifest), sep="\n")
 
@@ -220,9 +194,11 @@ def read(
     store: StoreOption = None,
     verbose: VerboseOption = 0,
 ) -> None:
+    from snapshot import arguments
     from snapshot.units import MIB
 
-    start, count = _number(address), size(length)
+    start = _parsed(arguments.address, address, "ADDRESS")
+    count = _parsed(arguments.size, length, "LENGTH")
     with _store(store) as opened, opened.image(image) as source:
         for offset in range(0, count, MIB):
             piece = source.read(start + offset, min(MIB, count - offset), pid=pid)
@@ -250,7 +226,7 @@ def verify(
             results.append({"image": name, "damaged": damage})
     bad = [one for one in results if one["damaged"]]
     if json:
-        _json({"images": results, "ok": not bad})
+        put_json({"images": results, "ok": not bad})
     else:
         for one in results:
             print(f"{one['image']}: " + ("damaged" if one["damaged"] else "good"))
@@ -271,7 +247,7 @@ def rm(
         for name in images:
             opened.remove(name)
     if json:
-        _json({"removed": images})
+        put_json({"removed": images})
 
 
 @app.command(help="Free what no image needs.", epilog="Example: snap gc")
@@ -282,7 +258,7 @@ def gc(store: StoreOption = None, json: JsonOption = False, verbose: VerboseOpti
     with _store(store) as opened:
         freed = opened.collect()
     if json:
-        _json({"freed_bytes": freed})
+        put_json({"freed_bytes": freed})
     else:
         print(f"freed {mib(freed)}")
 
@@ -301,35 +277,17 @@ def check(
 
     items = checks.run(pid, store_path(store))
     if json:
-        _json(checks.as_json(items, pid))
+        put_json(checks.as_json(items, pid))
     else:
         print(*checks.as_text(items), sep="\n")
     return checks.exit_code(items)
 
 
-def size(given: str) -> int:
-    """Bytes of `4096`, `0x1000`, `64K`, `256M`, `1.5G`, `256 MiB`; a usage error otherwise."""
-    number = given.strip().upper().removesuffix("IB").removesuffix("B").strip()
-    factor = 1
-    if not number.startswith("0X") and number[-1:] in ("K", "M", "G", "T"):
-        factor = 1024 ** ("KMGT".index(number[-1]) + 1)
-        number = number[:-1].strip()
+def _parsed(parse: Callable[[str], int], given: str, option: str) -> int:
     try:
-        value = int(float(number) * factor) if "." in number else int(number, 0) * factor
-    except (ValueError, OverflowError):
-        value = -1
-    if value < 0:
-        raise typer.BadParameter(f"{given!r} is not a size like 4096, 64K or 1.5G")
-    return value
-
-
-def _number(given: str) -> int:
-    """An address: `0x7ffd5000`, or as in /proc/PID/maps without 0x when it has a hex letter."""
-    for base in (0, 16):
-        with suppress(ValueError):
-            if (value := int(given, base)) >= 0:
-                return value
-    raise typer.BadParameter(f"{given!r} is not an address like 0x7ffd5000")
+        return parse(given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def _hooks(specs: list[str] | None, stages: tuple[str, ...]) -> Hooks:
@@ -347,79 +305,6 @@ def _store(given: Path | None) -> Store:
     from snapshot.store import Store
 
     return Store.open(store_path(given))
-
-
-def _wait(restored: Any) -> int:
-    """Its exit status, 128+n for a signal; signals that reach `snap` meanwhile are passed on."""
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(restored.pid, number)
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), pass_on)
-    status = int(restored.wait())
-    return 128 - status if status < 0 else status
-
-
-@contextmanager
-def _termination() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Terminated; a SIGHUP that is ignored (nohup) stays ignored."""
-
-    def unwind(number: int, frame: FrameType | None) -> None:
-        raise Terminated(number)
-
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, unwind)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _log(verbose: int) -> None:
-    import logging
-
-    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-
-
-def _warnings(warnings: list[str]) -> list[str]:
-    return [f"warning: {warning}" for warning in warnings]
-
-
-def _note(lines: list[str]) -> None:
-    for line in lines:
-        print(line, file=sys.stderr)
-
-
-def _json(value: Any) -> None:
-    import msgspec
-
-    sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def _failed(message: str, hint: str, code: int, options: dict[str, Any]) -> int:
-    _note([f"snap: {message}"] + ([f"hint: {hint}"] if hint else []))
-    if options.get("json"):
-        with suppress(BrokenPipeError):
-            _json({"error": message, "hint": hint, "exit_code": code})
-    return code
-
-
-def _traceback() -> None:
-    import traceback
-
-    traceback.print_exc()
-
-
-def _discard_stdout() -> None:
-    """The reader of stdout is gone: keep the interpreter from saying so once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _version(asked: bool) -> None:

@@ -9,6 +9,7 @@ the take (the restore); at later stages nothing can be taken back, so it becomes
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -96,7 +97,7 @@ class Hooks:
         """Run every hook of `stage`, in order, in the calling thread.
 
         Raises HookError at a FATAL stage (the hooks after the failing one do not run); elsewhere
-        all run, and what fails is added to `warnings`.
+        all run, and what fails is logged and added to `warnings`.
         """
         context = HookContext(check_stage(stage), pid, image, extra)
         for entry in self._entries:
@@ -109,6 +110,7 @@ class Hooks:
                 if stage in FATAL:
                     raise HookError(message, entry.hint) from error
                 self.warnings.append(message)
+                logging.getLogger("snap").warning("%d: %s", pid, message)
 
 
 def check_stage(stage: str, among: Sequence[str] = STAGES) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import typer
 
-import cli
+from snapshot import arguments
+from snapshot.door import door
 from snapshot.manifest import Descriptor, OpenFile, TakeStats
 from snapshot.store import Store
 from snapshot.units import CHUNK
@@ -221,7 +222,7 @@ def test_unexpected_error_is_1_and_short(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["snap"])
 
-    @cli.door
+    @door
     def broken(verbose: int = 0) -> None:
         raise KeyError("what")
 
@@ -239,8 +240,9 @@ def test_unexpected_error_is_1_and_short(
 def test_signals_end_it_with_128_and_the_number(number: str, code: int, tmp_path: Path) -> None:
     script = (
         "import cli, os, signal, time\n"
+        "from snapshot.door import door\n"
         "@cli.app.command()\n"
-        "@cli.door\n"
+        "@door\n"
         "def wait() -> None:\n"
         f"    os.kill(os.getpid(), signal.SIG{number})\n"
         "    time.sleep(60)\n"
@@ -272,13 +274,13 @@ def test_closed_stdout_is_quiet(store: Path) -> None:
      ("256 MiB", 256 << 20), ("1kb", 1024), ("0", 0)],
 )  # fmt: skip
 def test_sizes(given: str, value: int) -> None:
-    assert cli.size(given) == value
+    assert arguments.size(given) == value
 
 
 @pytest.mark.parametrize("given", ["", "-1", "K", "1X", "0x1000K", "nan", "1e400"])
 def test_no_sizes(given: str) -> None:
-    with pytest.raises(typer.BadParameter):
-        cli.size(given)
+    with pytest.raises(ValueError, match="not a size"):
+        arguments.size(given)
 
 
 def test_progress_is_nothing_without_a_terminal_and_one_line_with() -> None:
