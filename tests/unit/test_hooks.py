@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -110,9 +112,13 @@ def test_command_at_frozen_has_a_limit_and_leaves_nothing_behind(tmp_path: Path)
     assert not _runs(sleeper)
 
 
-def test_frozen_does_not_wait_for_what_a_command_leaves_in_the_background() -> None:
-    given = Hooks(commands=[("frozen", "sleep 2 &")], installed=False, frozen_limit=1.5)
+def test_frozen_does_not_wait_for_what_a_command_leaves_in_the_background(tmp_path: Path) -> None:
+    command = f"sleep 600 & echo $! > {tmp_path}/pid"
+    given = Hooks(commands=[("frozen", command)], installed=False, frozen_limit=10)
     given.run("frozen", pid=1, image="x")
+    pid = int((tmp_path / "pid").read_text())
+    assert _runs(Path("/proc", str(pid)))
+    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
