@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import resource
 import socket
-from contextlib import suppress
 from itertools import pairwise
 
 from msgspec.structs import replace
 
-from ..errors import DeniedError, KernelError, RestoreError, TargetError
-from ..kernel import kcmp
+from ..errors import KernelError, RestoreError
+from ..kernel import fdtable, kcmp
 from ..kernel.arch_x86_64 import NR
+from ..kernel.fdtable import Entry
 from ..kernel.remote import Remote
 from ..manifest import Descriptor, OpenFile, Process, pack
 from . import (
@@ -51,18 +51,18 @@ from .openfile import (
 )
 
 KINDS: tuple[Kind, ...] = (
-    memfd,
-    directories,
-    files,
-    terminals,
-    devices,
+    sockets,
+    unixsockets,
     pipes,
     eventfd,
     epoll,
     timerfd,
     signalfd,
-    sockets,
-    unixsockets,
+    memfd,
+    directories,
+    files,
+    terminals,
+    devices,
     stdio,
 )
 """The first that recognises an open file has it."""
@@ -160,8 +160,8 @@ def _capture_one(seen: Seen, table: Table, numbers: dict[int, int], next_id: int
 
 def _what(seen: Seen, table: Table) -> str:
     """An open file of no known kind, in words."""
-    if seen.link.startswith(b"socket:["):
-        family = table.domain(seen)
+    if seen.is_socket:
+        family = table.look(seen).domain
         return f"a socket of family {_FAMILIES.get(family, family)}"
     return _WHAT.get(seen.link, os.fsdecode(seen.link))
 
@@ -179,53 +179,22 @@ def _open_file(file_id: int, kind: Kind, seen: Seen, found: Captured) -> OpenFil
 
 
 def _read_all(pid: int) -> dict[int, Seen]:
-    """Every descriptor by itself, from /proc: id and fds are filled in later."""
-    found = {}
-    try:
-        links = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | O_CLOEXEC)
-    except (FileNotFoundError, ProcessLookupError):
-        raise TargetError(f"no process {pid}", f"ps -p {pid}") from None
-    except PermissionError:
-        message = f"/proc/{pid}/fd: not allowed to uid {os.geteuid()}"
-        raise DeniedError(message, f"sudo snap check {pid}") from None
-    try:
-        infos = os.open(f"/proc/{pid}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | O_CLOEXEC)
-        try:
-            for name in os.listdir(links):
-                with suppress(FileNotFoundError):  # closed meanwhile, in a running process
-                    found[int(name)] = _read_one(name, links, infos)
-        finally:
-            os.close(infos)
-    finally:
-        os.close(links)
-    return found
+    """Every descriptor by itself; those that share a struct file are found later."""
+    return {entry.fd: _seen(entry) for entry in fdtable.entries(pid)}
 
 
-def _read_one(name: str, links: int, infos: int) -> Seen:
-    info = _read_file(name, infos)
-    values = dict(line.split(b":", 1) for line in info.split(b"\n", 2)[:2])
-    fd, flags = int(name), int(values[b"flags"], 8)
+def _seen(entry: Entry) -> Seen:
+    # "pos:\t0\nflags:\t0100002\n…": seq_show, fs/proc/fd.c
+    position, flags, _ = entry.info.split(b"\n", 2)
+    opened = int(flags[6:], 8)
     return Seen(
-        id=fd,
-        fds=[fd],
-        link=os.readlink(os.fsencode(name), dir_fd=links),
-        stat=os.stat(name, dir_fd=links),
-        info=info,
-        flags=flags & ~O_CLOEXEC,
-        offset=int(values[b"pos"]),
-        cloexec={fd} if flags & O_CLOEXEC else set(),
+        id=entry.fd,
+        fds=[entry.fd],
+        entry=entry,
+        flags=opened & ~O_CLOEXEC,
+        offset=int(position[4:]),
+        cloexec={entry.fd} if opened & O_CLOEXEC else set(),
     )
-
-
-def _read_file(name: str, directory: int) -> bytes:
-    fd = os.open(name, os.O_RDONLY | O_CLOEXEC, dir_fd=directory)
-    try:
-        parts = []
-        while part := os.read(fd, 65536):
-            parts.append(part)
-        return b"".join(parts)
-    finally:
-        os.close(fd)
 
 
 def _by_struct_file(pid: int, raw: dict[int, Seen]) -> list[Seen]:

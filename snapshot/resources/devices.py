@@ -21,13 +21,13 @@ class State(Record, frozen=True):
 
 
 def recognise(seen: Seen, table: Table) -> bool:
-    return stat.S_ISCHR(seen.stat.st_mode) or stat.S_ISBLK(seen.stat.st_mode)
+    return stat.S_ISCHR(seen.entry.mode) or stat.S_ISBLK(seen.entry.mode)
 
 
 def capture(seen: Seen, table: Table) -> Captured:
-    major, minor = os.major(seen.stat.st_rdev), os.minor(seen.stat.st_rdev)
-    if stat.S_ISBLK(seen.stat.st_mode) or (major, minor) not in HARMLESS:
-        what = "block" if stat.S_ISBLK(seen.stat.st_mode) else "character"
+    major, minor = os.major(seen.entry.rdev), os.minor(seen.entry.rdev)
+    if stat.S_ISBLK(seen.entry.mode) or (major, minor) not in HARMLESS:
+        what = "block" if stat.S_ISBLK(seen.entry.mode) else "character"
         raise Cannot(f"{os.fsdecode(seen.link)}: {what} device {major}:{minor}")
     return Captured(os.fsdecode(seen.link), State(path=seen.link, major=major, minor=minor))
 

@@ -30,17 +30,17 @@ class State(Record, frozen=True):
 
 
 def recognise(seen: Seen, table: Table) -> bool:
-    return stat.S_ISDIR(seen.stat.st_mode) or bool(seen.flags & O_PATH)
+    return stat.S_ISDIR(seen.entry.mode) or bool(seen.flags & O_PATH)
 
 
 def capture(seen: Seen, table: Table) -> Captured:
-    if stat.S_ISLNK(seen.stat.st_mode):
+    if stat.S_ISLNK(seen.entry.mode):
         path, deleted = seen.link, not os.path.lexists(seen.link)
     else:
         path, deleted = files.name_of(seen)
     if deleted:
         raise Cannot(f"{os.fsdecode(path)}: a deleted directory, or a deleted place (O_PATH)")
-    state = State(path=path, device=seen.stat.st_dev, inode=seen.stat.st_ino)
+    state = State(path=path, device=seen.entry.device, inode=seen.entry.inode)
     return Captured(os.fsdecode(path), state)
 
 

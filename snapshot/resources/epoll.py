@@ -71,9 +71,11 @@ def _watched(seen: Seen, table: Table, number: int, nth: int, inode: int) -> See
     if present is not None and kcmp.watches(table.pid, number, seen.fd, number, nth):
         return present
     for other in table.files:
-        if other.stat.st_ino & 0xFFFFFFFF != inode & 0xFFFFFFFF or other is present:
-            continue
-        if kcmp.watches(table.pid, other.fd, seen.fd, number, nth):
+        if (
+            other is not present
+            and int(other.value(b"ino:")) == inode
+            and kcmp.watches(table.pid, other.fd, seen.fd, number, nth)
+        ):
             return other
     return None
 

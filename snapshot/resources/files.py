@@ -51,7 +51,7 @@ class State(Record, frozen=True):
 
 
 def recognise(seen: Seen, table: Table) -> bool:
-    return stat.S_ISREG(seen.stat.st_mode) and not seen.flags & O_PATH and seen.link[:1] == b"/"
+    return stat.S_ISREG(seen.entry.mode) and not seen.flags & O_PATH and seen.link[:1] == b"/"
 
 
 def capture(seen: Seen, table: Table) -> Captured:
@@ -66,10 +66,10 @@ def capture(seen: Seen, table: Table) -> Captured:
             data = _contents(seen, table)
     state = State(
         path=path,
-        device=seen.stat.st_dev,
-        inode=seen.stat.st_ino,
-        size=seen.stat.st_size,
-        mode=stat.S_IMODE(seen.stat.st_mode),
+        device=seen.entry.device,
+        inode=seen.entry.inode,
+        size=seen.entry.size,
+        mode=stat.S_IMODE(seen.entry.mode),
         deleted=deleted,
         data=data,
         copied=copied,
@@ -99,7 +99,7 @@ def _is(seen: Seen, path: bytes) -> bool:
 
 
 def _refuse_large(seen: Seen, path: bytes) -> None:
-    used = min(seen.stat.st_size, seen.stat.st_blocks * 512)
+    used = min(seen.entry.size, seen.entry.blocks * 512)
     if used > DELETED_LIMIT:
         raise Cannot(
             f"{os.fsdecode(path)}: deleted, and its {mib(used)} are more than the"
@@ -112,7 +112,7 @@ def _contents(seen: Seen, table: Table) -> tuple[tuple[int, bytes], ...]:
     pieces: list[tuple[int, bytes]] = []
     fd = os.open(table.path(seen), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for start, end in filesystem.data_ranges(fd, seen.stat.st_size):
+        for start, end in filesystem.data_ranges(fd, seen.entry.size):
             at = start
             while at < end:
                 piece = os.pread(fd, min(_PIECE, end - at), at)

@@ -81,7 +81,7 @@ def needed(
 
 
 def recognise(seen: Seen, table: Table) -> bool:
-    if not stat.S_ISREG(seen.stat.st_mode) or seen.flags & O_PATH or seen.stat.st_nlink:
+    if not stat.S_ISREG(seen.entry.mode) or seen.flags & O_PATH or seen.entry.links:
         return False
     if seen.link.startswith(PREFIX):
         return True
@@ -106,10 +106,10 @@ def capture(seen: Seen, table: Table) -> Captured:
     state = State(
         kind="memfd" if memory else "tmpfs",
         name=name.removeprefix(PREFIX) if memory else name,
-        device=seen.stat.st_dev,
-        inode=seen.stat.st_ino,
-        size=seen.stat.st_size,
-        mode=stat.S_IMODE(seen.stat.st_mode),
+        device=seen.entry.device,
+        inode=seen.entry.inode,
+        size=seen.entry.size,
+        mode=stat.S_IMODE(seen.entry.mode),
         seals=seals,
     )
     return Captured(os.fsdecode(seen.link), state)

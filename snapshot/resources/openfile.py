@@ -12,12 +12,14 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ..errors import RestoreError
+from ..kernel import fdtable
 from ..kernel import pidfd as pidfds
 from ..kernel.arch_x86_64 import NR
+from ..kernel.fdtable import Entry, Socket
 from ..kernel.remote import Call, Remote
 from ..kernel.sockdiag import Diag
 from ..manifest import Manifest, OpenFile, Process, Record, unpack
@@ -39,7 +41,6 @@ OPEN_ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_NOFOLLOW | 
 """Flags that meant something only when the file was opened the first time."""
 STANDARD = (0, 1, 2)
 AT_FDCWD = -100
-SO_DOMAIN = 39
 
 
 class Cannot(Exception):
@@ -59,13 +60,16 @@ class Seen:
 
     id: int
     fds: list[int]
-    link: bytes  # of /proc/PID/fd/N
-    stat: os.stat_result
-    info: bytes  # /proc/PID/fdinfo/N of the lowest
-    flags: int = 0  # open(2) flags without O_CLOEXEC
-    offset: int = 0
-    cloexec: set[int] = field(default_factory=set)  # those of `fds` that exec closes
-    domain: int = -1  # a socket's family, filled in when it is first asked for
+    entry: Entry  # of the lowest
+    flags: int  # open(2) flags without O_CLOEXEC
+    offset: int
+    cloexec: set[int]  # those of `fds` that exec closes
+    socket: Socket | None = None  # how it looks, when it is one and was asked for
+
+    @property
+    def link(self) -> bytes:
+        """Of /proc/PID/fd/N."""
+        return self.entry.link
 
     @property
     def fd(self) -> int:
@@ -74,7 +78,11 @@ class Seen:
     @property
     def key(self) -> tuple[int, int]:
         """Names the inode: (device, inode)."""
-        return self.stat.st_dev, self.stat.st_ino
+        return self.entry.device, self.entry.inode
+
+    @property
+    def is_socket(self) -> bool:
+        return self.entry.link.startswith(b"socket:[")
 
     @property
     def access(self) -> int:
@@ -86,7 +94,7 @@ class Seen:
 
     def lines(self, name: bytes) -> Iterator[bytes]:
         """The values of each line `name: value` of fdinfo."""
-        for line in self.info.split(b"\n"):
+        for line in self.entry.info.split(b"\n"):
             if line.startswith(name):
                 yield line[len(name) + 1 :].strip()
 
@@ -139,12 +147,11 @@ class Table:
         with socket.socket(fileno=pidfds.getfd(self.pidfd, seen.fd)) as sock:
             yield sock
 
-    def domain(self, seen: Seen) -> int:
-        """The family of a socket, AF_*."""
-        if seen.domain < 0:
-            with self.socket(seen) as sock:
-                seen.domain = sock.getsockopt(socket.SOL_SOCKET, SO_DOMAIN)
-        return seen.domain
+    def look(self, seen: Seen) -> Socket:
+        """How a socket looks; OSError when it is none."""
+        if seen.socket is None:
+            seen.socket = fdtable.look(self.pidfd, seen.fd)
+        return seen.socket
 
     @property
     def diag(self) -> Diag:

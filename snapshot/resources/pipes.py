@@ -17,6 +17,7 @@ from ..kernel import fdcalls
 from ..manifest import OpenFile, Record
 from . import files
 from .openfile import (
+    O_PATH,
     OPEN_ONCE,
     Captured,
     Opening,
@@ -41,7 +42,9 @@ class State(Record, frozen=True):
 
 
 def recognise(seen: Seen, table: Table) -> bool:
-    return stat.S_ISFIFO(seen.stat.st_mode)
+    if seen.flags & O_PATH:
+        return False
+    return seen.link.startswith(b"pipe:[") or stat.S_ISFIFO(seen.entry.mode)
 
 
 def capture(seen: Seen, table: Table) -> Captured:
@@ -56,8 +59,8 @@ def capture(seen: Seen, table: Table) -> Captured:
         outside = not fifo and not (readers and writers)
         closed = outside and not _ended(fd)
     state = State(
-        device=seen.stat.st_dev,
-        inode=seen.stat.st_ino,
+        device=seen.entry.device,
+        inode=seen.entry.inode,
         capacity=capacity,
         path=seen.link if fifo else b"",
         packets=packets,

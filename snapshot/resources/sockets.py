@@ -11,10 +11,11 @@ import errno
 import os
 import select
 import socket
-import struct
+import sys
 
 from msgspec.structs import replace
 
+from ..kernel.fdtable import Socket
 from ..manifest import OpenFile, Record
 from . import ended, sockopts
 from .openfile import Cannot, Captured, Opening, Problem, Seen, Table, set_flags, state_of
@@ -22,9 +23,7 @@ from .openfile import Cannot, Captured, Opening, Problem, Seen, Table, set_flags
 NAME = "sockets"
 
 IPPROTO_MPTCP = 262
-_SO_ACCEPTCONN = 30
 _TCP_SYN_SENT, _TCP_CLOSE = 2, 7
-_TCP_INFO_BYTES = 104
 _PROTOCOLS = {
     socket.IPPROTO_TCP: "tcp",
     IPPROTO_MPTCP: "mptcp",
@@ -65,76 +64,54 @@ class State(Record, frozen=True):
 
 
 def recognise(seen: Seen, table: Table) -> bool:
-    return seen.link.startswith(b"socket:[") and table.domain(seen) in _INTERNET
+    return seen.is_socket and table.look(seen).domain in _INTERNET
 
 
 def capture(seen: Seen, table: Table) -> Captured:
+    look = table.look(seen)
+    name = _PROTOCOLS.get(look.protocol)
+    if name is None or look.type not in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        raise Cannot(f"a raw socket or one of protocol {look.protocol}")
+    local, peer = _address(look.local), _address(look.peer)
+    state = State(family=look.domain, type=look.type, protocol=look.protocol)
+    connection = look.type == socket.SOCK_STREAM and not look.listening
+    if connection and _is_connected(look):
+        ended = replace(state, ended=True, connecting=look.state == _TCP_SYN_SENT)
+        label = f"{name} {local} to {peer or 'an unanswered connect'}"
+        return Captured(label, ended, outside=True, closed=True)
+    if connection and look.events & select.POLLRDHUP:  # only after a connection is it shut
+        return Captured(f"{name} {local} after its end", replace(state, ended=True), outside=True)
     with table.socket(seen) as sock:
-        name = _PROTOCOLS.get(sock.proto)
-        if name is None or sock.type not in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-            raise Cannot(f"a raw socket or one of protocol {sock.proto}")
-        state = State(
-            family=sock.family,
-            type=sock.type,
-            protocol=sock.proto,
-            local=_address(sock.getsockname()),
-        )
-        peer = _peer(sock)
-        if sock.type == socket.SOCK_STREAM:
-            return _capture_stream(sock, name, state, peer)
-        options = sockopts.read(sock)
-    where = f"{state.local or 'not bound'}" + (f" to {peer}" if peer else "")
-    return Captured(f"{name} {where}", replace(state, peer=peer, options=options))
+        state = replace(state, local=local, options=sockopts.read(sock))
+    if look.listening:
+        listening = replace(state, backlog=look.backlog if look.state else socket.SOMAXCONN)
+        return Captured(f"{name} {local} listening", listening)
+    if look.type == socket.SOCK_DGRAM and peer is not None:
+        return Captured(f"{name} {local} to {peer}", replace(state, peer=peer))
+    return Captured(f"{name} {f'bound to {local}' if local else 'not bound'}", state)
 
 
-def _capture_stream(sock: socket.socket, name: str, state: State, peer: Address | None) -> Captured:
-    info = _tcp_info(sock)
-    if sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN):
-        # tcpi_sacked of a listening socket is its backlog (tcp_get_info, net/ipv4/tcp.c)
-        backlog = struct.unpack_from("I", info, 28)[0] if info else socket.SOMAXCONN
-        listening = replace(state, backlog=backlog, options=sockopts.read(sock))
-        return Captured(f"{name} {state.local} listening", listening)
-    phase = info[0] if info else (_TCP_CLOSE if peer is None else 1)
-    if phase != _TCP_CLOSE:
-        connecting = phase == _TCP_SYN_SENT
-        gone = replace(state, local=None, ended=True, connecting=connecting)
-        label = f"{name} {state.local} to {peer or 'an unanswered connect'}"
-        return Captured(label, gone, outside=True, closed=True)
-    if _hung_up(sock):
-        label = f"{name} {state.local} after its end"
-        return Captured(label, replace(state, local=None, ended=True), outside=True)
-    where = f"bound to {state.local}" if state.local else "not bound"
-    return Captured(f"{name} {where}", replace(state, options=sockopts.read(sock)))
+def _is_connected(look: Socket) -> bool:
+    """Also half open, half closed and being made."""
+    if look.state:
+        return look.state != _TCP_CLOSE
+    return bool(look.peer)
 
 
-def _tcp_info(sock: socket.socket) -> bytes:
-    try:
-        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-    except OSError:
-        return b""
-
-
-def _address(name: tuple[str, int] | tuple[str, int, int, int]) -> Address | None:
-    """None for a socket that is bound to nothing."""
-    host, port, *more = name
-    flow, scope = more or (0, 0)
+def _address(data: bytes) -> Address | None:
+    """Of a struct sockaddr_in or sockaddr_in6; None when that says nothing."""
+    if not data:
+        return None
+    port = int.from_bytes(data[2:4], "big")
+    if len(data) < 28:
+        host, flow, scope = socket.inet_ntop(socket.AF_INET, data[4:8]), 0, 0
+    else:
+        host = socket.inet_ntop(socket.AF_INET6, data[8:24])
+        flow = int.from_bytes(data[4:8], "big")
+        scope = int.from_bytes(data[24:28], sys.byteorder)
     if not port and host in ("0.0.0.0", "::"):
         return None
-    return Address(host=host.partition("%")[0], port=port, flow=flow, scope=scope)
-
-
-def _peer(sock: socket.socket) -> Address | None:
-    try:
-        return _address(sock.getpeername())
-    except OSError:
-        return None
-
-
-def _hung_up(sock: socket.socket) -> bool:
-    """A connection that has ended, and not a new socket: only that one is shut for reading."""
-    poll = select.poll()
-    poll.register(sock, select.POLLRDHUP)
-    return any(events & select.POLLRDHUP for _, events in poll.poll(0))
+    return Address(host=host, port=port, flow=flow, scope=scope)
 
 
 # --- restore -------------------------------------------------------------------------------------

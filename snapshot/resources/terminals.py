@@ -20,9 +20,9 @@ class State(Record, frozen=True):
 
 
 def is_terminal(seen: Seen) -> bool:
-    if not stat.S_ISCHR(seen.stat.st_mode):
+    if not stat.S_ISCHR(seen.entry.mode):
         return False
-    major, minor = os.major(seen.stat.st_rdev), os.minor(seen.stat.st_rdev)
+    major, minor = os.major(seen.entry.rdev), os.minor(seen.entry.rdev)
     return major == _TTY or (major == _TTY_AUX and minor in (0, 1)) or major in _PTS
 
 

@@ -23,25 +23,27 @@ _ANCILLARY_BYTES = 4096
 
 
 def recognise(seen: Seen, table: Table) -> bool:
-    return seen.link.startswith(b"socket:[") and table.domain(seen) == socket.AF_UNIX
+    return seen.is_socket and table.look(seen).domain == socket.AF_UNIX
 
 
 def capture(seen: Seen, table: Table) -> Captured:
-    found = table.diag.unix(seen.stat.st_ino)
+    found = table.diag.unix(seen.entry.inode)
     if found is None:
         raise Cannot("a unix socket in another network namespace, or no unix_diag in this kernel")
-    inside = bool(found.peer) and (seen.stat.st_dev, found.peer) in table.by_inode
+    inside = bool(found.peer) and (seen.entry.device, found.peer) in table.by_inode
+    look = table.look(seen)
+    peer_name = b"" if inside else _name(look.peer)
+    # SIOCINQ of a datagram socket is the size of the first message, which may be empty
+    full = look.waiting != 0 or found.type == socket.SOCK_DGRAM
     with table.socket(seen) as sock:
-        peer_name = b"" if inside else _peer_name(sock)
-        look = table.stopped and found.state != TCP_LISTEN
-        queue = waiting(sock) if look else ()
+        queue = waiting(sock) if full and table.stopped and found.state != TCP_LISTEN else ()
         options = sockopts.read(sock)
     connected = found.state == TCP_ESTABLISHED and found.type != socket.SOCK_DGRAM
     again = found.type == socket.SOCK_DGRAM and bool(peer_name)
     outside = (connected or bool(found.peer)) and not inside and not again
     state = unixopen.State(
         type=found.type,
-        inode=seen.stat.st_ino,
+        inode=seen.entry.inode,
         name=found.name,
         file=_file(found, table),
         backlog=found.backlog if found.state == TCP_LISTEN else None,
@@ -69,12 +71,10 @@ def _printed(name: bytes) -> str:
     return os.fsdecode(name.replace(b"\0", b"@", 1) if name.startswith(b"\0") else name)
 
 
-def _peer_name(sock: socket.socket) -> bytes:
-    try:
-        name = sock.getpeername()
-    except OSError:
-        return b""
-    return name if isinstance(name, bytes) else os.fsencode(name)
+def _name(address: bytes) -> bytes:
+    """sun_path of a struct sockaddr_un: a path, an abstract name, or nothing."""
+    name = address[2:]
+    return name if name.startswith(b"\0") else name.rstrip(b"\0")
 
 
 def _file(found: UnixSocket, table: Table) -> unixopen.SocketFile | None:

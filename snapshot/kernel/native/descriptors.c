@@ -1,12 +1,22 @@
 #define _GNU_SOURCE
 #include "descriptors.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kcmp.h>
+#include <linux/sockios.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
 #include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/timerfd.h>
 #include <sys/vfs.h>
@@ -72,4 +82,141 @@ int64_t snap_filesystem_type(int fd) {
 
 int snap_unshare_directory(void) {
     return unshare(CLONE_FS) < 0 ? -errno : 0;
+}
+
+static int open_directory(int pid, const char *name) {
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/%s", pid, name);
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+
+/* -> bytes read, or -errno */
+static int64_t read_whole(int directory, const char *name, char *to, uint64_t room) {
+    int fd = openat(directory, name, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    uint64_t have = 0;
+    ssize_t got = 1;
+    while (got > 0 && have < room) {
+        got = read(fd, to + have, room - have);
+        if (got > 0)
+            have += (uint64_t)got;
+    }
+    int failed = errno;
+    close(fd);
+    return got < 0 ? -failed : (int64_t)have;
+}
+
+static int has_no_file(const char *link) {
+    return !strncmp(link, "socket:[", 8) || !strncmp(link, "pipe:[", 6) ||
+           !strncmp(link, "anon_inode:", 11);
+}
+
+/* Fills one record. -> its length, 0 when the descriptor is gone, or -errno. */
+static int64_t read_one(int links, int infos, const char *name, char *to, uint64_t room) {
+    snap_descriptor *one = (snap_descriptor *)to;
+    if (room < sizeof *one + SNAP_LINK_MAX + 8)
+        return -ENOSPC;
+    memset(one, 0, sizeof *one);
+    one->fd = atoi(name);
+    char *link = to + sizeof *one;
+    ssize_t length = readlinkat(links, name, link, SNAP_LINK_MAX - 1);
+    if (length < 0)
+        return errno == ENOENT ? 0 : -errno;
+    link[length] = 0;
+    one->link_length = (uint32_t)length;
+    if (has_no_file(link)) {
+        const char *number = strchr(link, '[');
+        one->inode = number ? strtoull(number + 1, NULL, 10) : 0;
+    } else {
+        struct stat st;
+        if (fstatat(links, name, &st, 0) < 0)
+            return errno == ENOENT ? 0 : -errno;
+        one->device = st.st_dev;
+        one->inode = st.st_ino;
+        one->size = (uint64_t)st.st_size;
+        one->blocks = (uint64_t)st.st_blocks;
+        one->rdev = st.st_rdev;
+        one->mode = st.st_mode;
+        one->links = (uint32_t)st.st_nlink;
+    }
+    room -= sizeof *one + (uint64_t)length + 8; /* a record is padded with at most 7 bytes */
+    int64_t info = read_whole(infos, name, link + length, room);
+    if (info < 0)
+        return info == -ENOENT ? 0 : info;
+    if ((uint64_t)info == room)
+        return -ENOSPC; /* there may be more */
+    one->info_length = (uint32_t)info;
+    one->length = (uint32_t)(sizeof *one + (uint64_t)length + (uint64_t)info + 7) & ~7u;
+    return one->length;
+}
+
+int64_t snap_descriptors_read(int pid, char *buffer, uint64_t size) {
+    int links = open_directory(pid, "fd");
+    if (links < 0)
+        return links;
+    int infos = open_directory(pid, "fdinfo");
+    DIR *list = infos < 0 ? NULL : fdopendir(links);
+    int64_t result = infos < 0 ? infos : list ? 0 : -errno;
+    uint64_t used = 0;
+    while (result >= 0) {
+        struct dirent *entry = readdir(list);
+        if (!entry)
+            break;
+        if (entry->d_name[0] == '.')
+            continue;
+        result = read_one(links, infos, entry->d_name, buffer + used, size - used);
+        if (result > 0)
+            used += (uint64_t)result;
+    }
+    if (list)
+        closedir(list); /* and with it `links` */
+    else
+        close(links);
+    if (infos >= 0)
+        close(infos);
+    return result < 0 ? result : (int64_t)used;
+}
+
+static int32_t option(int fd, int name) {
+    int value = 0;
+    socklen_t length = sizeof value;
+    return getsockopt(fd, SOL_SOCKET, name, &value, &length) < 0 ? 0 : value;
+}
+
+int snap_socket_look(int pidfd, int fd, snap_socket *out) {
+    int copy = snap_pidfd_getfd(pidfd, fd);
+    if (copy < 0)
+        return copy;
+    memset(out, 0, sizeof *out);
+    socklen_t length = sizeof out->local;
+    if (getsockname(copy, (struct sockaddr *)out->local, &length) < 0) {
+        int failed = errno;
+        close(copy);
+        return -failed;
+    }
+    out->local_length = (int32_t)length;
+    length = sizeof out->peer;
+    if (getpeername(copy, (struct sockaddr *)out->peer, &length) == 0)
+        out->peer_length = (int32_t)length;
+    out->domain = option(copy, SO_DOMAIN);
+    out->type = option(copy, SO_TYPE);
+    out->protocol = option(copy, SO_PROTOCOL);
+    out->listening = option(copy, SO_ACCEPTCONN);
+    if ((out->domain == AF_INET || out->domain == AF_INET6) && out->type == SOCK_STREAM) {
+        struct tcp_info info;
+        length = sizeof info;
+        if (getsockopt(copy, IPPROTO_TCP, TCP_INFO, &info, &length) == 0) {
+            out->state = info.tcpi_state;
+            out->backlog = (int32_t)info.tcpi_sacked; /* so tcp_get_info, net/ipv4/tcp.c */
+        }
+    }
+    int waiting = 0;
+    out->waiting = ioctl(copy, SIOCINQ, &waiting) < 0 ? -1 : waiting;
+    struct pollfd now = {.fd = copy, .events = POLLIN | POLLRDHUP};
+    if (poll(&now, 1, 0) == 1)
+        out->events = now.revents;
+    close(copy);
+    return 0;
 }

@@ -33,3 +33,46 @@ int snap_signalfd(uint64_t mask, int flags);
 int64_t snap_filesystem_type(int fd);
 /* unshare(CLONE_FS): working directory, root and umask become the calling thread's own. */
 int snap_unshare_directory(void);
+
+/* What /proc says of one descriptor; link and fdinfo follow it, unterminated, then padding to a
+ * multiple of 8 bytes. Sockets, pipes and anonymous inodes are not stat'ed: `mode` is 0 and
+ * `inode` is the number in their link, if there is one. */
+typedef struct {
+    uint32_t length; /* of the whole record */
+    int32_t fd;
+    uint32_t link_length;
+    uint32_t info_length;
+    uint64_t device;
+    uint64_t inode;
+    uint64_t size;
+    uint64_t blocks; /* of 512 bytes */
+    uint64_t rdev;
+    uint32_t mode;
+    uint32_t links;
+} snap_descriptor;
+
+#define SNAP_LINK_MAX 4096
+
+/* A snap_descriptor for every descriptor of the process, in the order of /proc; one that is closed
+ * meanwhile is left out. -> bytes used of `buffer` (8-byte aligned); ENOSPC when it is too small:
+ * try again with a larger one. EACCES, ENOENT, ESRCH as open(2) of /proc/PID/fd. */
+int64_t snap_descriptors_read(int pid, char *buffer, uint64_t size);
+
+typedef struct {
+    int32_t domain;
+    int32_t type;
+    int32_t protocol;
+    int32_t listening;
+    int32_t state;   /* of TCP: tcpi_state, 0 unknown */
+    int32_t backlog; /* of a listening TCP socket */
+    int32_t waiting; /* bytes to read (SIOCINQ), -1 unknown */
+    int32_t events;  /* POLLIN, POLLHUP, POLLRDHUP now */
+    int32_t local_length;
+    int32_t peer_length; /* 0 without a peer */
+    uint8_t local[128];
+    uint8_t peer[128];
+} snap_socket;
+
+/* Looks at a socket of the process through a copy of its descriptor, closed again at once. -> 0.
+ * ENOTSOCK, and the errors of pidfd_getfd(2). */
+int snap_socket_look(int pidfd, int fd, snap_socket *out);

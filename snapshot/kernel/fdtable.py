@@ -1,0 +1,116 @@
+"""All descriptors of a process as /proc shows them, and its sockets as they look, each in one call.
+
+Speed matters: this runs while the process is stopped, about 9 µs a descriptor and 3 µs a socket.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from typing import NamedTuple, NoReturn
+
+from ..errors import DeniedError, KernelError, TargetError
+from ._native import ffi, lib
+
+_RECORD = struct.Struct("=IiII5QII")  # snap_descriptor
+_USUAL = 256  # bytes of a record
+_MARGIN = 16384
+
+
+class Entry(NamedTuple):
+    """One descriptor. Of sockets, pipes and anonymous inodes (`mode` 0) only the inode is known."""
+
+    fd: int
+    link: bytes
+    info: bytes  # all of fdinfo
+    device: int
+    inode: int
+    size: int
+    blocks: int  # of 512 bytes
+    rdev: int
+    mode: int
+    links: int
+
+
+def entries(pid: int) -> list[Entry]:
+    """Every descriptor, in ascending order.
+
+    Raises TargetError (no such process), DeniedError, KernelError.
+    """
+    try:
+        count = os.stat(f"/proc/{pid}/fd").st_size  # since Linux 6.2, else 0
+    except OSError as error:
+        _fail(pid, error.errno or 0)
+    size = _MARGIN + _USUAL * count
+    while True:
+        buffer = bytearray(size)
+        used = int(lib.snap_descriptors_read(pid, ffi.from_buffer("char[]", buffer), size))
+        if used >= 0:
+            return sorted(_parse(memoryview(buffer)[:used]))
+        if used != -errno.ENOSPC:
+            _fail(pid, -used)
+        size *= 4
+
+
+def _parse(data: memoryview) -> list[Entry]:
+    found = []
+    at = 0
+    while at < len(data):
+        length, fd, link, info, *numbers = _RECORD.unpack_from(data, at)
+        start = at + _RECORD.size
+        text = bytes(data[start : start + link + info])
+        found.append(Entry(fd, text[:link], text[link:], *numbers))
+        at += length
+    return found
+
+
+def _fail(pid: int, code: int) -> NoReturn:
+    if code in (errno.ENOENT, errno.ESRCH):
+        raise TargetError(f"no process {pid}", f"ps -p {pid}")
+    if code in (errno.EACCES, errno.EPERM):
+        message = f"/proc/{pid}/fd: not allowed to uid {os.geteuid()}"
+        raise DeniedError(message, f"sudo snap check {pid}")
+    raise KernelError(f"/proc/{pid}/fd: {errno.errorcode.get(code, code)}", f"snap check {pid}")
+
+
+class Socket(NamedTuple):
+    domain: int
+    type: int
+    protocol: int
+    listening: bool
+    state: int  # of TCP: tcpi_state; 0 unknown
+    backlog: int  # of a listening TCP socket
+    waiting: int  # bytes to read; -1 unknown
+    events: int  # POLLIN, POLLHUP, POLLRDHUP now
+    local: bytes  # struct sockaddr
+    peer: bytes  # the same; empty without a peer
+
+
+_SOCKET = struct.Struct("=10i")
+
+
+def look(pidfd: int, fd: int) -> Socket:
+    """A socket of the process, looked at through a copy of its descriptor.
+    OSError when it is no socket, or is closed."""
+    out = ffi.new("snap_socket *")
+    result = int(lib.snap_socket_look(pidfd, fd, out))
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    data = bytes(ffi.buffer(out))
+    domain, kind, protocol, listening, state, backlog, waiting, events, local, peer = (
+        _SOCKET.unpack_from(data)
+    )
+    at = _SOCKET.size
+    return Socket(
+        domain=domain,
+        type=kind,
+        protocol=protocol,
+        listening=bool(listening),
+        state=state,
+        backlog=backlog,
+        waiting=waiting,
+        events=events,
+        local=data[at : at + local],
+        peer=data[at + 128 : at + 128 + peer],
+    )

@@ -1,0 +1,303 @@
+"""The system calls under descriptors: pidfd_getfd, kcmp, the tables of /proc, sock_diag, tee."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from snapshot.errors import DeniedError, KernelError, TargetError
+from snapshot.kernel import fdcalls, fdtable, filesystem, kcmp, pidfd
+from snapshot.kernel.sockdiag import TCP_ESTABLISHED, TCP_LISTEN, Diag
+
+
+@contextmanager
+def child(code: str, *fds: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python process that runs `code`, says so, and waits for its stdin to close."""
+    code = f"import os, socket, sys\n{code}\nos.write(1, b'.')\nsys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=fds,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        assert process.stdout.read(1) == b"."
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+# --- pidfd ---------------------------------------------------------------------------------------
+
+
+def test_a_borrowed_descriptor_shares_the_file() -> None:
+    with tempfile.TemporaryFile() as file, child("", file.fileno()) as process:
+        file.write(b"0123456789")
+        file.flush()
+        handle = pidfd.open(process.pid)
+        with pidfd.borrowed(handle, file.fileno()) as copy:
+            os.lseek(copy, 3, os.SEEK_SET)
+            assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 3
+            assert not os.get_inheritable(copy)
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(copy)
+        with pytest.raises(KernelError, match="EBADF"):
+            pidfd.getfd(handle, 999)
+        process.kill()
+        process.wait()
+        with pytest.raises(TargetError):
+            pidfd.getfd(handle, 0)
+        os.close(handle)
+
+
+def test_a_process_that_is_not_there() -> None:
+    with child("") as process:
+        pid = process.pid
+    with pytest.raises(TargetError, match=str(pid)):
+        pidfd.open(pid)
+    with pytest.raises(TargetError, match=str(pid)):
+        fdtable.entries(pid)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else; run with sudo")
+def test_not_allowed() -> None:
+    with child("") as process:
+        handle = pidfd.open(process.pid)
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.setuid(65534)
+            denied = 0
+            for attempt in (
+                lambda: pidfd.getfd(handle, 0),
+                lambda: fdtable.entries(process.pid),
+                lambda: kcmp.groups(process.pid, [0, 1]),
+            ):
+                try:
+                    attempt()
+                except DeniedError:
+                    denied += 1
+            os.write(writer, str(denied).encode())
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert os.read(reader, 10) == b"3"
+        for fd in (reader, writer, handle):
+            os.close(fd)
+
+
+# --- kcmp ----------------------------------------------------------------------------------------
+
+
+def test_descriptors_by_struct_file() -> None:
+    files = [os.open("/dev/null", os.O_RDONLY) for _ in range(6)]
+    copies = [os.dup(files[i % 3]) for i in range(9)]
+    try:
+        found = kcmp.groups(os.getpid(), reversed(files + copies))
+        wanted = [[fd, *copies[i::3]] if i < 3 else [fd] for i, fd in enumerate(files)]
+        assert found == sorted(wanted)
+        assert kcmp.groups(os.getpid(), []) == []
+        assert kcmp.groups(os.getpid(), [5]) == [[5]]
+    finally:
+        for fd in files + copies:
+            os.close(fd)
+
+
+def test_what_an_epoll_watches() -> None:
+    first, second = os.eventfd(0), os.eventfd(0)
+    kept = os.dup(first)
+    with select.epoll() as epoll:
+        epoll.register(first)
+        os.dup2(second, first)  # the registration stays with the first eventfd
+        epoll.register(first)
+        watches = [
+            [kcmp.watches(os.getpid(), fd, epoll.fileno(), first, nth) for fd in (kept, second)]
+            for nth in (0, 1)
+        ]
+        assert sorted(watches) == [[False, True], [True, False]]
+        assert not kcmp.watches(os.getpid(), kept, epoll.fileno(), first, 2)
+        assert not kcmp.watches(os.getpid(), kept, epoll.fileno(), 9999)
+        assert not kcmp.watches(os.getpid(), 9999, epoll.fileno(), first)
+    for fd in (first, second, kept):
+        os.close(fd)
+
+
+# --- the tables of /proc --------------------------------------------------------------------------
+
+
+def test_entries_are_what_python_reads() -> None:
+    with socket.socket() as sock, tempfile.TemporaryFile() as file:
+        reader, writer = os.pipe()
+        event = os.eventfd(7)
+        found = {entry.fd: entry for entry in fdtable.entries(os.getpid())}
+        # the directories that were read are descriptors of this process too
+        listed = {int(name) for name in os.listdir("/proc/self/fd")}
+        assert listed - {max(listed)} <= set(found)
+        for fd in (sock.fileno(), file.fileno(), reader, writer, event):
+            entry = found[fd]
+            assert entry.link == os.readlink(os.fsencode(f"/proc/self/fd/{fd}"))
+            with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
+                assert entry.info == info.read()
+        actual = os.fstat(file.fileno())
+        entry = found[file.fileno()]
+        assert (entry.device, entry.inode, entry.mode, entry.links) == (
+            actual.st_dev,
+            actual.st_ino,
+            actual.st_mode,
+            0,
+        )
+        for fd in (sock.fileno(), reader):
+            assert found[fd].inode == os.fstat(fd).st_ino
+            assert found[fd].mode == 0
+        for fd in (reader, writer, event):
+            os.close(fd)
+
+
+def test_many_descriptors_and_long_fdinfo() -> None:
+    """More than the first buffer holds."""
+    fds = [os.eventfd(0) for _ in range(300)]
+    with select.epoll() as epoll:
+        for fd in fds:
+            epoll.register(fd)
+        found = {entry.fd: entry for entry in fdtable.entries(os.getpid())}
+        assert set(fds) <= set(found)
+        assert found[epoll.fileno()].info.count(b"tfd:") == 300
+    for fd in fds:
+        os.close(fd)
+
+
+def test_how_sockets_look() -> None:
+    handle = pidfd.open(os.getpid())
+    with socket.create_server(("127.0.0.1", 0), backlog=11) as server:
+        listening = fdtable.look(handle, server.fileno())
+        assert listening.domain == socket.AF_INET
+        assert listening.type == socket.SOCK_STREAM
+        assert listening.protocol == socket.IPPROTO_TCP
+        assert listening.listening
+        assert listening.backlog == 11
+        assert listening.peer == b""
+        with socket.create_connection(server.getsockname()) as client:
+            other, _ = server.accept()
+            other.send(b"abc")
+            select.select([client], [], [])
+            look = fdtable.look(handle, client.fileno())
+            assert (look.state, look.waiting, look.listening) == (1, 3, False)
+            assert look.events == select.POLLIN
+            assert int.from_bytes(look.peer[2:4], "big") == server.getsockname()[1]
+            other.close()
+            select.select([client], [], [])
+            assert fdtable.look(handle, client.fileno()).events & select.POLLRDHUP
+            assert client.recv(10) == b"abc"
+    with pytest.raises(OSError, match="socket"):
+        fdtable.look(handle, handle)
+    os.close(handle)
+
+
+# --- sock_diag -----------------------------------------------------------------------------------
+
+
+def inode(sock: socket.socket) -> int:
+    return os.fstat(sock.fileno()).st_ino
+
+
+def test_unix_peers_and_names() -> None:
+    a, b = socket.socketpair()
+    with a, b, Diag() as diag, tempfile.TemporaryDirectory() as directory:
+        found = diag.unix(inode(a))
+        assert found is not None
+        assert found.peer == inode(b)
+        assert found.state == TCP_ESTABLISHED
+        assert (found.name, found.shutdown, found.received) == (b"", 0, 0)
+        b.send(b"xyz")
+        a.shutdown(socket.SHUT_WR)
+        found = diag.unix(inode(a))
+        assert found is not None
+        assert (found.shutdown, found.received) == (2, 3)
+        path = os.path.join(directory, "socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+            server.bind(path)
+            server.listen(5)
+            found = diag.unix(inode(server))
+            assert found is not None
+            assert (found.type, found.state) == (socket.SOCK_SEQPACKET, TCP_LISTEN)
+            assert (found.name, found.backlog) == (os.fsencode(path), 5)
+            assert found.file == os.stat(path).st_ino
+        with socket.socket(socket.AF_UNIX) as abstract:
+            abstract.bind(b"\0snap\0test")
+            found = diag.unix(inode(abstract))
+            assert found is not None
+            assert found.name == b"\0snap\0test"
+        assert diag.unix(1) is None
+
+
+# --- tee, timerfd, signalfd, files ---------------------------------------------------------------
+
+
+def test_tee_consumes_nothing() -> None:
+    reader, writer = os.pipe()
+    reader2, writer2 = os.pipe()
+    os.write(writer, b"some bytes")
+    assert fdcalls.tee(reader, writer2, 100) == 10
+    assert os.read(reader2, 100) == os.read(reader, 100) == b"some bytes"
+    with pytest.raises(BlockingIOError):
+        fdcalls.tee(reader, writer2, 100)
+    for fd in (reader, writer, reader2, writer2):
+        os.close(fd)
+
+
+def test_timerfd_ticks() -> None:
+    fd = fdcalls.timerfd_create(1, os.O_NONBLOCK)
+    with pytest.raises(BlockingIOError):
+        os.read(fd, 8)
+    fdcalls.timerfd_set_ticks(fd, 5)
+    assert int.from_bytes(os.read(fd, 8), sys.byteorder) == 5
+    fdcalls.timerfd_settime(fd, 0, 1, 0)
+    select.select([fd], [], [])
+    assert int.from_bytes(os.read(fd, 8), sys.byteorder) == 1
+    with pytest.raises(OSError, match="Invalid"):
+        fdcalls.timerfd_create(99)
+    os.close(fd)
+
+
+def test_signalfd_takes_every_signal() -> None:
+    mask = (1 << 33) | (1 << 9)  # 34 = SIGRTMIN, 10 = SIGUSR1
+    fd = fdcalls.signalfd(mask, os.O_NONBLOCK)
+    with open(f"/proc/self/fdinfo/{fd}") as info:
+        assert f"sigmask:\t{mask:016x}" in info.read()
+    os.close(fd)
+
+
+def test_holes_are_left_out() -> None:
+    with tempfile.TemporaryFile() as file:
+        fd = file.fileno()
+        filesystem.pwrite_all(fd, b"x" * 10, 1 << 20)
+        os.ftruncate(fd, 3 << 20)
+        (found,) = filesystem.data_ranges(fd, 3 << 20)
+        assert found[0] <= 1 << 20 < (1 << 20) + 10 <= found[1] < 2 << 20
+        os.ftruncate(fd, 0)
+        os.ftruncate(fd, 1 << 20)
+        assert list(filesystem.data_ranges(fd, 1 << 20)) == []
+
+
+def test_file_systems_have_types() -> None:
+    memory = os.memfd_create("x")
+    assert filesystem.type_of(memory) == filesystem.TMPFS_MAGIC
+    os.close(memory)
+    with open("/proc/self/stat", "rb") as file:
+        assert filesystem.type_of(file.fileno()) == filesystem.PROC_MAGIC
+    with pytest.raises(OSError, match="Bad") as error:
+        filesystem.type_of(-1)
+    assert error.value.errno == errno.EBADF
