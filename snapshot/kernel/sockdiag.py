@@ -1,6 +1,8 @@
-"""NETLINK_SOCK_DIAG: what /proc and getsockopt do not say of a unix socket, above all its peer.
+"""NETLINK_SOCK_DIAG: what /proc and getsockopt do not say of a unix socket, above all its peer;
+and the TCP connections that a dead process has left.
 
-Sockets of the caller's network namespace only. Formats: sock_diag(7), linux/unix_diag.h.
+Sockets of the caller's network namespace only. Formats: sock_diag(7), linux/unix_diag.h,
+linux/inet_diag.h.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import NamedTuple
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
 NLMSG_ERROR = 2
-NLM_F_REQUEST = 1
+SOCK_DESTROY = 21
+NLMSG_DONE = 3
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 1, 4, 0x300
 
 TCP_ESTABLISHED = 1
 TCP_CLOSE = 7
@@ -30,6 +34,11 @@ _MESSAGE = struct.Struct("=BBBBIII")  # unix_diag_msg
 _ATTRIBUTE = struct.Struct("=HH")  # nlattr: length with this header, type
 _PAIR = struct.Struct("=II")
 _ANY_COOKIE = 0xFFFFFFFF
+_TCP_REQUEST = struct.Struct("=BBBBI48s")  # inet_diag_req_v2
+_TCP_MESSAGE = struct.Struct("=BBBB48s5I")  # inet_diag_msg
+_TCP_ID = struct.Struct("!HH44s")  # inet_diag_sockid: ports, then what only the kernel reads
+_CLOSING = sum(1 << state for state in (4, 5, 6, 9, 11))
+"""FIN_WAIT1, FIN_WAIT2, TIME_WAIT, LAST_ACK, CLOSING"""
 
 
 class UnixSocket(NamedTuple):
@@ -71,22 +80,68 @@ class Diag:
         """The unix socket with this inode; None when there is none in this network namespace.
 
         OSError for any other failure (ENOENT also stands for a kernel without unix_diag)."""
-        self._sequence += 1
         show = SHOW_NAME | SHOW_VFS | SHOW_PEER | SHOW_RQLEN
         request = _REQUEST.pack(
             socket.AF_UNIX, 0, 0, _ANY_COOKIE, inode, show, _ANY_COOKIE, _ANY_COOKIE
         )
-        size = _HEADER.size + len(request)
-        header = _HEADER.pack(size, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, self._sequence, 0)
-        self._socket.send(header + request)
+        self._ask(SOCK_DIAG_BY_FAMILY, 0, request)
         answer = self._socket.recv(4096)
-        kind = _HEADER.unpack_from(answer)[1]
-        if kind == NLMSG_ERROR:
-            code = -int(struct.unpack_from("=i", answer, _HEADER.size)[0])
-            if code == errno.ENOENT:
-                return None
+        code = _error(answer)
+        if code == errno.ENOENT:
+            return None
+        if code:
             raise OSError(code, f"sock_diag of unix socket {inode}: {errno.errorcode.get(code)}")
         return parse_unix(answer)
+
+    def end_leftovers(self, port: int) -> int:
+        """End the TCP connections at a local port that no process has any more, however long they
+        would have lingered (TIME_WAIT). → how many. OSError without CAP_NET_ADMIN, or when the
+        kernel cannot (CONFIG_INET_DIAG_DESTROY)."""
+        ended = 0
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for request in self._leftovers(family, port):
+                self._ask(SOCK_DESTROY, NLM_F_ACK, request)
+                code = _error(self._socket.recv(4096))
+                if code == errno.ENOENT:  # over meanwhile
+                    continue
+                if code:
+                    raise OSError(code, f"end of a TCP connection: {errno.errorcode.get(code)}")
+                ended += 1
+        return ended
+
+    def _leftovers(self, family: int, port: int) -> list[bytes]:
+        """A request that names each of them."""
+        wanted = _TCP_ID.pack(port, 0, b"")
+        request = _TCP_REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _CLOSING, wanted)
+        self._ask(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, request)
+        found: list[bytes] = []
+        while True:
+            answer = self._socket.recv(1 << 16)
+            at = 0
+            while at + _HEADER.size <= len(answer):
+                length, kind = _HEADER.unpack_from(answer, at)[:2]
+                if kind in (NLMSG_DONE, NLMSG_ERROR) or length < _HEADER.size:
+                    return found
+                _, state, _, _, name, *_, inode = _TCP_MESSAGE.unpack_from(
+                    answer, at + _HEADER.size
+                )
+                if not inode and _TCP_ID.unpack(name)[0] == port:
+                    head = (family, socket.IPPROTO_TCP, 0, 0, 1 << state)
+                    found.append(_TCP_REQUEST.pack(*head, name))
+                at += (length + 3) & ~3
+
+    def _ask(self, kind: int, flags: int, request: bytes) -> None:
+        self._sequence += 1
+        size = _HEADER.size + len(request)
+        header = _HEADER.pack(size, kind, NLM_F_REQUEST | flags, self._sequence, 0)
+        self._socket.send(header + request)
+
+
+def _error(answer: bytes) -> int:
+    """The errno of an error message; 0 when it is none, or says that all is well."""
+    if _HEADER.unpack_from(answer)[1] != NLMSG_ERROR:
+        return 0
+    return -int(struct.unpack_from("=i", answer, _HEADER.size)[0])
 
 
 def parse_unix(answer: bytes) -> UnixSocket:

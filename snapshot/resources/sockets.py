@@ -12,10 +12,12 @@ import os
 import select
 import socket
 import sys
+from contextlib import suppress
 
 from msgspec.structs import replace
 
 from ..kernel.fdtable import Socket
+from ..kernel.sockdiag import Diag
 from ..manifest import OpenFile, Record
 from . import ended, sockopts
 from .openfile import Cannot, Captured, Opening, Problem, Seen, Table, set_flags, state_of
@@ -140,9 +142,9 @@ def _bind(sock: socket.socket, state: State, file: OpenFile, opening: Opening) -
     reuse = sock.getsockopt(socket.SOL_SOCKET, sockopts.SO_REUSEADDR)
     stream = state.type == socket.SOCK_STREAM
     try:
-        if stream:  # connections of the old process may linger (TIME_WAIT): no reason not to bind
+        if stream:  # not behind a listening socket, but behind connections that had it set too
             sock.setsockopt(socket.SOL_SOCKET, sockopts.SO_REUSEADDR, 1)
-        sock.bind(state.local.tuple(state.family))
+        _bind_behind(sock, state)
         if state.backlog is not None:
             sock.listen(state.backlog)
         if stream:
@@ -154,6 +156,22 @@ def _bind(sock: socket.socket, state: State, file: OpenFile, opening: Opening) -
         if error.errno == errno.EADDRINUSE:
             raise Problem(f"{file.label}: another process has {state.local}") from None
         raise Problem(f"{file.label}: bind to {state.local}: {error.strerror}") from None
+
+
+def _bind_behind(sock: socket.socket, state: State) -> None:
+    """Bind, if need be behind closed connections of the old process, which linger for a minute and
+    keep the port from a program that does not set SO_REUSEADDR."""
+    assert state.local is not None
+    address = state.local.tuple(state.family)
+    try:
+        sock.bind(address)
+        return
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE or state.type != socket.SOCK_STREAM:
+            raise
+    with suppress(OSError), Diag() as diag:
+        diag.end_leftovers(state.local.port)
+    sock.bind(address)
 
 
 def _connect(sock: socket.socket, state: State, file: OpenFile, opening: Opening) -> None:

@@ -72,35 +72,27 @@ s.setblocking(False)
                 assert new.ask("s.accept()[0].recv(10)") == b"hello"
 
 
-def test_a_listening_port_behind_lingering_connections() -> None:
+@pytest.mark.parametrize("reuse", [0, 1])
+def test_a_listening_port_behind_lingering_connections(reuse: int) -> None:
     with Interpreter() as target:
-        target.run("""
-s = socket.create_server(("127.0.0.1", 0), reuse_port=False)
-s.setsockopt(1, socket.SO_REUSEADDR, 1)
+        target.run(f"""
+s = socket.socket()
+s.setsockopt(1, socket.SO_REUSEADDR, {reuse})
+s.bind(("127.0.0.1", 0)); s.listen()
 """)
-        name = target.ask("s.getsockname()")
+        fd, name = target.ask("s.fileno(), s.getsockname()")
         with socket.create_connection(name, 10) as client:
             target.run("c, _ = s.accept()")
 
             def end() -> None:
                 target.end()
-                assert client.recv(1) == b""  # the old process's side goes to TIME_WAIT
+                assert client.recv(1) == b""
+                client.close()  # the old process's side goes to TIME_WAIT
 
-            with rebuilt(target, end) as new:
-                client.close()
-                with socket.create_connection(name, 10):
-                    use(new, "s", target_fd(new, name))
-                    new.run("s.accept()")
-
-
-def target_fd(process: Interpreter, name: tuple[str, int]) -> int:
-    """The descriptor of the socket that listens at `name`."""
-    for entry in os.listdir(f"/proc/{process.pid}/fd"):
-        if os.readlink(f"/proc/{process.pid}/fd/{entry}").startswith("socket:"):
-            code = f"socket.socket(fileno=os.dup({entry}))"
-            if process.ask(f"{code}.getsockopt(1, 30) and {code}.getsockname()") == name:
-                return int(entry)
-    raise AssertionError(f"nobody listens at {name}")
+            with rebuilt(target, end) as new, socket.create_connection(name, 10):
+                use(new, "s", fd)
+                new.run("s.accept()")
+                assert new.ask("s.getsockopt(1, socket.SO_REUSEADDR)") == reuse
 
 
 def test_a_port_in_use_is_named() -> None:
