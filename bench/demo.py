@@ -1,6 +1,6 @@
 """`make demo`: a busy redis-server is snapshotted, killed with SIGKILL, and lives again.
 
-    python -m bench.demo [--mib N] [--clients N] [--python]
+    bench/demo.py [--mib N] [--clients N] [--python]
 
 Without redis-server (or with --python) the bundled Python program takes its place. Everything that
 is started here is ended here, and the store is removed.
@@ -24,12 +24,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.harness import ledger, processes, redis, victims
-from tests.harness.ledger import Ledger, Report
-from tests.harness.victims import PyApp
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a file, Python looks for modules beside it alone
+
+from tests.harness import ledger, processes, redis, victims  # noqa: E402
+from tests.harness.ledger import Ledger, Report  # noqa: E402
+from tests.harness.victims import PyApp  # noqa: E402
 
 MIB = 1 << 20
-ROOT = Path(__file__).resolve().parent.parent
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -204,7 +206,7 @@ def _table(taken: dict[str, Any], back: dict[str, Any], first: float) -> Table:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.demo")
+    parser = argparse.ArgumentParser(prog="bench/demo.py")
     parser.add_argument("--mib", type=int, default=256, help="of data (default: 256)")
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--python", action="store_true", help="the Python program, not redis")

@@ -57,4 +57,5 @@ def restored(
         victim.became(back.pid)
         yield back
     finally:
-        processes.kill_all([one for one in (back.pid, getattr(back, "server_pid", None)) if one])
+        victim.kill()
+        processes.kill_all([one for one in (back.pid, back.server_pid) if one])

@@ -108,11 +108,14 @@ class Victim:
         self.pid = pid
 
     def kill(self) -> None:
-        """SIGKILL, and wait until the pid is free."""
+        """SIGKILL, to its children as well, and wait until the pid is free."""
+        children = processes.descendants(self.pid) if self.lives() else []
         if self.process.returncode is None and self.process.pid == self.pid:
             self.process.kill()
             self.process.wait()
         processes.kill(self.pid)
+        # They have become children of the test session; most end by themselves.
+        processes.kill_all([pid for pid in children if not processes.ended(pid)])
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)

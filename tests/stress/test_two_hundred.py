@@ -17,7 +17,12 @@ from tests.harness import processes
 from tests.harness.takes import compared, restored
 from tests.harness.victims import Victim
 
-pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif("SNAP_STRESS" not in os.environ, reason="takes long: make stress"),
+]
 
 TIMES = int(os.environ.get("SNAP_STRESS_TIMES", "200"))
 

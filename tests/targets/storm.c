@@ -199,12 +199,12 @@ int main(int argc, char **argv)
     sigaddset(&usr1, SIGUSR1);
     pthread_sigmask(SIG_BLOCK, &usr1, NULL);
     victim_start(argc, argv);
-    victim_lanes(1 + (unsigned)option("threads", 2));
     bytes = (size_t)option("mib", 4) * MIB;
     settle_malloc();
     pause_ms = (unsigned)option("pause", 0);
     /* the heap has one end: a storm of brk is one thread's, and malloc must not join it */
     threads = strcmp(option_text("what", ""), "brk") == 0 ? 1 : (size_t)option("threads", 2);
+    victim_lanes(1 + (unsigned)threads);
     kept = map(bytes);
     fill((uint64_t *)kept, bytes / 8, 424242);
     values[0] = (uint64_t)(uintptr_t)kept;
