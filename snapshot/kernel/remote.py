@@ -23,11 +23,12 @@ If this process is killed (SIGKILL) the kernel detaches and the target runs on f
 has at that instant. It is harmed in these windows only, each inside ONE C call (snap_inject):
  1. `open`: from the registers set for mmap to those put back (2 system call stops, 20-150 us). The
     thread would return from `syscall` into the vdso with wrong registers.
- 2. each `batch`: from the loop's registers set to the event stop after its trap (10-60 us). The
+ 2. each `batch`: from the loop's registers set to those put back after its trap (10-60 us). The
     thread would get a fatal SIGTRAP, or go on with its signals blocked.
  3. `close`: munmap through the vdso, as window 1.
-Between the calls the thread stands in an event stop with its own registers and mask: a death of the
-tracer is harmless there but for the scratch, which stays mapped from `open` to `close`.
+Between the calls the thread has its own registers and mask, and stands in an event stop or in the
+loop's trap with the signal taken from it (waitpid clears it, kernel/exit.c wait_task_stopped): a
+death of the tracer is harmless there but for the scratch, mapped from `open` to `close`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import mmap
+import os
 import signal
 import struct
 from collections.abc import Sequence
@@ -45,13 +47,14 @@ from ..units import PAGE, align_up
 from . import arch_x86_64 as arch
 from ._native import ffi, lib
 from .arch_x86_64 import NR
-from .ptrace import SUSPEND_SECCOMP, Tracee, status, stop_name
+from .ptrace import SUSPEND_SECCOMP, Tracee, reap, status, stop_name
 
 SCRATCH_SIZE = 64 * 1024
 CALL_TIMEOUT = 10.0
 """Seconds that a batch gets."""
 CALL_BYTES = 64
 _SIGTRAP_BIT = 1 << (signal.SIGTRAP - 1)
+_MAP_FIXED = 0x10
 _MAP_FIXED_NOREPLACE = 0x100000
 _PROT_RWX = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
 _PROCMAP_QUERY = 0xC0686611  # _IOWR('f', 17, struct procmap_query), Linux 6.11
@@ -108,23 +111,30 @@ class Remote:
         args = (hint or 0, self.scratch_size, _PROT_RWX, flags, arch.NO_SYSCALL, 0)
         try:
             address = self.batch([Call(NR.mmap, args)])[0]
-            separate = -address in (errno.EACCES, errno.EPERM, errno.ENOTSUP)
-            if separate:  # no memory that is writable and executable at once (SELinux, MDWE)
+            refused = -address in (errno.EACCES, errno.EPERM, errno.ENOTSUP)
+            if refused:  # nothing may be writable and executable at once (SELinux, PR_SET_MDWE)
                 args = (*args[:2], mmap.PROT_READ | mmap.PROT_WRITE, *args[3:])
                 address = self.batch([Call(NR.mmap, args)])[0]
             self.scratch = _checked(self.tracee.tid, NR.mmap, args, address)
             if hint is not None and self.scratch != hint:  # before Linux 4.17 the flag is unknown
                 raise KernelError(f"mmap at {hint:#x} went to {self.scratch:#x}", "uname -r")
-            code = bytes(ffi.buffer(lib.snap_arch_loop(), lib.SNAP_LOOP_SIZE))
-            self.tracee.write(self.scratch, code)
-            if separate:
-                self.call(NR.mprotect, self.scratch, PAGE, mmap.PROT_READ | mmap.PROT_EXEC)
+            self._loop_allowed = self._place_loop(refused) and not ignores_sigtrap(self.tracee.tid)
         except BaseException:
             self.close()
             raise
-        self._loop_allowed = not ignores_sigtrap(self.tracee.tid)
         self._at.loop = self.scratch
         self._at.array = self.scratch + PAGE
+
+    def _place_loop(self, separate: bool) -> bool:
+        """Writes the loop into the first page; False where no such page may be executable. A page
+        that was never writable is written through /proc/PID/mem."""
+        if separate:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+            args = (self.scratch, PAGE, mmap.PROT_READ | mmap.PROT_EXEC, flags, arch.NO_SYSCALL, 0)
+            if self.batch([Call(NR.mmap, args)])[0] != self.scratch:
+                return False
+        self.tracee.write(self.scratch, bytes(ffi.buffer(lib.snap_arch_loop(), lib.SNAP_LOOP_SIZE)))
+        return True
 
     def _prepare(self, instruction: int) -> None:
         suspend_seccomp(self.tracee)
@@ -201,6 +211,7 @@ class Remote:
         tid = self.tracee.tid
         names = ", ".join(dict.fromkeys(arch.syscall_name(call.nr) for call in calls))
         if number == errno.ESRCH:
+            reap([tid])
             raise TargetError(f"thread {tid} ended during injected calls ({names})", f"ps -p {tid}")
         if number == errno.ETIMEDOUT:
             raise KernelError(
@@ -210,7 +221,7 @@ class Remote:
             )
         if number == errno.EFAULT:
             raise KernelError(
-                f"{stop_name(self._at.stop)} in thread {tid} during injected calls ({names})",
+                f"{stop_name(self._at.fault)} in thread {tid} during injected calls ({names})",
                 f"cat /proc/{tid}/maps",
             )
         raise KernelError(
@@ -293,6 +304,8 @@ def find_syscall(tracee: Tracee) -> int:
             ranges = _executable_ranges(maps.readall())
     except OSError as error:
         raise TargetError(f"process {tid}: {error.strerror}", f"ps -p {tid}") from None
+    if not ranges and not os.path.exists(f"/proc/{tid}/exe"):
+        raise TargetError(f"process {tid} has ended", f"ps -p {tid}")
     for start, stop in ranges:
         if found := _scan(tracee, start, stop):
             return found
