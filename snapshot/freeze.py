@@ -82,6 +82,7 @@ class Frozen:
         self.restarted = 0
         """Threads whose system call would have returned EINTR but for `_restart_interrupted`."""
         self._remote: Remote | None = None
+        self._owner = threading.get_native_id()
 
     @property
     def remote(self) -> Remote:
@@ -100,28 +101,31 @@ class Frozen:
 
     def _stop(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        known: dict[int, Tracee] = {}
-        while True:
-            listed = [int(name) for name in os.listdir(f"/proc/{self.pid}/task")]
-            new = [tid for tid in listed if tid not in known]
-            # A listing made while threads end can miss others (proc_task_readdir): count as well.
-            complete = os.stat(f"/proc/{self.pid}/task").st_nlink - 2
-            if not new and complete == len(known):
-                return
+        failed: dict[int, int] = {}
+        while new := self._unknown_threads():
             if time.monotonic() > deadline:
+                for tid, number in failed.items():
+                    ptrace.refused(tid, number)
                 raise KernelError(
                     f"process {self.pid} makes threads faster than they can be stopped: "
-                    f"{len(known)} of {complete} in {timeout:g} s",
+                    f"{len(self.threads)} in {timeout:g} s",
                     f"ls /proc/{self.pid}/task",
                 )
             stopped, failed = ptrace.seize_and_stop(new, timeout=timeout)
             self.threads += stopped
-            known |= {tracee.tid: tracee for tracee in stopped}
             if self.pid in failed:
                 ptrace.refused(self.pid, failed[self.pid])
-            for tid, number in failed.items():
-                if number not in (errno.ESRCH, errno.EPERM):  # these are ending
-                    ptrace.refused(tid, number)
+            # The others that failed are ending (ESRCH, EPERM) and will not be listed again.
+
+    def _unknown_threads(self) -> list[int]:
+        """Threads that are not ours yet; empty once all are."""
+        known = {tracee.tid for tracee in self.threads}
+        while True:
+            listed = [int(name) for name in os.listdir(f"/proc/{self.pid}/task")]
+            new = [tid for tid in listed if tid not in known]
+            # A listing made while threads end can miss others (proc_task_readdir): count as well.
+            if new or os.stat(f"/proc/{self.pid}/task").st_nlink - 2 <= len(known):
+                return new
 
     def _restart_interrupted(self) -> None:
         """The stop made some calls return EINTR to a program that got no signal: have them made
@@ -139,11 +143,21 @@ class Frozen:
             tracee.set_registers(restart.pack())
             self.restarted += 1
 
-    def _release(self) -> None:
+    def thaw(self) -> None:
+        """Lets every thread go, with nothing of ours left in it."""
+        assert threading.get_native_id() == self._owner, "freeze belongs to one OS thread"
         try:
             self.close_remote()
+        except TargetError:
+            pass  # it has ended: nothing is left to put back
         finally:
             ptrace.detach_all(self.threads)
+
+
+def _ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 @contextmanager
@@ -156,7 +170,6 @@ def freeze(pid: int, timeout: float = STOP_TIMEOUT) -> Iterator[Frozen]:
     TargetError: no such process, a zombie, a kernel thread, traced already, or it ended meanwhile.
     DeniedError: no permission. KernelError: a thread did not stop within `timeout` seconds (named).
     """
-    owner = threading.get_native_id()
     try:
         pidfd = os.pidfd_open(pid)
     except OSError as error:
@@ -170,7 +183,7 @@ def freeze(pid: int, timeout: float = STOP_TIMEOUT) -> Iterator[Frozen]:
             frozen._stop(timeout)
         except (FileNotFoundError, ProcessLookupError):
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}") from None
-        if select.select([pidfd], [], [], 0)[0]:
+        if _ended(pidfd):
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}")
         frozen._restart_interrupted()
         frozen.threads.sort(key=lambda tracee: (tracee.tid != pid, tracee.tid))
@@ -178,11 +191,10 @@ def freeze(pid: int, timeout: float = STOP_TIMEOUT) -> Iterator[Frozen]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         yield frozen
     finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
-        assert threading.get_native_id() == owner, "freeze belongs to one thread"
         try:
-            frozen._release()
-        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
+        finally:  # whatever Ctrl-C did to the line above
+            frozen.thaw()
             frozen.stopped_us = (time.monotonic_ns() - began) // 1000
             os.close(pidfd)
             signal.pthread_sigmask(signal.SIG_SETMASK, held)

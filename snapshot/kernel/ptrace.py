@@ -93,6 +93,8 @@ class Tracee:
             self.stop = 0
             raise KernelError(stuck([self.tid], timeout), f"cat /proc/{self.tid}/stack")
         self.stop = 0 if result < 0 else stop[0]
+        if result == -errno.ESRCH:
+            reap([self.tid])
         self._check(result, "waitpid")
         return self.stop
 
@@ -113,9 +115,11 @@ class Tracee:
         """Lets it go for good. A thread that has ended meanwhile is no error."""
         self.own()
         result = lib.snap_detach(self.tid, signal)
-        if result != -errno.ESRCH:
-            self._check(result, "PTRACE_DETACH")
         self.stop = 0
+        if result == -errno.ESRCH:
+            reap([self.tid])
+        else:
+            self._check(result, "PTRACE_DETACH")
 
     @property
     def in_syscall_stop(self) -> bool:
@@ -268,6 +272,8 @@ def seize_and_stop(
     for tid, stop in zip(tids, stops, strict=True):
         if stop < 0:
             failed[tid] = -stop
+            if stop == -errno.ESRCH:
+                reap([tid])
             continue
         tracee = Tracee(tid, options)
         tracee.stop = stop
@@ -276,7 +282,7 @@ def seize_and_stop(
 
 
 def detach_all(tracees: Sequence[Tracee]) -> None:
-    """Lets all of them go, in one call. One that has ended, or does not stop, is passed over."""
+    """Lets all of them go, in one call; those that have ended are reaped."""
     if not tracees:
         return
     tracees[0].own()
@@ -285,6 +291,19 @@ def detach_all(tracees: Sequence[Tracee]) -> None:
     lib.snap_detach_all(numbers, stops, len(tracees))
     for tracee in tracees:
         tracee.stop = 0
+    reap([tid for tid, result in zip(numbers, stops, strict=True) if result == -errno.ESRCH])
+
+
+def reap(tids: Sequence[int], timeout: float = STOP_TIMEOUT) -> None:
+    """Takes note of the end of threads that we traced, so that their parents hear of it.
+
+    The status of a process that is our own child stays for whoever waits for it.
+    """
+    for tid in sorted(tids, key=lambda tid: int(status(tid).get("Tgid", 0)) == tid):  # leaders last
+        fields = status(tid)
+        ours = int(fields.get("PPid", 0)) == os.getpid() and int(fields.get("Tgid", 0)) == tid
+        if not ours and int(fields.get("TracerPid", 0)) == threading.get_native_id():
+            lib.snap_reap(tid, int(timeout * 1e6))
 
 
 # What went wrong, for people
@@ -329,10 +348,13 @@ def _text(path: str) -> str:
 def refused(tid: int, number: int) -> NoReturn:
     """The error for a thread that could not be seized."""
     fields = status(tid)
+    if number == errno.EPERM and fields:
+        raise _why_denied(tid, fields)
+    if fields and fields.get("Tgid") != str(tid):
+        leader = fields.get("Tgid", "?")
+        raise TargetError(f"{tid} is a thread of process {leader}", f"ps -L -p {leader}")
     if number == errno.ESRCH or not fields:
         raise TargetError(f"there is no process {tid}", "ps -e")
-    if number == errno.EPERM:
-        raise _why_denied(tid, fields)
     fail(tid, "PTRACE_SEIZE", number)
 
 

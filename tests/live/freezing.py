@@ -143,7 +143,7 @@ def proc_state(pid: int) -> dict[str, object]:
             if line.startswith("VmFlags")
         ],
     }
-    kept = ("TracerPid", "Sig", "Shd", "Seccomp", "Threads", "FDSize", "NoNewPrivs")
+    kept = ("TracerPid", "SigPnd", "SigBlk", "SigIgn", "SigCgt", "ShdPnd", "Seccomp", "FDSize")
     for tid in sorted(os.listdir(f"/proc/{pid}/task")):
         status = Path(f"/proc/{pid}/task/{tid}/status").read_text()
         state[tid] = [line for line in status.splitlines() if line.startswith(kept)]

@@ -45,6 +45,8 @@ static void on_signal(int number) { (void)number; }
 static void *waker(void *leader)
 {
     char byte;
+    sigset_t all;
+    sigfillset(&all), pthread_sigmask(SIG_BLOCK, &all, 0);
     if (read(0, &byte, 1) != 1)
         return 0;
     if (is("semop")) semop(set, &(struct sembuf){0, 1, 0}, 1);

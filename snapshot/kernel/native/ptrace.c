@@ -77,17 +77,41 @@ int snap_detach(int tid, int signal)
     return done(ptrace(PTRACE_DETACH, tid, NULL, (void *)(long)signal));
 }
 
-/* One look. 1: *stop is a stop; 0: it runs; -ESRCH: it ended or is not ours. */
+/* One look. 1: *stop is a stop; 0: it runs; -ESRCH: it ended or is not ours.
+   The stop is only looked at (WNOWAIT): the kernel clears the signal of a stop that was waited for,
+   so that a tracer that died just then would take a signal of the target along. */
 static int poll_stop(int tid, int *stop)
 {
-    int status;
-    pid_t got = waitpid(tid, &status, __WALL | WNOHANG);
-    if (got == 0)
-        return 0;
-    if (got < 0)
+    siginfo_t info = {.si_pid = 0};
+    if (waitid(P_PID, (id_t)tid, &info, WSTOPPED | WEXITED | WNOHANG | WNOWAIT | __WALL) < 0)
         return errno == ECHILD ? -ESRCH : -errno;
-    *stop = status;
-    return WIFSTOPPED(status) ? 1 : -ESRCH;
+    if (info.si_pid == 0)
+        return 0;
+    if (info.si_code != CLD_TRAPPED)
+        return -ESRCH;
+    *stop = info.si_status << 8 | 0x7f;
+    return 1;
+}
+
+int snap_take_signal(int tid)
+{
+    siginfo_t info;
+    return done(waitid(P_PID, (id_t)tid, &info, WSTOPPED | WNOHANG | __WALL));
+}
+
+int snap_reap(int tid, int64_t timeout_us)
+{
+    int64_t deadline = now_us() + timeout_us;
+    do {
+        int status;
+        pid_t got = waitpid(tid, &status, __WALL | WNOHANG);
+        if (got < 0)
+            return errno == ECHILD ? 0 : -errno;
+        if (got == tid && !WIFSTOPPED(status))
+            return 0;
+        sched_yield();
+    } while (now_us() < deadline);
+    return -ETIMEDOUT;
 }
 
 int snap_wait(int tid, int64_t timeout_us, int *stop)

@@ -16,6 +16,7 @@
 #define SNAP_PTRACE_O_TRACESYSGOOD 0x1
 #define SNAP_PTRACE_O_EXITKILL 0x100000
 #define SNAP_PTRACE_O_SUSPEND_SECCOMP 0x200000
+#define SNAP_EVENT_STOP 0x80057f /* wait status of an event stop that is no group stop */
 #define SNAP_RESUME_CONT 0
 #define SNAP_RESUME_SYSCALL 1
 
@@ -34,9 +35,15 @@ int snap_set_options(int tid, unsigned long options);
 int snap_resume(int tid, int how, int signal);
 int snap_detach(int tid, int signal);
 
-/* Waits for the next stop or the end of the thread, for at most timeout_us; never sleeps.
-   -ETIMEDOUT; -ESRCH with the exit status in *stop when the thread ended. */
+/* Waits for the next stop of the thread, for at most timeout_us; never sleeps. -ETIMEDOUT; -ESRCH
+   when it ended (see snap_reap). */
 int snap_wait(int tid, int64_t timeout_us, int *stop);
+/* Drops the signal of a signal-delivery stop: the thread would not get it even if we died now. */
+int snap_take_signal(int tid);
+/* Takes note of the end of a thread, which stays a zombie until its tracer does. Waits at most
+   timeout_us for it (-ETIMEDOUT). For a child of this process that ends its life as a zombie: the
+   caller then has the exit status, and nobody else. */
+int snap_reap(int tid, int64_t timeout_us);
 
 /* Takes a stopped or running seized thread to an event stop (PTRACE_INTERRUPT), in which it has no
    signal in hand: those that arrive are delivered on the way, so that none is ever held back. */

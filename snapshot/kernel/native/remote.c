@@ -38,24 +38,39 @@ static int borrow(snap_injection *at)
     return snap_set_signal_mask(at->tid, at->use_loop ? ~SIGNAL_BIT(SIGTRAP) : ~0ull);
 }
 
-/* Needs a stop of any kind. The interrupt comes first: registers that belong to an interrupted
-   system call must never run on without passing the kernel's restart logic. */
-static int give_back_stopped(snap_injection *at)
+static int put_back(snap_injection *at)
 {
-    int result = snap_interrupt(at->tid);
-    if (result == 0)
-        result = snap_set_registers(at->tid, at->registers, sizeof at->registers);
+    int result = snap_set_registers(at->tid, at->registers, sizeof at->registers);
     if (result == 0 && at->critical_section)
         result = snap_write_memory(at->tid, at->rseq_address + RSEQ_CS_OFFSET,
                                    &at->critical_section, sizeof at->critical_section);
     if (result == 0)
         result = snap_set_signal_mask(at->tid, at->signal_mask);
-    if (result < 0)
-        return result;
-    at->borrowed = 0;
+    if (result == 0)
+        at->borrowed = 0;
+    return result;
+}
+
+/* From a stop of any kind to an event stop. The interrupt comes first: registers that belong to an
+   interrupted system call must never run on without passing the kernel's restart logic. */
+static int give_back_stopped(snap_injection *at)
+{
     int signal = snap_stop_signal(at->stop) == SIGSTOP ? SIGSTOP : 0;
-    result = snap_resume(at->tid, SNAP_RESUME_CONT, signal);
+    int result = snap_interrupt(at->tid);
+    if (result == 0)
+        result = put_back(at);
+    if (result == 0)
+        result = snap_resume(at->tid, SNAP_RESUME_CONT, signal);
     return result < 0 ? result : snap_await_event_stop(at->tid, at->timeout_us, &at->stop);
+}
+
+/* From the loop's trap: with the signal taken away it is as good as an event stop, inside get_signal
+   with no signal in hand. */
+static int give_back_trapped(snap_injection *at)
+{
+    int result = put_back(at);
+    at->stop = SNAP_EVENT_STOP;
+    return result;
 }
 
 int snap_give_back(snap_injection *at)
@@ -87,8 +102,10 @@ static int put_off_trap(snap_injection *at)
 }
 
 /* Runs until the loop's trap. Returns how many calls are complete, their results in `calls`: all,
-   or fewer when somebody sent a SIGTRAP, which is put off. */
-static int run_loop(snap_injection *at, snap_call *calls, int count, int64_t deadline)
+   or fewer when somebody sent a SIGTRAP, which is put off. *trapped: the thread stands in our own
+   trap, the signal taken from it. */
+static int run_loop(snap_injection *at, snap_call *calls, int count, int64_t deadline,
+                    int *trapped)
 {
     unsigned char registers[SNAP_REGISTERS_SIZE];
     memcpy(registers, at->registers, sizeof registers);
@@ -123,8 +140,9 @@ static int run_loop(snap_injection *at, snap_call *calls, int count, int64_t dea
     int complete = (int)snap_arch_loop_progress(registers, at->loop, at->array, &last, &stored);
     if (complete > count)
         return -EFAULT;
-    int ours = info.si_code == SI_KERNEL && complete == count;
-    if (!ours && (result = put_off_trap(at)) < 0)
+    *trapped = info.si_code == SI_KERNEL && complete == count;
+    result = *trapped ? snap_take_signal(at->tid) : put_off_trap(at);
+    if (result < 0)
         return result;
     result = snap_read_memory(at->tid, at->array, calls, (size_t)complete * sizeof *calls);
     if (!stored)
@@ -173,19 +191,16 @@ int snap_inject(snap_injection *at, snap_call *calls, int count)
     int64_t deadline = now_us() + at->timeout_us;
     int result = borrow(at);
     int complete = 0;
+    int trapped = 0;
     if (result == 0 && at->use_loop && count > 0) {
-        result = run_loop(at, calls, count, deadline);
+        result = run_loop(at, calls, count, deadline, &trapped);
         complete = result < 0 ? count : result;
     }
     for (; result >= 0 && complete < count; complete++)
         result = step_call(at, &calls[complete], deadline);
     if (result == -ESRCH)
         return result;
-    int status = at->stop;
-    int back = snap_give_back(at);
-    if (result >= 0)
-        return back;
-    if (result == -EFAULT)
-        at->stop = status; /* names the signal */
-    return result;
+    at->fault = at->stop;
+    int back = trapped ? give_back_trapped(at) : snap_give_back(at);
+    return result < 0 ? result : back;
 }

@@ -2,8 +2,8 @@
  * System calls made inside another, stopped process. Mechanism without policy.
  *
  * The caller guarantees that the thread is seized with TRACESYSGOOD by the calling OS thread and
- * stands in an event stop; it stands in one again afterwards, with its own registers, signal mask
- * and rseq critical section, whether the calls succeeded or not.
+ * stands in an event stop; it stands in one (or the like) again afterwards, with its own registers,
+ * signal mask and rseq critical section, whether the calls succeeded or not.
  */
 #ifndef SNAP_REMOTE_H
 #define SNAP_REMOTE_H
@@ -13,6 +13,7 @@
 typedef struct {
     int tid;
     int stop;             /* of the thread, as waitpid(2) reported it; 0: it runs */
+    int fault;            /* after -EFAULT: the stop with the signal */
     int use_loop;         /* 0: make each call with system call stops, never with a trap */
     int borrowed;         /* the thread carries our registers and mask: see snap_give_back */
     uint64_t instruction; /* address of a `syscall` instruction in the target */
@@ -27,7 +28,7 @@ typedef struct {
 
 /* Makes the calls in order and stores their results. Returns 0; -ETIMEDOUT when one of them did not
    return in time (it was interrupted); -EFAULT when the thread got a signal of its own making
-   (at->stop tells which); -ESRCH when it ended. */
+   (at->fault tells which); -ESRCH when it ended. */
 int snap_inject(snap_injection *at, snap_call *calls, int count);
 
 /* Tries again to get the thread back after a call that did not return; needed while `borrowed`. */
