@@ -1,4 +1,5 @@
-"""Descriptors that Python's os module cannot make or look into: tee(2), timerfd, signalfd.
+"""Descriptors that Python's os module cannot make or look into: tee(2), timerfd, signalfd,
+inotify, file handles.
 
 Everything raises OSError; the caller knows what the descriptor is for.
 """
@@ -42,3 +43,22 @@ def timerfd_set_ticks(fd: int, ticks: int) -> None:
 def signalfd(mask: int, flags: int = 0) -> int:
     """Bit n-1 of the mask is signal n. Whoever reads it gets his own signals, not the maker's."""
     return _checked(int(lib.snap_signalfd(mask, flags)))
+
+
+def inotify_create(flags: int = 0) -> int:
+    return _checked(int(lib.snap_inotify_create(flags)))
+
+
+def inotify_add(fd: int, path: bytes, mask: int) -> int:
+    """-> the number of the watch; the next new one is one higher than any before."""
+    return _checked(int(lib.snap_inotify_add(fd, path, mask)))
+
+
+def inotify_remove(fd: int, watch: int) -> None:
+    _checked(int(lib.snap_inotify_remove(fd, watch)))
+
+
+def open_handle(mount: int, kind: int, handle: bytes) -> int:
+    """O_PATH of the file that a handle names on the file system of descriptor `mount`. ESTALE: it
+    is not there; needs CAP_DAC_READ_SEARCH."""
+    return _checked(int(lib.snap_open_handle(mount, kind, handle, len(handle))))

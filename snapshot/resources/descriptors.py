@@ -25,6 +25,7 @@ from . import (
     epoll,
     eventfd,
     files,
+    inotify,
     memfd,
     ownership,
     pipes,
@@ -58,6 +59,7 @@ KINDS: tuple[Kind, ...] = (
     epoll,
     timerfd,
     signalfd,
+    inotify,
     memfd,
     directories,
     files,
@@ -73,7 +75,6 @@ _WHAT = {
     b"anon_inode:[perf_event]": "performance counters (perf_event_open)",
     b"anon_inode:[userfaultfd]": "a userfaultfd",
     b"anon_inode:[fanotify]": "fanotify",
-    b"anon_inode:inotify": "inotify",
     b"anon_inode:[pidfd]": "a pidfd",
 }
 _FAMILIES = {

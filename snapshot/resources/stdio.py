@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import stat
+from contextlib import suppress
 
 from ..manifest import OpenFile, Record
-from .openfile import STANDARD, Captured, Opening, Seen, Table, state_of
+from .openfile import STANDARD, Captured, Opening, Seen, Table, reopen, state_of
 
 NAME = "stdio"
 
@@ -33,4 +36,12 @@ def capture(seen: Seen, table: Table) -> Captured:
 
 
 def open(file: OpenFile, opening: Opening) -> int:
-    return os.dup(opening.ctx.stdio[state_of(file, State).stream])
+    """A duplicate of ours. If the program counts on O_NONBLOCK, a terminal or pipe is opened anew
+    instead: setting the flag on the duplicate would set it for the caller's shell too."""
+    ours = opening.ctx.stdio[state_of(file, State).stream]
+    now = fcntl.fcntl(ours, fcntl.F_GETFL)
+    wanted = file.flags & os.O_NONBLOCK and not now & os.O_NONBLOCK
+    if wanted and (stat.S_ISFIFO(os.fstat(ours).st_mode) or os.isatty(ours)):
+        with suppress(OSError):
+            return reopen(ours, (now & os.O_ACCMODE) | os.O_NONBLOCK)
+    return os.dup(ours)

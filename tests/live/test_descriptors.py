@@ -6,6 +6,7 @@ Files, devices, pipes and what is in them; sockets are in test_sockets.py.
 from __future__ import annotations
 
 import os
+import struct
 import time
 from pathlib import Path
 
@@ -516,6 +517,37 @@ exec(WAIT)
         assert (777, 1) in target.ask("wait(ep.fileno())")
 
 
+def test_inotify_watches_keep_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a dir").mkdir()
+    for name in ("one", "two", "three"):
+        (tmp_path / name).touch()
+    with Interpreter(cwd=tmp_path) as target:
+        target.run("""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+fd = libc.inotify_init1(os.O_NONBLOCK)
+add = lambda name, mask: libc.inotify_add_watch(fd, name, mask)
+numbers = [add(b"one", 0xFFF), add(b"two", 2), add(b"a dir", 0x100), add(b"three", 4)]
+libc.inotify_rm_watch(fd, numbers.pop(1))
+os.read(fd, 1000)
+""")
+        fd, numbers = target.ask("fd, numbers")
+        assert numbers == [1, 3, 4]
+        with rebuilt(target) as new:
+            assert new.context.warnings == []
+            assert not readable(new, fd)
+            (tmp_path / "two").write_bytes(b"x")
+            (tmp_path / "a dir" / "new").touch()
+            (tmp_path / "three").chmod(0o600)
+            data = new.ask(f"os.read({fd}, 1000)")
+            assert struct.unpack_from("iIII", data) == (3, 0x100, 0, 16)
+            assert data[16:19] == b"new"
+            assert struct.unpack_from("iIII", data, 32) == (4, 4, 0, 0)
+        (tmp_path / "three").chmod(0o644)
+        with rebuilt(target) as new:  # now an event waits in the target
+            assert "of events that waited are lost" in new.context.warnings[0]
+
+
 # --- stdin, stdout, stderr, terminals -------------------------------------------------------------
 
 
@@ -530,6 +562,14 @@ def test_standard_streams_that_lead_outside_are_those_of_the_restore(tmp_path: P
             new.run(f"os.write({target.ask('copy')}, b'')")
             assert link(new, target.ask("copy")) == link(new, 1)
             assert link(new, 1) != link(target, 1)
+
+
+def test_standard_streams_that_do_not_wait() -> None:
+    with Interpreter() as target:
+        target.run("os.set_blocking(1, False)")
+        with rebuilt(target) as new:
+            assert flags(new, 1) & os.O_NONBLOCK
+            assert os.get_blocking(new.stdout)  # the caller's own stays as it is
 
 
 def test_a_shared_terminal_becomes_three_streams() -> None:

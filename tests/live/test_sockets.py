@@ -95,6 +95,30 @@ s.bind(("127.0.0.1", 0)); s.listen()
                 assert new.ask("s.getsockopt(1, socket.SO_REUSEADDR)") == reuse
 
 
+def test_multipath_tcp() -> None:
+    with Interpreter() as target:
+        target.run("""
+try:
+    s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+except OSError:
+    s = None
+else:
+    s.bind(("127.0.0.1", 0)); s.listen(7)
+    c = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+    c.connect(s.getsockname())
+""")
+        if target.ask("s is None"):
+            pytest.skip("no MPTCP here: sysctl net.mptcp.enabled=1")
+        s, c, name = target.ask("s.fileno(), c.fileno(), s.getsockname()")
+        with rebuilt(target, target.end) as new:
+            use(new, "s", s)
+            assert new.ask("s.proto, s.getsockname()") == (262, name)
+            assert new.ask("s.getsockopt(6, socket.TCP_INFO, 32)[28]") == 7
+            assert new.ask(f"os.read({c}, 10)") == b""
+            (label,) = new.context.closed_connections
+            assert label.startswith("mptcp ")
+
+
 def test_a_port_in_use_is_named() -> None:
     with Interpreter() as target:
         target.run("s = [socket.create_server(('127.0.0.1', 0)) for _ in range(2)]")

@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
@@ -219,4 +220,32 @@ int snap_socket_look(int pidfd, int fd, snap_socket *out) {
         out->events = now.revents;
     close(copy);
     return 0;
+}
+
+int snap_inotify_create(int flags) {
+    int fd = inotify_init1(flags | IN_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+
+int snap_inotify_add(int fd, const char *path, uint32_t mask) {
+    int watch = inotify_add_watch(fd, path, mask);
+    return watch < 0 ? -errno : watch;
+}
+
+int snap_inotify_remove(int fd, int watch) {
+    return inotify_rm_watch(fd, watch) < 0 ? -errno : 0;
+}
+
+int snap_open_handle(int mount, int type, const char *handle, uint32_t length) {
+    union {
+        struct file_handle handle;
+        char room[sizeof(struct file_handle) + MAX_HANDLE_SZ];
+    } it;
+    if (length > MAX_HANDLE_SZ)
+        return -EINVAL;
+    it.handle.handle_bytes = length;
+    it.handle.handle_type = type;
+    memcpy(it.handle.f_handle, handle, length);
+    int fd = open_by_handle_at(mount, &it.handle, O_PATH | O_CLOEXEC);
+    return fd < 0 ? -errno : fd;
 }

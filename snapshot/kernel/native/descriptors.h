@@ -76,3 +76,11 @@ typedef struct {
 /* Looks at a socket of the process through a copy of its descriptor, closed again at once. -> 0.
  * ENOTSOCK, and the errors of pidfd_getfd(2). */
 int snap_socket_look(int pidfd, int fd, snap_socket *out);
+
+/* inotify_init1, inotify_add_watch, inotify_rm_watch. */
+int snap_inotify_create(int flags);
+int snap_inotify_add(int fd, const char *path, uint32_t mask);
+int snap_inotify_remove(int fd, int watch);
+/* open_by_handle_at(2) with O_PATH: the file that a handle (`length` bytes) of the file system of
+ * `mount` names. Needs CAP_DAC_READ_SEARCH; ESTALE: there is no such file any more. */
+int snap_open_handle(int mount, int type, const char *handle, uint32_t length);
