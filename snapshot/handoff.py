@@ -1,4 +1,4 @@
-"""Work that several threads prepare and one thread carries out, some of it at a time."""
+"""Work that several threads prepare and one thread carries out."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ T = TypeVar("T")
 
 
 class Handoff(Generic[T]):
-    """Takes items from any thread and gives them to `work`, up to `at_once` together and in order,
-    in a thread of its own. While that is busy (a sync of a slow disk) the next ones gather; when
-    `waiting` of them do, `give` waits.
+    """Takes items from any thread and gives `work` all that wait, in order, in a thread of its own.
+    While that is busy (with the sync of a slow disk) the next ones gather; as long as they weigh
+    `most` or more together, `give` waits.
 
     The first exception of `work` ends it: `give` and `drain` raise it from then on.
     """
 
-    def __init__(self, work: Callable[[list[T]], None], at_once: int, waiting: int) -> None:
+    def __init__(self, work: Callable[[list[T]], None], most: int) -> None:
         self._work = work
-        self._at_once = at_once
-        self._waiting = waiting
+        self._most = most
         self._items: list[T] = []
+        self._weight = 0
         self._busy = False
         self._closed = False
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def give(self, item: T) -> None:
+    def give(self, item: T, weight: int) -> None:
         with self._changed:
-            while len(self._items) >= self._waiting and not self._failure:
+            while self._weight >= self._most and not self._failure:
                 self._changed.wait()
             self._check()
             self._items.append(item)
+            self._weight += weight
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="snap-store", daemon=True)
                 self._thread.start()
@@ -66,8 +67,7 @@ class Handoff(Generic[T]):
                     self._changed.wait()
                 if self._closed:
                     return
-                part = self._items[: self._at_once]
-                del self._items[: self._at_once]
+                part, self._items, self._weight = self._items, [], 0
                 self._busy = True
                 self._changed.notify_all()
             try:

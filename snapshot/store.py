@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,9 +83,7 @@ class Store:
         StoreError when an image of the name exists or is being taken.
         """
         if not name or "\0" in name or len(name.encode()) > 255:
-            raise StoreError(
-                f"{name!r} cannot be the name of an image", "snap take PID --name NAME"
-            )
+            raise StoreError(f"{name!r} cannot name an image", "snap take PID --name NAME")
         sweep.clear_dead(self._environment)
         held: list[lease.Lease] = []
 
@@ -94,6 +93,8 @@ class Store:
             meta = databases["meta"]
             number = NUMBER.unpack(transaction.get(NEXT_IMAGE_KEY, db=meta))[0]
             sequence = NUMBER.unpack(transaction.get(NEXT_SEQUENCE_KEY, db=meta))[0]
+            for old in held:  # this is done again when the map had to grow
+                old.release()
             got = lease.acquire(self.path, number, alone=True)
             if got is None:
                 raise StoreError(f"the image number {number} is in use", "snap gc")
@@ -155,16 +156,16 @@ class Store:
 
         StoreError when it is in use: a restored process may still need pages of it.
         """
-        record = self._record(name)
-        held = lease.acquire(self.path, record.number, alone=True)
+        found = self._number(name)
+        held = lease.acquire(self.path, found, alone=True)
         if held is None:
-            pids = ", ".join(map(str, lease.holders(self.path, record.number))) or "unknown"
+            pids = ", ".join(map(str, lease.holders(self.path, found))) or "unknown"
             raise StoreError(
                 f"the image {name} is in use (by process {pids}): a restore is still reading it, "
                 "or a take compares with it",
                 f"ps -p {pids.replace(' ', '')}",
             )
-        number = NUMBER.pack(record.number)
+        number = NUMBER.pack(found)
         gone = TakeRecord(name=name, pid=os.getpid(), first_sequence=0, removed=True)
 
         def work(transaction: Transaction) -> None:
@@ -175,19 +176,21 @@ class Store:
 
         try:
             self._environment.write(work)
-            sweep.clear_index(self._environment, record.number)
+            sweep.clear_index(self._environment, found)
         finally:
             held.release()
 
     def collect(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Removes leftovers of dead takes and chunks that no image names; returns their bytes.
 
+        DamagedError, and nothing of an image is removed, when the record of one is damaged or lost.
         `progress` is called with the chunks removed and those to remove.
         """
         freed = sweep.clear_dead(self._environment)
         for number, record in sweep.takes(self._environment):
             if record.removed:
                 sweep.clear_index(self._environment, number)
+        self._check_complete()
         return freed + sweep.sweep(self._environment, progress)
 
     def close(self) -> None:
@@ -210,6 +213,39 @@ class Store:
                 return unseal(key, value, ImageRecord)
             except DamagedError as error:
                 raise DamagedError(f"image {name}: {error.message}", f"snap rm {name}") from None
+
+    def _number(self, name: str) -> int:
+        """The number of an image, also when its record is damaged: then its manifest is the only
+        one that no record names."""
+        try:
+            return self._record(name).number
+        except DamagedError:
+            unnamed = self._unnamed()
+            if len(unnamed) != 1:
+                raise
+            return unnamed.pop()
+
+    def _unnamed(self) -> set[int]:
+        """Numbers of manifests that belong to no readable record."""
+        databases = self._environment.databases
+        with self._environment.read() as transaction:
+            numbers = {
+                NUMBER.unpack(key)[0] for key, _ in transaction.cursor(databases["manifests"])
+            }
+            for key, value in transaction.cursor(databases["images"]):
+                with suppress(DamagedError):
+                    numbers.discard(unseal(bytes(key), value, ImageRecord).number)
+        return numbers
+
+    def _check_complete(self) -> None:
+        unnamed = self._unnamed()
+        if unnamed:
+            listed = ", ".join(map(str, sorted(unnamed)))
+            raise DamagedError(
+                f"the store {self.path} has manifests of {len(unnamed)} images whose records are "
+                f"damaged or lost (number {listed}); nothing is swept",
+                "snap list",
+            )
 
     def _newest(self, like: ProcessIdentity) -> tuple[int, lease.Lease] | None:
         """The newest image of the process that can be held, with its lease."""

@@ -26,14 +26,13 @@ from .records import (
     digest,
     seal,
 )
-from .units import CHUNK, PAGE
+from .units import CHUNK, MIB, PAGE
 
 BATCH = 64
 """Chunks for one call of the compressor: 4 MiB of memory. Fewer cost up to 30 % more."""
-_AT_ONCE = 4
-"""Such batches for one transaction at most; larger ones are slower."""
-_WAITING = 8
-"""Such batches, compressed, that may wait for the disk."""
+_WAITING = 16 * MIB
+"""Bytes, compressed, that may wait for the disk: they become one transaction, which on a fast disk
+has one batch or two (larger ones are slower), on a slow one as many as a sync is worth."""
 
 
 class RawChunk(NamedTuple):
@@ -81,7 +80,7 @@ class ImageWriter:
         self._earlier = earlier
         self._counting = threading.Lock()
         self._unwritten: set[bytes] = set()  # keys that were put and are not in the index yet
-        self._handoff = Handoff(self._write, _AT_ONCE, _WAITING)
+        self._handoff = Handoff(self._write, _WAITING)
         self._open = True
 
     def put(self, batch: Sequence[RawChunk]) -> None:
@@ -115,11 +114,12 @@ class ImageWriter:
             entry._replace(value=next(values)) if entry.sequence is None else entry
             for entry in pending
         ]
+        weight = sum(len(entry.value) for entry in final if entry.value)
         with self._counting:
-            self.stored_bytes += sum(len(entry.value) for entry in final if entry.value)
+            self.stored_bytes += weight
             self.saved_bytes += sum(entry.gained for entry in final) * PAGE
             self._unwritten.update(batch)
-        self._handoff.give(final)
+        self._handoff.give(final, weight)
 
     def _prepare(self, batch: dict[bytes, RawChunk]) -> list[_Pending]:
         """Finds each chunk's pages and digest, and whether an earlier image holds the same."""
@@ -195,7 +195,7 @@ class ImageWriter:
             transaction.delete(NUMBER.pack(sequence), db=self._environment.databases["chunks"])
 
     def commit(self, manifest: Manifest) -> None:
-        """Makes the image visible, and durable first: the one commit point.
+        """Makes the image visible: the one commit point. Durable when it returns.
 
         Raises StoreError when an image of the name exists by now; the caller aborts then.
         """
@@ -217,7 +217,6 @@ class ImageWriter:
             manifest=digest(data),
             spaces=tuple(space.summary() for space in index.spaces(self._environment, self.number)),
         )
-        self._environment.sync()
         key = self.name.encode()
 
         def work(transaction: Transaction) -> None:

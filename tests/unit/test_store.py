@@ -1,0 +1,471 @@
+"""The store: names, sharing between images, removal, who may use what at the same time."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from random import Random
+
+import msgspec
+import pytest
+
+from snapshot import lease
+from snapshot.environment import Transaction
+from snapshot.errors import DamagedError, StoreError
+from snapshot.records import NUMBER, seal
+from snapshot.store import ImageWriter, ProcessIdentity, Store
+from snapshot.units import CHUNK, MIB
+from tests.unit import images
+from tests.unit.images import BASE, manifest, raw
+
+ROOT = str(Path(__file__).parents[2])
+PROCESS = images.process(images.mapping(size=1000 * CHUNK))
+SELF = ProcessIdentity("boot", 100, 5)
+"""The process of images.manifest."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store.open(tmp_path / "store", create=True, map_bytes=1 * MIB)
+
+
+def take(
+    store: Store, name: str, contents: dict[int, bytes], like: ProcessIdentity | None = None
+) -> ImageWriter:
+    writer = store.begin(name, like)
+    writer.put([raw(data, BASE + position * CHUNK) for position, data in contents.items()])
+    writer.commit(manifest(name, PROCESS, taken_at=time.time()))
+    return writer
+
+
+def noise(seed: int, count: int = 20) -> dict[int, bytes]:
+    random = Random(seed)
+    return {position: random.randbytes(CHUNK) for position in range(count)}
+
+
+def check(store: Store, name: str, contents: dict[int, bytes]) -> None:
+    with store.image(name) as image:
+        assert list(image.addresses(0)) == [BASE + position * CHUNK for position in contents]
+        for position, data in contents.items():
+            assert image.read(BASE + position * CHUNK, CHUNK) == data
+        assert list(image.verify()) == []
+
+
+def entries(store: Store) -> dict[str, int]:
+    with store._environment.read() as transaction:
+        found = store._environment.databases.items()
+        return {name: transaction.stat(database)["entries"] for name, database in found}
+
+
+def clean(store: Store) -> None:
+    """Nothing is there that no image accounts for."""
+    counted = entries(store)
+    assert counted["images"] == counted["manifests"] == len(store.images())
+    assert counted["takes"] == 0
+    assert store.collect() == 0
+    leases = {path.name for path in (store.path / "use").iterdir()}
+    numbers = {str(store._record(info.image).number) for info in store.images()}
+    assert leases <= numbers
+
+
+def test_an_image_appears_with_its_commit(store: Store) -> None:
+    writer = store.begin("one")
+    writer.put([raw(b"hello")])
+    assert store.images() == []
+    with pytest.raises(StoreError, match="no image one among the 0"):
+        store.image("one")
+    writer.commit(manifest("one"))
+    (info,) = store.images()
+    assert (info.image, info.pid, info.comm, info.taken_at) == ("one", 100, "cat", 1.0)
+    assert info.saved_bytes == CHUNK
+    assert 0 < info.stored_bytes < 200
+    assert store.image("one").read(BASE, 6) == b"hello\0"
+
+
+def test_abort_leaves_nothing(store: Store) -> None:
+    with store.begin("one") as writer:
+        writer.put([raw(data, BASE + i * CHUNK) for i, data in noise(1).items()])
+    assert store.images() == []
+    assert entries(store)["chunks"] == entries(store)["index"] == 0
+    clean(store)
+    with pytest.raises(StoreError, match="finished"):
+        writer.put([raw(b"")])
+
+
+def test_equal_chunks_of_the_same_process_are_shared(store: Store) -> None:
+    first, second = noise(1), {**noise(1), 3: b"changed".ljust(CHUNK, b"\0")}
+    take(store, "first", first)
+    writer = take(store, "second", second, SELF)
+    assert writer.stored_bytes < 200
+    assert writer.saved_bytes == 20 * CHUNK
+    assert take(store, "other", first, ProcessIdentity("boot", 101, 5)).stored_bytes > 20 * CHUNK
+    for name in ("first", "second", "other"):
+        check(store, name, second if name == "second" else first)
+
+
+@pytest.mark.parametrize("removed", [("first",), ("second",), ("first", "second"), ("third",)])
+def test_removal_keeps_what_others_share(store: Store, removed: tuple[str, ...]) -> None:
+    contents = {
+        "first": noise(1),
+        "second": {**noise(1), 3: b"x" * CHUNK},
+        "third": {**noise(1), 3: b"x" * CHUNK, 4: b"y" * CHUNK},
+    }
+    for name, content in contents.items():
+        take(store, name, content, SELF)
+    for name in removed:
+        store.remove(name)
+    store.collect()
+    assert {info.image for info in store.images()} == set(contents) - set(removed)
+    for name in set(contents) - set(removed):
+        check(store, name, contents[name])
+    clean(store)
+    left = [contents[name] for name in set(contents) - set(removed)]
+    distinct = {(position, data) for content in left for position, data in content.items()}
+    assert entries(store)["chunks"] == len(distinct)
+
+
+def test_the_last_removal_empties_the_store(store: Store) -> None:
+    for seed in range(3):
+        take(store, f"image{seed}", noise(seed))
+    for seed in range(3):
+        store.remove(f"image{seed}")
+    calls: list[tuple[int, int]] = []
+    assert store.collect(lambda done, total: calls.append((done, total))) >= 60 * CHUNK
+    assert calls[-1] == (60, 60)
+    assert entries(store) == {"meta": 3} | dict.fromkeys(
+        ("images", "manifests", "takes", "index", "chunks"), 0
+    )
+
+
+def test_space_is_used_again(store: Store) -> None:
+    """The file does not grow for ever."""
+    for seed in range(12):
+        take(store, "image", noise(seed, 60))
+        store.remove("image")
+        store.collect()
+    assert store._environment.used_bytes() < 3 * 60 * CHUNK
+
+
+def test_putting_a_chunk_again(store: Store) -> None:
+    """Later pages replace earlier ones, and the first chunk is not left behind."""
+    writer = store.begin("one")
+    writer.put([raw(b"a" * CHUNK, pages=0b0011)])
+    writer.put([raw(b"b" * CHUNK, pages=0b0110), raw(b"c" * CHUNK, pages=0b1000)])
+    assert writer.saved_bytes == 4 * 4096
+    writer.commit(manifest("one"))
+    chunk = store.image("one").chunk(0, BASE)
+    assert chunk
+    assert chunk.present == chunk.nonzero == 0b1111
+    assert chunk.data == b"".join(c * 4096 for c in (b"a", b"b", b"b", b"c")) + bytes(12 * 4096)
+    assert entries(store)["chunks"] == 1
+
+
+def test_putting_a_shared_chunk_again(store: Store) -> None:
+    take(store, "first", {0: b"a" * CHUNK})
+    writer = store.begin("second", SELF)
+    writer.put([raw(b"a" * CHUNK)])
+    writer.put([raw(b"b" * CHUNK)])
+    writer.put([raw(b"a" * CHUNK)])
+    writer.commit(manifest("second", taken_at=2.0))
+    check(store, "first", {0: b"a" * CHUNK})
+    check(store, "second", {0: b"a" * CHUNK})
+    assert entries(store)["chunks"] == 1
+    clean(store)
+
+
+def test_many_threads(store: Store) -> None:
+    contents = noise(1, 400)
+    writer = store.begin("one")
+
+    def put(first: int) -> None:
+        for start in range(first, 400, 40):
+            part = range(start, start + 10)
+            writer.put([raw(contents[i], BASE + i * CHUNK) for i in part])
+
+    threads = [threading.Thread(target=put, args=(first,)) for first in range(0, 40, 10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    writer.commit(manifest("one", PROCESS))
+    check(store, "one", contents)
+    with store.image("one") as image:
+        streamed = dict(image.chunks_in_order(0))
+        assert {a: chunk.data for a, chunk in streamed.items()} == {
+            BASE + position * CHUNK: data for position, data in contents.items()
+        }
+
+
+def test_the_map_grows_while_threads_put_and_read(store: Store) -> None:
+    """Stores here start with a map of 1 MiB; this one reaches 64."""
+    take(store, "base", noise(7, 10))
+    wrong: list[BaseException] = []
+
+    def run(seed: int) -> None:
+        try:
+            take(store, f"image{seed}", noise(seed, 200))
+            check(store, "base", noise(7, 10))
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    for seed in range(4):
+        check(store, f"image{seed}", noise(seed, 200))
+
+
+def test_names(store: Store) -> None:
+    for name in ("redis-1", "redis-2", "cat"):
+        take(store, name, {0: name.encode()})
+    assert store.resolve("redis-1") == "redis-1"
+    assert store.resolve("c") == "cat"
+    assert store.resolve("latest") == "cat"
+    with pytest.raises(StoreError, match="redis is the beginning of 2 images: redis-1, redis-2"):
+        store.resolve("redis")
+    with pytest.raises(StoreError, match="no image dog among the 3"):
+        store.resolve("dog")
+    with pytest.raises(StoreError, match="no image re in"):
+        store.remove("re")
+    with pytest.raises(StoreError, match="an image named cat exists") as caught:
+        store.begin("cat")
+    assert caught.value.hint == "snap rm cat"
+    with store.begin("dog"), pytest.raises(StoreError, match="named dog is being taken by process"):
+        store.begin("dog")
+    for bad in ("", "a\0b", "x" * 256):
+        with pytest.raises(StoreError, match="cannot name an image"):
+            store.begin(bad)
+
+
+def test_two_takes_of_one_name_and_the_second_commit(store: Store) -> None:
+    writer = store.begin("one")
+    with pytest.raises(ValueError, match="a manifest of 'two' for the image 'one'"):
+        writer.commit(manifest("two"))
+    writer.put([raw(b"x")])
+    writer.abort()
+    take(store, "one", {})
+    check(store, "one", {})
+
+
+def test_an_image_in_use_is_not_removed(store: Store) -> None:
+    take(store, "one", {0: b"x" * CHUNK})
+    image = store.image("one")
+    message = rf"image one is in use \(by process {os.getpid()}\)"
+    with pytest.raises(StoreError, match=message):
+        store.remove("one")
+    writer = store.begin("two", SELF)
+    image.close()
+    with pytest.raises(StoreError, match="in use"):
+        store.remove("one")
+    writer.abort()
+    store.remove("one")
+    assert store.collect() > 0
+    clean(store)
+
+
+def test_a_child_keeps_the_lease(store: Store) -> None:
+    """The page server of a restore that has ended is such a child."""
+    take(store, "one", {0: b"x"})
+    image = store.image("one")
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    image.close()
+    del image
+    gc.collect()
+    with pytest.raises(StoreError, match="in use"):
+        store.remove("one")
+    os.close(writing)
+    os.waitpid(pid, 0)
+    os.close(reading)
+    store.remove("one")
+
+
+def test_leases_do_not_wait_and_are_not_confused_by_removal(tmp_path: Path) -> None:
+    (tmp_path / lease.DIRECTORY).mkdir()
+    shared = [lease.acquire(tmp_path, 1, alone=False) for _ in range(2)]
+    assert all(shared)
+    assert lease.acquire(tmp_path, 1, alone=True) is None
+    for held in shared:
+        assert held
+        held.release()
+    alone = lease.acquire(tmp_path, 1, alone=True)
+    assert alone
+    assert lease.acquire(tmp_path, 1, alone=False) is None
+    lease.forget(tmp_path, 1)
+    assert lease.acquire(tmp_path, 1, alone=False)
+
+
+OTHER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from snapshot.store import Store
+from tests.unit.test_store import noise, take
+for seed in range(6):
+    with Store.open(Path(sys.argv[1])) as store:
+        take(store, f"other{seed}", noise(100 + seed, 30))
+        if seed % 2:
+            store.remove(f"other{seed}")
+            store.collect()
+"""
+
+
+def test_two_processes(store: Store) -> None:
+    """Takes, removals and sweeps of one do not disturb the other's."""
+    arguments = [sys.executable, "-c", OTHER, str(store.path), ROOT]
+    with subprocess.Popen(arguments) as other:
+        for seed in range(6):
+            take(store, f"mine{seed}", {**noise(1, 30), seed: b"s"}, SELF)
+            if seed >= 2:
+                store.remove(f"mine{seed - 2}")
+                store.collect()
+        assert other.wait(60) == 0
+    for seed in (0, 2, 4):
+        check(store, f"other{seed}", noise(100 + seed, 30))
+    for seed in (4, 5):
+        check(store, f"mine{seed}", {**noise(1, 30), seed: b"s".ljust(CHUNK, b"\0")})
+    clean(store)
+
+
+def test_a_thousand_images_are_listed_quickly(store: Store) -> None:
+    take(store, "model", {0: b"x"})
+    record = store._record("model")
+    environment = store._environment
+
+    def work(transaction: Transaction) -> None:
+        for number in range(1000):
+            key = f"image{number:03}".encode()
+            made = msgspec.structs.replace(record, number=number + 10, taken_at=float(number))
+            transaction.put(key, seal(key, made), db=environment.databases["images"])
+
+    environment.write(work)
+    start = time.perf_counter()
+    found = store.images()
+    seconds = time.perf_counter() - start
+    assert [info.image for info in found[:-1]] == [f"image{number:03}" for number in range(1000)]
+    assert seconds < 0.5, "some 10 ms on an idle machine"
+
+
+def test_default_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SNAP_STORE", str(tmp_path / "mine"))
+    assert Store.open(create=True).path == tmp_path / "mine"
+    monkeypatch.delenv("SNAP_STORE")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
+    assert Store.open(create=True).path == tmp_path / "xdg" / "livesnap"
+    monkeypatch.setenv("XDG_DATA_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Store.open(create=True).path == tmp_path / ".local" / "share" / "livesnap"
+
+
+def test_the_directory_is_private(store: Store) -> None:
+    modes = {path.name: path.stat().st_mode & 0o777 for path in store.path.rglob("*")}
+    assert store.path.stat().st_mode & 0o777 == 0o700
+    assert {name for name, mode in modes.items() if mode & 0o077} == set()
+
+
+def test_a_store_that_others_may_write_to(store: Store) -> None:
+    for place, hint in ((store.path, store.path), (store.path / "data.mdb",) * 2):
+        mode = place.stat().st_mode
+        place.chmod(mode | 0o020)
+        with pytest.raises(StoreError, match=r"others may write to .* \(mode \d+\)") as caught:
+            Store.open(store.path)
+        assert caught.value.hint == f"chmod go-rwx {hint}"
+        place.chmod(mode)
+    Store.open(store.path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root: run as root")
+def test_a_store_of_somebody_else(store: Store) -> None:
+    os.chown(store.path, 12345, -1)
+    with pytest.raises(StoreError, match="belongs to user 12345, not to 0"):
+        Store.open(store.path)
+
+
+def test_what_is_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="there is no store of snap in") as caught:
+        Store.open(tmp_path / "absent")
+    assert caught.value.hint.startswith("the first take makes one: snap --store")
+    (tmp_path / "file").touch()
+    for create in (False, True):
+        with pytest.raises(StoreError, match=r"no store|cannot make a store"):
+            Store.open(tmp_path / "file", create=create)
+    (tmp_path / "data.mdb").write_bytes(b"something else" * 1000)
+    with pytest.raises(StoreError, match="there is no store of snap in"):
+        Store.open(tmp_path)
+    with pytest.raises(StoreError, match="is neither a store of snap nor empty"):
+        Store.open(tmp_path, create=True)
+    assert (tmp_path / "data.mdb").read_bytes().startswith(b"something else")
+    assert not (tmp_path / "lock.mdb").exists(), "a foreign directory is left as it is"
+
+
+def test_an_lmdb_of_somebody_else(tmp_path: Path) -> None:
+    import lmdb
+
+    other = lmdb.open(str(tmp_path), mode=0o600)
+    with other.begin(write=True) as transaction:
+        transaction.put(b"key", b"value")
+    other.close()
+    with pytest.raises(StoreError, match="there is no store of snap in"):
+        Store.open(tmp_path)
+
+
+def test_a_store_of_a_later_format(store: Store) -> None:
+    environment = store._environment
+    meta = environment.databases["meta"]
+    environment.write(lambda t: t.put(b"format", b"livesnap store 2", db=meta))
+    with pytest.raises(StoreError, match="is a livesnap store 2; this snap reads livesnap store 1"):
+        Store.open(store.path)
+
+
+def test_making_a_store_again_keeps_it(store: Store) -> None:
+    take(store, "one", {0: b"x"})
+    assert [info.image for info in Store.open(store.path, create=True).images()] == ["one"]
+
+
+def test_a_damaged_record_is_listed_and_can_be_removed(store: Store) -> None:
+    """And nothing is swept meanwhile: nobody knows what the image names."""
+    take(store, "one", {0: b"x"})
+    take(store, "two", {0: b"y"})
+    environment = store._environment
+
+    def damage(transaction: Transaction) -> None:
+        database = environment.databases["images"]
+        value = bytearray(transaction.get(b"one", db=database))
+        value[20] ^= 1
+        transaction.put(b"one", bytes(value), db=database)
+
+    environment.write(damage)
+    assert {info.image: info.damaged for info in store.images()} == {"one": True, "two": False}
+    with pytest.raises(DamagedError, match=r"image one: .* does not match its checksum") as caught:
+        store.image("one")
+    with pytest.raises(DamagedError, match="records are damaged or lost"):
+        store.collect()
+    assert caught.value.hint == "snap rm one"
+    store.remove("one")
+    assert store.collect() > 0
+    check(store, "two", {0: b"y".ljust(CHUNK, b"\0")})
+    clean(store)
+
+
+def test_a_lost_record_does_not_lead_to_a_sweep(store: Store) -> None:
+    """A manifest that no record names is damage, not rubbish."""
+    take(store, "one", {0: b"x"})
+    number = store._record("one").number
+    environment = store._environment
+    environment.write(lambda t: t.delete(b"one", db=environment.databases["images"]))
+    with pytest.raises(DamagedError, match=rf"records are damaged or lost \(number {number}\)"):
+        store.collect()
+    with environment.read() as transaction:
+        assert transaction.get(NUMBER.pack(number), db=environment.databases["manifests"])
