@@ -392,7 +392,7 @@ def _obstacle(tid: int, fields: dict[str, str]) -> str:
             "and CAP_SYS_PTRACE is missing"
         )
     try:
-        hidden = os.stat(f"/proc/{tid}").st_uid != os.getuid()
+        hidden = os.stat(f"/proc/{tid}/stat").st_uid != os.getuid()
     except OSError:
         hidden = False
     if hidden:

@@ -411,7 +411,9 @@ def test_sigcont_during_the_freeze_takes_effect() -> None:
 @pytest.fixture
 def sleeper() -> Iterator[Victim]:
     with Victim(BLOCKED, "epoll_wait") as victim:
-        wait_until(lambda: victim.system_call() >= 0, "the call sleeps")
+        for tid in os.listdir(f"/proc/{victim.pid}/task"):
+            calls = (NR.epoll_wait, NR.read)
+            wait_until(lambda tid=tid: victim.system_call(int(tid)) in calls, "all sleep")  # type: ignore[misc]
         yield victim
 
 

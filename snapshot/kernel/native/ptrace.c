@@ -77,9 +77,17 @@ int snap_detach(int tid, int signal)
     return done(ptrace(PTRACE_DETACH, tid, NULL, (void *)(long)signal));
 }
 
+static int take_stop(int tid)
+{
+    siginfo_t info;
+    int result = waitid(P_PID, (id_t)tid, &info, WSTOPPED | WNOHANG | __WALL);
+    return result < 0 ? -errno : 1;
+}
+
 /* One look. 1: *stop is a stop; 0: it runs; -ESRCH: it ended or is not ours.
-   The stop is only looked at (WNOWAIT): the kernel clears the signal of a stop that was waited for,
-   so that a tracer that died just then would take a signal of the target along. */
+   It is a look only (WNOWAIT): the kernel clears the signal of a stop that was waited for, so that a
+   tracer that died just then would take a signal of the target along. Other stops are taken: seen
+   by a waitpid(2) of the target's parent, when that is this process, they would look like its end. */
 static int poll_stop(int tid, int *stop)
 {
     siginfo_t info = {.si_pid = 0};
@@ -90,13 +98,13 @@ static int poll_stop(int tid, int *stop)
     if (info.si_code != CLD_TRAPPED)
         return -ESRCH;
     *stop = info.si_status << 8 | 0x7f;
-    return 1;
+    return snap_stop_signal(*stop) ? 1 : take_stop(tid);
 }
 
 int snap_take_signal(int tid)
 {
-    siginfo_t info;
-    return done(waitid(P_PID, (id_t)tid, &info, WSTOPPED | WNOHANG | __WALL));
+    int result = take_stop(tid);
+    return result < 0 ? result : 0;
 }
 
 int snap_reap(int tid, int64_t timeout_us)
