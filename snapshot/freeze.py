@@ -133,10 +133,11 @@ class Frozen:
         handler to run the program sees EINTR as it must, without one the call starts again. That
         is decided when the thread goes on, so a signal that arrives meanwhile is no race.
         """
-        for tracee in self.threads:
-            registers = Registers.unpack(tracee.registers())
-            if registers.result != arch.EINTR or registers.orig_rax not in _RESTARTED:
+        found = arch.RESULT_AND_CALL.iter_unpack(ptrace.registers_of(self.threads))
+        for tracee, (result, number) in zip(self.threads, found, strict=True):
+            if result != arch.EINTR or number not in _RESTARTED:
                 continue
+            registers = Registers.unpack(tracee.registers())
             if tracee.read(registers.rip - 2, 2) != arch.SYSCALL_INSTRUCTION:
                 continue  # int 0x80 has other numbers
             restart = registers._replace(rax=arch.unsigned(arch.ERESTARTNOHAND))

@@ -82,6 +82,8 @@ class Registers(NamedTuple):
 
 _REGISTERS = struct.Struct("27Q")
 REGISTERS_SIZE = _REGISTERS.size
+RESULT_AND_CALL = struct.Struct("=80xq32xQ88x")
+"""rax as a signed number and orig_rax, out of a struct user_regs_struct."""
 
 
 def signed(value: int) -> int:
