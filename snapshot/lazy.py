@@ -92,6 +92,8 @@ class Server:
         self.finish = finish
         self.clients: dict[int, Client] = {}
         self.faults = 0
+        self.pause_ms = 0
+        """Waits so long for faults before each chunk that nobody asked for: for tests."""
         self._by_fd: dict[int, Client] = {}
         self._made = 0
         self._waiting: deque[tuple[Client, int]] = deque()
@@ -145,7 +147,7 @@ class Server:
                     self._complete(client)
             if not self.clients:
                 return
-            self._listen(0)
+            self._listen(self.pause_ms)
             while self._waiting:
                 self._serve(*self._waiting.popleft())
                 self._listen(0)

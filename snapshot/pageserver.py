@@ -68,6 +68,8 @@ def tell(plan: Plan, event: str, **more: Any) -> None:
 
 def main(arguments: list[str]) -> NoReturn:
     """`--start SOCKET STORE IMAGE SPACE`, or `--resume JOURNAL` after a server was lost."""
+    if arguments[0] == "--start" and os.fork():
+        os._exit(0)  # nobody's child: a program that restores need not wait for it
     from .journal import Journal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class PageServer:
         """For rebuild: what this server can bring, it brings from here on, also to the kernel when
         that touches the memory of the new process; the rest is filled."""
         self._expect("opened")
+        self._process.wait()  # it has forked
         number, duplicate = _create(process, remote)
         pid = remote.tracee.tid
         handle = os.pidfd_open(pid)
@@ -98,13 +100,14 @@ class PageServer:
                 return None
 
     def abandon(self) -> None:
-        """The process is no more, or never was: waits for the end of the server."""
+        """The process is no more, or never was: waits for the end of guardian and server."""
+        self._process.wait()
+        self._control.settimeout(_SECONDS)
+        with suppress(OSError):
+            self._control.shutdown(socket.SHUT_WR)
+            while self._control.recv(MESSAGE_BYTES):
+                pass
         self._control.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
     def _expect(self, event: str) -> dict[str, Any]:
         message = self._message(_SECONDS)

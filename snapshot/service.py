@@ -29,6 +29,8 @@ from .pageserver import Plan
 from .store import Store
 
 MESSAGE_BYTES = 1 << 20
+PAUSE = "SNAP_TEST_STREAM_PAUSE_MS"
+"""For tests: pages keep missing for longer."""
 
 
 class Service:
@@ -40,6 +42,7 @@ class Service:
         self.image.addresses(plan.space)  # reads and verifies the index now, not at the first fault
         self._guardian = -1
         self._server = Server(self.image, plan.space, journal, self._finish)
+        self._server.pause_ms = int(os.environ.get(PAUSE, "0"))
         self._watch_guardian(os.getppid())
 
     @property

@@ -1,0 +1,315 @@
+"""A lazy restore: what the process sees of its memory while pages are missing, whatever it does to
+that memory and whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from snapshot import service
+from snapshot.errors import SnapError
+from snapshot.image import Image
+from snapshot.records import NUMBER
+from snapshot.restore import Restored, restore
+from snapshot.store import Store
+from tests.harness import processes
+from tests.harness.processes import become_subreaper, kill, wait_until
+from tests.live.stopped_copy import copy
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: sudo pytest tests/live"),
+]
+SOURCE = Path(__file__).parent.parent / "targets" / "changes.c"
+MIB = 16
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    become_subreaper()
+    made = tmp_path_factory.mktemp("bin") / "changes"
+    subprocess.run(["gcc", "-std=gnu11", "-O2", "-pthread", "-o", made, SOURCE], check=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def place(program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Image]]:
+    """The working directory of `changes`, and an image of it; the process is no more."""
+    directory = tmp_path_factory.mktemp("changes")
+    with subprocess.Popen([program, str(MIB)], cwd=directory, stdin=subprocess.DEVNULL) as victim:
+        try:
+            wait_until((directory / "done").exists, "changes ready")
+            copied = copy(victim.pid)
+        finally:
+            victim.kill()
+    with copied.put(directory / "store") as image:
+        yield directory, image
+
+
+class Lazy:
+    """A restored `changes`."""
+
+    def __init__(self, directory: Path, restored: Restored) -> None:
+        self.directory = directory
+        self.restored = restored
+        self.pid = restored.pid
+
+    def command(self, word: str) -> None:
+        (self.directory / "do.new").write_text(word)
+        (self.directory / "do.new").rename(self.directory / "do")
+
+    def answer(self, seconds: float = 20) -> str:
+        done = self.directory / "done"
+        wait_until(done.exists, "an answer of changes", seconds)
+        text = done.read_text()
+        done.unlink()
+        return text
+
+    def does(self, word: str) -> str:
+        self.command(word)
+        return self.answer()
+
+    @property
+    def server(self) -> int:
+        assert self.restored.server_pid is not None
+        return self.restored.server_pid
+
+    @property
+    def guardian(self) -> int:
+        return int(Path(f"/proc/{self.server}/stat").read_text().rpartition(")")[2].split()[1])
+
+    def end(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            self.restored.wait()
+
+
+@pytest.fixture
+def lazily(
+    place: tuple[Path, Image], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Lazy]:
+    """A fresh one, its pages coming slowly unless asked for (parameter: ms a chunk)."""
+    directory, image = place
+    monkeypatch.setenv(service.PAUSE, str(getattr(request, "param", 20)))
+    for name in ("do", "done"):
+        (directory / name).unlink(missing_ok=True)
+    lazy = Lazy(directory, restore(image, lazy=True))
+    yield lazy
+    lazy.end()
+    wait_until(lambda: not servers(), "the end of the page server")
+
+
+def servers() -> list[str]:
+    """Pids of page servers and guardians that have not ended."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and comm(int(entry.name)) in ("snap-pages", "snap-guardian"):
+            found.append(entry.name)
+    return [pid for pid in found if processes.state(int(pid)) not in ("", "Z", "X")]
+
+
+def missing(pid: int) -> bool:
+    return " um" in Path(f"/proc/{pid}/smaps").read_text()
+
+
+COMMANDS = (
+    *("all", "dontneed", "free", "move", "grow", "unmap", "brk"),
+    *("protect", "fork", "spawn", "threads", "write"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_memory_is_right_while_pages_are_missing(lazily: Lazy, command: str) -> None:
+    assert missing(lazily.pid)
+    assert lazily.does(command) == "ok"
+
+
+@pytest.mark.parametrize("lazily", [0], indirect=True)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_memory_is_right_while_pages_come_fast(lazily: Lazy, command: str) -> None:
+    assert lazily.does(command) == "ok"
+
+
+@pytest.mark.parametrize("command", ["all", "fork"])
+def test_nothing_of_ours_stays(lazily: Lazy, command: str) -> None:
+    """After the last page: no userfaultfd, no registered memory, no server."""
+    assert b"userfaultfd" in b"".join(links(lazily.pid))
+    assert lazily.does(command) == "ok"
+    assert lazily.restored.complete() is None
+    assert not missing(lazily.pid)
+    assert b"userfaultfd" not in b"".join(links(lazily.pid))
+    wait_until(lambda: not servers(), "the end of the page server")
+    assert lazily.does("all" if command == "all" else "spawn") == "ok"
+
+
+def links(pid: int) -> list[bytes]:
+    directory = f"/proc/{pid}/fd"
+    return [os.readlink(os.fsencode(f"{directory}/{name}")) for name in os.listdir(directory)]
+
+
+def test_a_child_outlives_the_parent_with_pages_missing(lazily: Lazy) -> None:
+    assert lazily.does("orphan") == "ok"
+    lazily.end()
+    assert lazily.answer() == "orphan ok"
+
+
+@pytest.mark.parametrize("command", ["exec", "exit"])
+def test_the_server_ends_with_the_memory_it_serves(lazily: Lazy, command: str) -> None:
+    lazily.command(command)
+    if command == "exec":
+        assert lazily.answer().strip() == "ok"
+    else:
+        assert lazily.restored.wait() == 5
+    wait_until(lambda: not servers(), "the end of the page server")
+
+
+@pytest.mark.parametrize("command", ["all", "move", "fork", "dontneed", "threads"])
+def test_a_server_that_is_killed_is_replaced(lazily: Lazy, command: str) -> None:
+    """Again and again, while the process works on memory that is missing."""
+    lazily.command(command)
+    done = lazily.directory / "done"
+    guardian = lazily.guardian
+    killed = 0
+    deadline = time.monotonic() + 20
+    while not done.exists() and time.monotonic() < deadline and killed < 4:
+        pages = [pid for pid in servers() if comm(int(pid)) == "snap-pages"]
+        for pid in pages:
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+                killed += 1
+    assert lazily.answer() == "ok"
+    assert killed
+    assert str(guardian) in servers() or not servers()
+    assert "starting another one" in log(lazily)
+
+
+def comm(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def log(lazily: Lazy) -> str:
+    return (lazily.directory / "store" / "pageserver.log").read_text()
+
+
+def test_events_that_a_dead_server_had_read_are_not_lost(lazily: Lazy) -> None:
+    """Memory given up stays given up, memory moved is found by the server that takes over."""
+    assert lazily.does("change") == "ok"
+    os.kill(lazily.server, signal.SIGKILL)
+    assert lazily.does("changed") == "ok"
+    assert "starting another one" in log(lazily)
+
+
+def test_a_guardian_that_is_killed_is_replaced(lazily: Lazy) -> None:
+    guardian = lazily.guardian
+    os.kill(guardian, signal.SIGKILL)
+    wait_until(lambda: "takes its place" in log(lazily), "another guardian")
+    os.kill(lazily.server, signal.SIGKILL)
+    assert lazily.does("all") == "ok"
+
+
+def test_without_server_and_guardian_it_hangs_and_can_be_killed(lazily: Lazy) -> None:
+    """Never zeros: it waits for ever."""
+    guardian, server = lazily.guardian, lazily.server
+    os.kill(guardian, signal.SIGSTOP)  # or it would start another server
+    os.kill(server, signal.SIGKILL)
+    os.kill(guardian, signal.SIGKILL)
+    wait_until(lambda: not servers(), "both being dead")
+    lazily.command("all")
+    with pytest.raises(TimeoutError):
+        lazily.answer(seconds=1)
+    lazily.end()
+
+
+def test_it_outlives_snap_restore(
+    place: tuple[Path, Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process and server go on when the command and its session are gone."""
+    directory, image = place
+    monkeypatch.setenv(service.PAUSE, "20")
+    (directory / "done").unlink(missing_ok=True)
+    script = (
+        "import sys; from pathlib import Path; from snapshot.store import Store;"
+        "from snapshot.restore import restore;"
+        "restored = restore(Store.open(Path(sys.argv[1])).image(sys.argv[2]), lazy=True);"
+        "print(restored.pid)"
+    )
+    command = [sys.executable, "-c", script, str(directory / "store"), image.name]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=True, start_new_session=True, timeout=60
+    )
+    pid = int(ran.stdout)
+    try:
+        assert missing(pid)
+        lazy = Lazy(directory, Restored(image.name, pid, "lazy", 0, _waited=pid))
+        assert lazy.does("fork") == "ok"
+    finally:
+        kill(pid)
+    wait_until(lambda: not servers(), "the end of the page server")
+
+
+def test_a_damaged_chunk_ends_the_process(
+    place: tuple[Path, Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never wrong bytes: it is killed, and the message says what is damaged."""
+    directory, image = place
+    monkeypatch.setenv(service.PAUSE, "20")
+    store = tmp_path / "store"
+    shutil.copytree(image.store_path, store)
+    largest = max(image.mappings, key=lambda one: one.size * (one.kind == "anon"))
+    address = next(at for at in image.addresses(0) if at > largest.start + 4 * 1024 * 1024)
+    damage(image, address, store)
+    (directory / "done").unlink(missing_ok=True)
+    with Store.open(store).image(image.name) as damaged:
+        lazy = Lazy(directory, restore(damaged, lazy=True))
+        try:
+            lazy.command("all")
+            failure = lazy.restored.complete()
+            assert failure is not None
+            assert f"{address:#x}" in failure
+            assert "checksum" in failure
+            assert lazy.restored.wait() == -signal.SIGKILL
+            assert "killed process" in (store / "pageserver.log").read_text()
+        finally:
+            lazy.end()
+            (directory / "do").unlink(missing_ok=True)
+    wait_until(lambda: not servers(), "the end of the page server")
+
+
+def damage(image: Image, address: int, store: Path) -> None:
+    """Flips a bit of the chunk at `address`, in the file of a copy of the store."""
+    entry = image._space(0).find(address)
+    assert entry is not None
+    with image._environment.read() as transaction:
+        value = transaction.get(
+            NUMBER.pack(entry.sequence), db=image._environment.databases["chunks"]
+        )
+        found = bytes(value)
+    data = bytearray((store / "data.mdb").read_bytes())
+    at = data.index(found) + len(found) // 2
+    data[at] ^= 1
+    (store / "data.mdb").write_bytes(data)
+
+
+def test_a_store_that_is_gone_is_an_error_before_the_process_runs(
+    place: tuple[Path, Image], tmp_path: Path
+) -> None:
+    _, image = place
+    store = tmp_path / "store"
+    shutil.copytree(image.store_path, store)
+    with Store.open(store).image(image.name) as opened:
+        (store / "data.mdb").rename(store / "hidden")
+        with pytest.raises(SnapError):
+            restore(opened, lazy=True)
+    assert not servers()
