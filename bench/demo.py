@@ -52,11 +52,14 @@ class Snap:
         words = [*arguments, "--store", str(self.store), "--json"]
         console.print(f"\n[bold]$ snap {' '.join(arguments)}[/bold]")
         answer = self.store.parent / "answer"
-        # A file, not a pipe: the restored process may keep it open.
-        with answer.open("wb") as out:
-            code = subprocess.run([*self.command, *words], stdout=out, cwd=ROOT, check=False)
-        if code.returncode:
-            raise Failed(f"snap {arguments[0]} ended with {code.returncode}")
+        notes = self.store.parent / "notes"
+        # Files, not pipes: the restored process may keep them open.
+        with answer.open("wb") as out, notes.open("wb") as err:
+            ran = subprocess.run(
+                [*self.command, *words], stdout=out, stderr=err, cwd=ROOT, check=False
+            )
+        if ran.returncode:
+            raise Failed(f"exit code {ran.returncode}\n{notes.read_text()}")
         found: dict[str, Any] = json.loads(answer.read_text())
         if arguments[0] == "restore":
             self.left += [pid for pid in (found["pid"], found["server_pid"]) if pid]

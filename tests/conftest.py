@@ -30,15 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No process and no mount of ours outlives the tests."""
     processes.become_subreaper()
-    mounts = Path("/proc/self/mountinfo").read_text()
+    ours = str(tmp_path_factory.getbasetemp())
     yield
     left = _end_leftovers()
     problems = [f"processes: {', '.join(left)}"] if left else []
-    if Path("/proc/self/mountinfo").read_text() != mounts:
-        problems.append("mounts: see /proc/self/mountinfo")
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    problems += [f"mount: {line}" for line in mounts if ours in line]
     assert not problems, f"the tests left {'; '.join(problems)}"
 
 

@@ -130,10 +130,14 @@ class Victim:
             self._moves(seconds)
         return self.healthy()
 
-    def _moves(self, seconds: float) -> None:
-        # The file still holds the former life's last words: wait for a write of this one first.
+    def writes(self, seconds: float = 30.0) -> None:
+        """Waits until it writes its status file: what is there may be a former life's last words,
+        or of a time before it was quite ready."""
         stale = self.status().sequence
         wait_until(lambda: self._or_dead().sequence != stale, f"{self.name} writing", seconds)
+
+    def _moves(self, seconds: float) -> None:
+        self.writes(seconds)
         before = self.status()
 
         def moved() -> bool:
@@ -166,8 +170,7 @@ class Victim:
 
     def verify(self, seconds: float = 60.0) -> Status:
         """Has the victim check all of its memory (SIGUSR1) and waits for the result."""
-        stale = self.status().sequence
-        wait_until(lambda: self._or_dead().sequence != stale, f"{self.name} writing", seconds)
+        self.writes(seconds)
         done = self.status().verified
         self.signal(signal.SIGUSR1)
         wait_until(lambda: self._or_dead().verified > done, f"{self.name} checking itself", seconds)
