@@ -11,6 +11,7 @@ SOURCES := $(wildcard $(NATIVE)/*.[ch]) $(NATIVE)/build.py setup.py
 CORE := snapshot/kernel/_native.abi3.so
 LOCK := flock /tmp/snap-build.lock
 PYTEST := $(BIN)/python -m pytest -q
+NATIVE_ROUNDS ?= 5
 SANITIZE := -std=gnu11 -g -O1 -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer \
 	-fsanitize=address,undefined -fno-sanitize-recover=all
 
@@ -36,19 +37,18 @@ demo: build ## a redis-server under load: snapshot it, kill it, bring it back
 	@scripts/setup demo
 	@$(BIN)/python bench/demo.py
 
-test: build ## lint, types and all tests (those that lack something say what, and skip)
+test: lint types ## lint, types and all tests (those that lack something say what, and skip)
 	@scripts/setup test
-	@$(BIN)/ruff check
-	@$(BIN)/mypy
 	@$(PYTEST)
 
-check: lint types native-test test ## what CI runs
+check: native-test test ## what CI runs: the above, and the C core under sanitizers
 
-stress: build ## the long runs: hundreds of takes that must each be one instant
+stress: build ## the long proofs: hundreds of takes that must each be one instant
 	@scripts/setup test
-	@SNAP_STRESS=1 $(PYTEST) tests/live tests/fault
+	@SNAP_STRESS=1 $(PYTEST) tests/stress
 
 bench: build ## measured series, side by side with the peers
+	@test -f bench/run.py || { echo "bench/run.py is still to be written" >&2; exit 1; }
 	@$(BIN)/python bench/run.py
 
 lint: build ## ruff
@@ -58,9 +58,11 @@ types: build ## mypy, strict
 	@$(BIN)/mypy
 
 native-test: build ## the C core under AddressSanitizer and UndefinedBehaviorSanitizer
-	@for test in $(wildcard tests/native/test_*.c); do \
-		mkdir -p build/native && out=build/native/$$(basename $$test .c) && echo "$$test" && \
-		gcc $(SANITIZE) -I$(NATIVE) -o $$out $$test $(wildcard $(NATIVE)/*.c) && ./$$out || exit 1; \
+	@mkdir -p build/native
+	@for test in $(wildcard tests/native/*.c); do \
+		out=build/native/$$(basename $$test .c) && echo "$$test" && \
+		gcc $(SANITIZE) -I$(NATIVE) -o $$out $$test $(wildcard $(NATIVE)/*.c) && \
+		$$out $(NATIVE_ROUNDS) 1 || exit 1; \
 	done
 
 dist: build ## wheel and sdist, in dist/
