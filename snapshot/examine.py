@@ -49,8 +49,9 @@ def target(pid: int) -> None:
         leader = status.number("Tgid")
         raise TargetError(f"{pid} is a thread of process {leader}", f"snap take {leader}")
     if status.tracer:
+        tracer = procfs.comm(status.tracer).decode("utf-8", "replace")
         raise TargetError(
-            f"process {pid} ({comm}) is being traced by process {status.tracer}",
+            f"process {pid} ({comm}) is being traced by process {status.tracer} ({tracer})",
             f"ps -p {status.tracer}",
         )
     _machine(pid)

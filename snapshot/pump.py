@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -240,6 +241,7 @@ class Pump:
                 if self._failure is None:
                     sink([self._chunk(saved[i]) for i in range(count)])
             except BaseException as error:  # of any kind: it is raised again by result()
+                traceback.clear_frames(error.__traceback__)  # they hold views of the staging
                 self._failure = self._failure or error
                 lib.snap_pump_stop(self._pump)
             lib.snap_pump_done(self._pump, saved, count)

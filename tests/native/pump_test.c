@@ -292,5 +292,5 @@ int main(int argc, char **argv)
     free(oracle);
     free(image);
     printf("%d exact, %d refused\n", rounds - refused, refused);
-    return 0;
+    return refused * 2 > rounds; /* a refusal is honest, but it must be rare */
 }

@@ -1,4 +1,4 @@
-/* Shared by ledger.c, save.c and pump.c: the parts of a pump. */
+/* Shared by ledger.c, stopped.c, save.c, serve.c and pump.c: the parts of a pump. */
 #ifndef SNAP_PUMP_INTERNAL_H
 #define SNAP_PUMP_INTERNAL_H
 
@@ -119,5 +119,13 @@ int save_publish(snap_pump *p);
 /* Forgets tentative copies that touch [start, end) (run-time): they will be saved again. */
 void save_forget(snap_pump *p, uint64_t start, uint64_t end);
 uint64_t now_ns(void);
+
+/* serve.c */
+/* Reads and answers messages that wait. *any: whether there was one. */
+int serve(snap_pump *p, bool *any);
+/* Releases what is armed of the space addresses [from, to) of an area. */
+int release_space(snap_pump *p, const area *a, uint64_t from, uint64_t to);
+/* Notes why T0 is impossible now. -> -ENODATA */
+int lost(snap_pump *p, uint64_t bytes, uint64_t address, uint32_t reason);
 
 #endif

@@ -1,0 +1,314 @@
+/* Answering the target: releases, faults, and events of its address space. */
+#define _GNU_SOURCE
+#include "pump_internal.h"
+#include "uffd.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define MESSAGES 32
+#define MOST_TURNS 8            /* of reading messages, between two looks at the rest */
+#define MOST_LOOKS 20           /* for the thread that has posted an event */
+#define GAP_NS UINT64_C(200000) /* see flush_in_the_gap */
+
+static int release_later(snap_pump *p, uint64_t start, uint64_t end)
+{
+    range *r = VECTOR_PUSH(&p->releases);
+    if (!r)
+        return -ENOMEM;
+    *r = (range){start, end};
+    return 0;
+}
+
+/* Lets the target write [start, end) (run-time) again. */
+static int release(snap_pump *p, uint64_t start, uint64_t end)
+{
+    int r = uffd_writeprotect(p->uffd, start, end - start, 0);
+    if (r == -EAGAIN)
+        return release_later(p, start, end);
+    if (r == -ESRCH)
+        return r;
+    /* Any other answer is the fence of save.c: EAGAIN is looked for before the range is. */
+    int e = save_publish(p);
+    if (e || !r)
+        return e;
+    if (r == -ENOENT && end - start > PAGE) {
+        /* Something else was mapped into the range: release what is still ours, page by page. */
+        for (uint64_t page = start; page < end && !e; page += PAGE)
+            e = release(p, page, page + PAGE);
+        return e;
+    }
+    /* Not registered any more: nothing to release, but somebody may still wait there. */
+    uffd_wake(p->uffd, start, end - start);
+    return 0;
+}
+
+/* Publishes what is tentative if no event is unread: a release of no memory is a fence too. */
+static int fence(snap_pump *p)
+{
+    if (!p->tentative.count)
+        return 0;
+    int r = uffd_writeprotect(p->uffd, PAGE, PAGE, 0);
+    return r == -EAGAIN ? 0 : r == -ESRCH ? r : save_publish(p);
+}
+
+static int flush_releases(snap_pump *p)
+{
+    size_t n = p->releases.count;
+    for (size_t i = 0; i < n; i++) {
+        range r = p->releases.at[0];
+        memmove(p->releases.at, p->releases.at + 1, --p->releases.count * sizeof r);
+        int e = release(p, r.start, r.end); /* puts it back at the end while EAGAIN */
+        if (e)
+            return e;
+    }
+    return fence(p);
+}
+
+/* After an event was read its caller goes on, and until its next such call releases succeed. One
+ * that makes such calls in a loop would starve every writer if this moment were missed. */
+static int flush_in_the_gap(snap_pump *p)
+{
+    uint64_t until = now_ns() + GAP_NS;
+    int r;
+    do {
+        r = flush_releases(p);
+    } while (!r && (p->releases.count || p->tentative.count) && now_ns() < until);
+    return r;
+}
+
+int release_space(snap_pump *p, const area *a, uint64_t from, uint64_t to)
+{
+    for (size_t k = ledger_first(p, a, from); k < a->first_window + a->windows; k++) {
+        const window *w = &p->windows.at[k];
+        uint64_t w_end = w->at + (w->end - w->start);
+        if (w->at >= to)
+            break;
+        if (!w->armed || w_end <= from)
+            continue;
+        uint64_t low = w->at > from ? w->at : from, high = w_end < to ? w_end : to;
+        int r = release(p, low - w->at + w->start, high - w->at + w->start);
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
+int lost(snap_pump *p, uint64_t bytes, uint64_t address, uint32_t reason)
+{
+    pthread_mutex_lock(&p->lock);
+    p->counters.lost_bytes += bytes;
+    p->counters.lost_address = address;
+    p->counters.lost_reason = reason;
+    pthread_mutex_unlock(&p->lock);
+    return -ENODATA;
+}
+
+/* Saves the unsaved chunks among the space addresses [from, to). */
+static int save_space(snap_pump *p, uint32_t area_id, uint64_t from, uint64_t to)
+{
+    const area *a = &p->areas.at[area_id];
+    uint64_t first = from > a->start ? (from - a->start) / CHUNK : 0;
+    for (uint64_t i = first; i < a->chunks && a->start + i * CHUNK < to; i++) {
+        if (!a->want[i] || a->state[i] != UNSAVED)
+            continue;
+        int r = save_chunk(p, area_id, i, true);
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
+/* One fault: save its chunk, then let the write through. -EAGAIN: an event must be read first. */
+static int serve_fault(snap_pump *p, uint64_t address)
+{
+    if (p->letting_go)
+        return release(p, address, address + PAGE);
+    const window *w = ledger_find(p, address);
+    if (!w)
+        return -EAGAIN; /* moved here by a mremap whose event is still to be read */
+    uint64_t unit = w->unit > CHUNK ? w->unit : CHUNK;
+    uint64_t from = (address - w->start + w->at) & ~(unit - 1);
+    uint32_t id = w->area;
+    int r = save_space(p, id, from, from + unit);
+    return r ? r : release_space(p, &p->areas.at[id], from, from + unit);
+}
+
+static int serve_faults(snap_pump *p)
+{
+    size_t kept = 0;
+    int failed = 0;
+    for (size_t i = 0; i < p->faults.count; i++) {
+        int r = failed ? -EAGAIN : serve_fault(p, p->faults.at[i]);
+        if (r)
+            p->faults.at[kept++] = p->faults.at[i];
+        if (r && r != -EAGAIN)
+            failed = r;
+    }
+    p->faults.count = kept;
+    return failed;
+}
+
+/* Saves what is unsaved of the run-time range [start, end). */
+static int save_range(snap_pump *p, uint64_t start, uint64_t end)
+{
+    for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
+        const window *w = &p->windows.at[p->by_start[k]];
+        if (w->start >= end)
+            break;
+        uint64_t low = w->start > start ? w->start : start, high = w->end < end ? w->end : end;
+        int r = save_space(p, w->area, (low - w->start + w->at) & ~(CHUNK - 1),
+                           high - w->start + w->at);
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
+/* One look at what every thread is doing. *waiting: threads that sleep in a call which posts
+ * events; *running: threads that cannot be asked because they do not sleep. */
+static int save_ahead_of(snap_pump *p, int tasks, DIR *names, int *waiting, int *running)
+{
+    char line[256], file[300];
+    *waiting = *running = 0;
+    for (struct dirent *entry; (entry = readdir(names));) {
+        if (entry->d_name[0] == '.')
+            continue;
+        snprintf(file, sizeof file, "%s/syscall", entry->d_name);
+        int fd = openat(tasks, file, O_RDONLY | O_CLOEXEC);
+        if (fd < 0)
+            continue;
+        ssize_t n = read(fd, line, sizeof line - 1);
+        close(fd);
+        if (n <= 0)
+            continue;
+        line[n] = 0;
+        long nr;
+        unsigned long long start, length;
+        if (sscanf(line, "%ld 0x%llx 0x%llx", &nr, &start, &length) != 3) {
+            ++*running;
+            continue;
+        }
+        if (nr == SYS_munmap || nr == SYS_mremap || nr == SYS_brk || nr == SYS_mmap || nr == SYS_shmdt)
+            ++*waiting;
+        if (nr != SYS_madvise)
+            continue;
+        ++*waiting;
+        int r = save_range(p, start, (start + length + PAGE - 1) & ~(PAGE - 1));
+        if (r && r != -EAGAIN) /* not whole any more: reading the event will tell what was lost */
+            return r;
+    }
+    return 0;
+}
+
+/* An event comes next and it has not been read, so its caller has not yet done what it announces.
+ * If that is to discard memory (madvise), it is saved now: /proc/PID/task/TID/syscall shows the
+ * call. The caller may have posted its event and not be asleep yet, so look again when nobody was
+ * found, and once more while others run. */
+static int save_before_event(snap_pump *p)
+{
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/task", p->pid);
+    DIR *names = opendir(path);
+    if (!names)
+        return errno == ENOENT ? 0 : -errno;
+    int r = 0;
+    for (int look = 0; look < MOST_LOOKS && !r; look++) {
+        int waiting, running;
+        rewinddir(names);
+        r = save_ahead_of(p, dirfd(names), names, &waiting, &running);
+        if (waiting && (look || !running))
+            break;
+        sched_yield();
+    }
+    closedir(names);
+    return r;
+}
+
+static int handle(snap_pump *p, const uffd_message *m)
+{
+    uint64_t where = 0, bytes;
+    if (m->event == UFFD_EVENT_PAGEFAULT) {
+        uint64_t *address = VECTOR_PUSH(&p->faults);
+        if (!address)
+            return -ENOMEM;
+        *address = m->arg[1] & ~(PAGE - 1);
+        pthread_mutex_lock(&p->lock);
+        p->counters.faults++;
+        pthread_mutex_unlock(&p->lock);
+        return 0;
+    }
+    pthread_mutex_lock(&p->lock);
+    p->counters.events++;
+    pthread_mutex_unlock(&p->lock);
+    switch (m->event) {
+    case UFFD_EVENT_REMAP:
+        save_forget(p, m->arg[0], m->arg[0] + m->arg[2]);
+        save_forget(p, m->arg[1], m->arg[1] + m->arg[2]);
+        return ledger_move(p, m->arg[0], m->arg[1], m->arg[2]);
+    case UFFD_EVENT_REMOVE:
+        bytes = p->letting_go ? 0 : ledger_unsaved(p, m->arg[0], m->arg[1], TENTATIVE, &where);
+        return bytes ? lost(p, bytes, where, SNAP_LOST_REMOVE) : 0;
+    case UFFD_EVENT_UNMAP:
+        bytes = p->letting_go ? 0 : ledger_unsaved(p, m->arg[0], m->arg[1], TENTATIVE, &where);
+        if (bytes)
+            return lost(p, bytes, where, SNAP_LOST_UNMAP);
+        return ledger_unmap(p, m->arg[0], m->arg[1]);
+    default:
+        return -EPROTO;
+    }
+}
+
+/* Fault messages waiting, from "pending:" of /proc/self/fdinfo (fs/userfaultfd.c): read(2) hands
+ * out faults before events, so with none pending the next message is an event. */
+static int pending_faults(const snap_pump *p)
+{
+    char text[512];
+    ssize_t n = pread(p->uffdinfo, text, sizeof text - 1, 0);
+    if (n < 0)
+        return -errno;
+    text[n] = 0;
+    const char *at = strstr(text, "pending:");
+    return at ? atoi(at + 8) : -EPROTO;
+}
+
+int serve(snap_pump *p, bool *any)
+{
+    uffd_message messages[MESSAGES];
+    *any = false;
+    /* Bounded: a target that discards memory in a loop must not keep us from the rest. */
+    for (int turn = 0; turn < MOST_TURNS; turn++) {
+        int r = uffd_poll(p->uffd, 0);
+        if (r <= 0)
+            break;
+        int n = pending_faults(p);
+        if (n < 0)
+            return n;
+        if (n == 0) {
+            if (p->unsaved_chunks && !p->letting_go && (r = save_before_event(p)))
+                return r;
+            n = 1;
+        }
+        n = uffd_read_msgs(p->uffd, messages, n < MESSAGES ? n : MESSAGES);
+        if (n < 0)
+            return n;
+        bool event = false;
+        for (int i = 0; i < n; i++) {
+            *any = true;
+            event = event || messages[i].event != UFFD_EVENT_PAGEFAULT;
+            if ((r = handle(p, &messages[i])))
+                return r;
+        }
+        if ((r = serve_faults(p)) || (r = event ? flush_in_the_gap(p) : flush_releases(p)))
+            return r;
+    }
+    int r = serve_faults(p);
+    return r ? r : flush_releases(p);
+}

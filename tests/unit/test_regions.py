@@ -1,0 +1,167 @@
+"""What becomes of each kind of mapping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snapshot.manifest import OBJECT_SPACE
+from snapshot.maps import Line
+from snapshot.regions import FileFacts, Plan, Window, plan
+from snapshot.resources.memfd import SharedMemory
+from snapshot.units import CHUNK, PAGE
+
+RW = ("rd", "wr", "mr", "mw", "me", "ac")
+
+
+def line(start: int, pages: int, name: bytes = b"", **changes: Any) -> Line:
+    fields: dict[str, Any] = {
+        "start": start,
+        "end": start + pages * PAGE,
+        "prot": 3,
+        "shared": False,
+        "offset": 0,
+        "device": 0,
+        "inode": 0,
+        "name": name,
+        "vm_flags": RW,
+    }
+    return Line(**{**fields, **changes})
+
+
+def facts(**changes: Any) -> FileFacts:
+    fields: dict[str, Any] = {
+        "path": b"/lib/x.so",
+        "named": True,
+        "tmpfs": False,
+        "character": False,
+        "device": 9,
+        "inode": 7,
+        "size": 4 * PAGE,
+        "mtime_ns": 1,
+        "mode": 0o100644,
+    }
+    return FileFacts(**{**fields, **changes})
+
+
+def made(one: Line, about: FileFacts | None = None) -> Plan:
+    return plan([one], 0, lambda _: about or facts())
+
+
+def test_anonymous_memory_is_armed_whatever_its_protection() -> None:
+    for prot in (0, 1, 3, 5):
+        found = made(line(0x10000, 4, prot=prot))
+        assert [(w.start, w.end, w.at, w.armed) for w in found.windows] == [
+            (0x10000, 0x14000, 0x10000, True)
+        ]
+        assert found.mappings[0].kind == "anon"
+
+
+def test_droppable_memory_is_kept_but_not_saved() -> None:
+    found = made(line(0x10000, 1, vm_flags=(*RW, "dp")))
+    assert not found.windows
+    assert len(found.mappings) == 1
+
+
+def test_private_file_pages_are_copied_in_the_pause() -> None:
+    found = made(line(0x10000, 4, b"/lib/x.so", inode=7))
+    assert [w.armed for w in found.windows] == [False]
+    assert found.mappings[0].kind == "file"
+    (file,) = found.files.values()
+    assert (file.path, file.writable) == (b"/lib/x.so", False)
+
+
+def test_a_file_without_a_name_goes_into_the_image_as_far_as_it_reaches() -> None:
+    gone = facts(named=False, size=PAGE + 1)
+    found = made(line(0x10000, 8, b"/lib/x.so", inode=7, deleted=True), gone)
+    assert [(w.whole, w.end - w.start) for w in found.windows] == [(True, 2 * PAGE)]
+    assert found.mappings[0].kind == "anon"
+    assert found.warnings
+
+
+def test_a_shared_file_is_opened_again_and_its_bytes_stay_there() -> None:
+    found = made(line(0x10000, 4, b"/data", inode=7, shared=True))
+    assert not found.windows
+    assert [file.writable for file in found.files.values()] == [True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "about", "words"),
+    [
+        ({"vm_flags": (*RW, "uw")}, None, "another userfaultfd"),
+        ({"vm_flags": (*RW, "io", "pf")}, None, "device"),
+        ({"vm_flags": (*RW, "ht")}, None, "hugetlbfs"),
+        ({"name": b"/SYSV00000000", "shared": True, "inode": 3}, None, "System V"),
+        ({"name": b"anon_inode:[io_uring]", "shared": True, "inode": 3}, None, "kernel shares"),
+        ({"name": b"/dev/card", "inode": 3}, {"character": True}, "device"),
+        ({"name": b"/x", "inode": 3, "shared": True}, {"named": False}, "no name"),
+    ],
+)
+def test_what_cannot_be_handled_is_named(
+    changes: dict[str, Any], about: dict[str, Any] | None, words: str
+) -> None:
+    found = made(line(0x10000, 1, **changes), facts(**(about or {})))
+    assert len(found.problems) == 1
+    assert words in found.problems[0]
+    assert "10000-11000" in found.problems[0]
+
+
+def memfd(start: int, pages: int, offset: int = 0) -> Line:
+    return line(start, pages, b"/memfd:box", inode=5, shared=True, offset=offset, deleted=True)
+
+
+def box(**changes: Any) -> FileFacts:
+    return facts(path=b"/memfd:box", named=False, size=8 * PAGE, device=1, inode=5, **changes)
+
+
+def test_an_object_mapped_twice_is_one_and_what_is_not_mapped_is_copied_in_the_pause() -> None:
+    lines = [memfd(0x10000, 2), memfd(0x20000, 2, offset=PAGE)]
+    found = plan(lines, 0, lambda _: box())
+    (only,) = found.objects.values()
+    assert (only.kind, only.name, only.size) == ("memfd", b"box", 8 * PAGE)
+    space = OBJECT_SPACE + only.id
+    assert [(w.space, w.at, w.armed) for w in found.windows[:2]] == [
+        (space, 0, True),
+        (space, PAGE, True),
+    ]
+    rest = found.windows[2:]
+    assert [(w.at, w.end - w.start, w.armed) for w in rest] == [(3 * PAGE, 5 * PAGE, False)]
+
+
+def test_an_object_that_a_descriptor_can_write_is_copied_in_the_pause() -> None:
+    found = plan([memfd(0x10000, 8)], 0, lambda _: box(written=True))
+    assert [w.armed for w in found.windows] == [False]
+
+
+def test_an_object_that_only_a_descriptor_holds_is_in_the_plan() -> None:
+    memory = SharedMemory(1, 5, 3 * PAGE, 4, "memfd", b"box", 0, 0o100777)
+    found = plan([], 0, lambda _: facts(), [memory])
+    assert [(w.at, w.end - w.start, w.armed) for w in found.windows] == [(0, 3 * PAGE, False)]
+    assert found.object_source == {0: memory}
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 200), st.integers(1, 60)), max_size=30))
+def test_areas_hold_every_window_and_do_not_overlap(spans: list[tuple[int, int, int]]) -> None:
+    windows = [
+        Window(space, page * PAGE, (page + pages) * PAGE, page * PAGE, armed=True)
+        for space, page, pages in spans
+    ]
+    areas = Plan(0, windows=windows).areas()
+    for space, start, end in areas:
+        assert start % CHUNK == 0
+        assert end % CHUNK == 0
+        assert start < end
+        inside = [a for a in areas if a[0] == space]
+        assert all(a[2] < b[1] for a, b in zip(inside, inside[1:], strict=False))
+    for window in windows:
+        holding = [
+            a
+            for a in areas
+            if a[0] == window.space
+            and a[1] <= window.at
+            and window.at + window.end - window.start <= a[2]
+        ]
+        assert len(holding) == 1
