@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -155,7 +156,7 @@ def test_areas_hold_every_window_and_do_not_overlap(spans: list[tuple[int, int, 
         assert end % CHUNK == 0
         assert start < end
         inside = [a for a in areas if a[0] == space]
-        assert all(a[2] < b[1] for a, b in zip(inside, inside[1:], strict=False))
+        assert all(a[2] < b[1] for a, b in itertools.pairwise(inside))
     for window in windows:
         holding = [
             a
