@@ -35,8 +35,8 @@ int snap_set_options(int tid, unsigned long options);
 int snap_resume(int tid, int how, int signal);
 int snap_detach(int tid, int signal);
 
-/* Waits for the next stop of the thread, for at most timeout_us; never sleeps. -ETIMEDOUT; -ESRCH
-   when it ended (see snap_reap). */
+/* Waits for the next stop of the thread, for at most timeout_us: spins, then sleeps. -ETIMEDOUT;
+   -ESRCH when it ended (see snap_reap). */
 int snap_wait(int tid, int64_t timeout_us, int *stop);
 /* Drops the signal of a signal-delivery stop: the thread would not get it even if we died now. */
 int snap_take_signal(int tid);
