@@ -25,6 +25,7 @@ from .errors import DamagedError
 from .units import ALL_PAGES, CHUNK, PAGE, PAGES_PER_CHUNK
 
 HEADER = struct.Struct(">HHB3x16s")
+MAX_BYTES = HEADER.size + CHUNK
 RAW, ZSTD = 0, 1
 DIGEST_BYTES = 16
 LEVEL = -1
@@ -125,8 +126,8 @@ def _encode(content: Content, frame: Any) -> bytes:
 
 
 def _header(value: Bytes) -> tuple[int, int, int, bytes]:
-    if len(value) < HEADER.size:
-        raise DamagedError(f"a chunk of {len(value)} bytes, shorter than its header")
+    if not HEADER.size <= len(value) <= MAX_BYTES:  # before a byte is touched: LMDB's word only
+        raise DamagedError(f"a chunk of {len(value)} bytes")
     present, nonzero, codec, digest = HEADER.unpack_from(value)
     if nonzero & ~present:
         raise DamagedError(f"pages {nonzero & ~present:#06x} are filled but not present")

@@ -73,6 +73,8 @@ class Image:
             )
             if packed is None:
                 raise self._damaged("the manifest is missing")
+            if len(packed) != self._record.manifest_bytes:
+                raise self._damaged(f"the manifest has {len(packed)} bytes")
             data = self._unpack(packed)
         if digest(data) != self._record.manifest:
             raise self._damaged("the manifest does not match its checksum")

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .environment import Environment
-from .records import INDEX_ENTRY, INDEX_KEY, SpaceSummary, digest
-
-_ADDRESS = slice(INDEX_KEY.size - 8, INDEX_KEY.size)
+from .records import INDEX_ENTRY, INDEX_KEY, INDEX_VALUE, SpaceSummary, digest
 
 
 class Entry(NamedTuple):
@@ -50,16 +48,15 @@ def load(environment: Environment, number: int, space: int) -> Space:
     """What the index has of a space, unverified: compare its `summary`."""
     first = INDEX_KEY.pack(number, space, 0)
     prefix = first[:-8]
-    with environment.read(buffers=False) as transaction:
+    with environment.read() as transaction:
         cursor = transaction.cursor(environment.databases["index"])
-        parts = []
+        parts: list[bytes] = []
         if cursor.set_range(first):
             for key, value in cursor:
-                if not key.startswith(prefix):
+                if key[:-8] != prefix:
                     break
-                entry = key[_ADDRESS] + value
-                if len(entry) == INDEX_ENTRY.size:  # others are damage, seen by the summary
-                    parts.append(entry)
+                if len(value) == INDEX_VALUE.size:  # others are damage, seen by the summary
+                    parts += (bytes(key[-8:]), bytes(value))
     return Space(space, b"".join(parts))
 
 

@@ -47,6 +47,11 @@ def forget(store: Path, number: int) -> None:
     _path(store, number).unlink(missing_ok=True)
 
 
+def numbers(store: Path) -> set[int]:
+    """The image numbers that have a lock file, held or not."""
+    return {int(path.name) for path in (store / DIRECTORY).iterdir() if path.name.isdecimal()}
+
+
 def holders(store: Path, number: int) -> list[int]:
     """The pids that hold the lease, as far as /proc/locks can tell from here (for messages)."""
     try:

@@ -25,6 +25,9 @@ INDEX_VALUE = struct.Struct(f">Q{DIGEST_BYTES}s")  # sequence number, digest of 
 INDEX_ENTRY = struct.Struct(f">QQ{DIGEST_BYTES}s")
 """Chunk address and index value: what the digest of a space is made of."""
 
+MAX_RECORD = 16 * 1024 * 1024
+"""Bytes of a sealed record; the store's file is always longer by more (environment.SLACK)."""
+
 R = TypeVar("R", bound=Record)
 
 
@@ -56,6 +59,7 @@ class ImageRecord(Record, frozen=True):
     saved_bytes: int
     stored_bytes: int
     manifest: bytes  # BLAKE3-128 of the manifest's bytes
+    manifest_bytes: int  # of its zstd frame
     spaces: tuple[SpaceSummary, ...]
 
     @property
@@ -88,6 +92,8 @@ def seal(key: bytes, record: Record) -> bytes:
 
 def unseal(key: bytes, value: Bytes, kind: type[R]) -> R:
     """The inverse of `seal`; DamagedError when value or key are not what was sealed."""
+    if len(value) > MAX_RECORD:  # before a byte is touched: a damaged page may say anything
+        raise DamagedError(f"the record of {key!r} has {len(value)} bytes")
     body = bytes(value[DIGEST_BYTES:])
     if digest(key, body) != value[:DIGEST_BYTES]:
         raise DamagedError(f"the record of {key!r} does not match its checksum")

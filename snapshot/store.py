@@ -191,6 +191,7 @@ class Store:
             if record.removed:
                 sweep.clear_index(self._environment, number)
         self._check_complete()
+        sweep.forget_strays(self._environment)
         return freed + sweep.sweep(self._environment, progress)
 
     def close(self) -> None:

@@ -104,6 +104,20 @@ def _repeat(
     return total
 
 
+def forget_strays(environment: Environment) -> None:
+    """Removes the lock files of images that are no more and of takes that died early."""
+    known = set()
+    with environment.read() as transaction:
+        for name in ("manifests", "takes"):
+            cursor = transaction.cursor(environment.databases[name])
+            known |= {NUMBER.unpack(key)[0] for key in cursor.iternext(keys=True, values=False)}
+    for number in lease.numbers(environment.path) - known:
+        held = lease.acquire(environment.path, number, alone=True)
+        if held is not None:
+            lease.forget(environment.path, number)
+            held.release()
+
+
 def sweep(environment: Environment, progress: Progress | None = None) -> int:
     """Removes every chunk that no index entry names; returns their bytes.
 

@@ -215,6 +215,7 @@ class ImageWriter:
             saved_bytes=self.saved_bytes,
             stored_bytes=self.stored_bytes,
             manifest=digest(data),
+            manifest_bytes=len(packed),
             spaces=tuple(space.summary() for space in index.spaces(self._environment, self.number)),
         )
         key = self.name.encode()
