@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,17 @@ def _end_leftovers(before: frozenset[int] = frozenset()) -> list[str]:
     found = [pid for pid in processes.descendants(os.getpid()) if pid not in before]
     # A helper of Python's own, once for each process that uses multiprocessing.
     found = [pid for pid in found if not _is_resource_tracker(pid)]
+    # What was just told to end, or waits for another one's end, gets a moment for it.
+    with suppress(TimeoutError):
+        processes.wait_until(lambda: _all_ended(found), "the end of what a test started", 2.0)
     running = [pid for pid in found if not processes.ended(pid)]
     named = [f"{pid} {processes.command_line(pid)}" for pid in running]
     processes.kill_all(running)
     return named
+
+
+def _all_ended(pids: list[int]) -> bool:
+    return all(processes.ended(pid) for pid in pids)
 
 
 def _is_resource_tracker(pid: int) -> bool:

@@ -145,7 +145,7 @@ def edges(victim: Victim) -> None:
 @MODES
 @pytest.mark.parametrize("what", ["munmap", "madvise", "fork", "brk", "mremap", "protect"])
 def test_storm_goes_on(spawn: Spawn, store: Path, what: str, lazy: bool) -> None:
-    victim = spawn("storm", what=what, mib=4)
+    victim = spawn("storm", what=what, mib=4, alone=1)
     snapshot.take(victim.pid, name="image", store=store).close()
     victim.kill()
     with restored(victim, "image", store, lazy):
