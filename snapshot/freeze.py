@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from .errors import KernelError, TargetError
 from .kernel import arch_x86_64 as arch
@@ -100,32 +101,32 @@ class Frozen:
             remote.close()
 
     def _stop(self, timeout: float) -> None:
+        """Rounds of listing, seizing and waiting. A listing that is made while threads end can miss
+        others (proc_task_readdir), so the end is told by their number: ours are stopped, they
+        neither end nor make new ones."""
         deadline = time.monotonic() + timeout
+        folder = f"/proc/{self.pid}/task"
+        known: set[int] = set()
         failed: dict[int, int] = {}
-        while new := self._unknown_threads():
+        while os.stat(folder).st_nlink - 2 > len(known):
             if time.monotonic() > deadline:
-                for tid, number in failed.items():
-                    ptrace.refused(tid, number)
-                raise KernelError(
-                    f"process {self.pid} makes threads faster than they can be stopped: "
-                    f"{len(self.threads)} in {timeout:g} s",
-                    f"ls /proc/{self.pid}/task",
-                )
+                self._unstoppable(failed, timeout)
+            new = [tid for tid in map(int, os.listdir(folder)) if tid not in known]
             stopped, failed = ptrace.seize_and_stop(new, timeout=timeout)
             self.threads += stopped
+            known.update(tracee.tid for tracee in stopped)
             if self.pid in failed:
                 ptrace.refused(self.pid, failed[self.pid])
             # The others that failed are ending (ESRCH, EPERM) and will not be listed again.
 
-    def _unknown_threads(self) -> list[int]:
-        """Threads that are not ours yet; empty once all are."""
-        known = {tracee.tid for tracee in self.threads}
-        while True:
-            listed = [int(name) for name in os.listdir(f"/proc/{self.pid}/task")]
-            new = [tid for tid in listed if tid not in known]
-            # A listing made while threads end can miss others (proc_task_readdir): count as well.
-            if new or os.stat(f"/proc/{self.pid}/task").st_nlink - 2 <= len(known):
-                return new
+    def _unstoppable(self, failed: dict[int, int], timeout: float) -> NoReturn:
+        for tid, number in failed.items():
+            ptrace.refused(tid, number)
+        raise KernelError(
+            f"process {self.pid} makes threads faster than they can be stopped: "
+            f"{len(self.threads)} in {timeout:g} s",
+            f"ls /proc/{self.pid}/task",
+        )
 
     def _restart_interrupted(self) -> None:
         """The stop made some calls return EINTR to a program that got no signal: have them made

@@ -37,6 +37,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import signal
 import struct
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ SCRATCH_SIZE = 64 * 1024
 CALL_TIMEOUT = 10.0
 """Seconds that a batch gets."""
 CALL_BYTES = 64
+_SIGNALS_IGNORED = re.compile(rb"^SigIgn:\s*(\w+)", re.MULTILINE)
 _SIGTRAP_BIT = 1 << (signal.SIGTRAP - 1)
 _MAP_FIXED = 0x10
 _MAP_FIXED_NOREPLACE = 0x100000
@@ -285,7 +287,9 @@ def suspend_seccomp(tracee: Tracee) -> None:
 
 
 def ignores_sigtrap(pid: int) -> bool:
-    return bool(int(status(pid).get("SigIgn", "0"), 16) & _SIGTRAP_BIT)
+    with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
+        found = _SIGNALS_IGNORED.search(file.readall())
+    return bool(found and int(found[1], 16) & _SIGTRAP_BIT)
 
 
 def find_syscall(tracee: Tracee) -> int:
@@ -293,8 +297,8 @@ def find_syscall(tracee: Tracee) -> int:
     the auxiliary vector names, or else in any executable mapping."""
     tid = tracee.tid
     try:
-        with open(f"/proc/{tid}/auxv", "rb") as file:
-            auxv = file.read()
+        with open(f"/proc/{tid}/auxv", "rb", buffering=0) as file:
+            auxv = file.readall()
         with open(f"/proc/{tid}/maps", "rb", buffering=0) as maps:
             words = struct.iter_unpack("QQ", auxv[: len(auxv) & ~15])
             vdso = next((value for key, value in words if key == arch.AT_SYSINFO_EHDR), 0)
