@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .environment import Environment
-from .records import INDEX_ENTRY, INDEX_KEY, INDEX_VALUE, SpaceSummary, digest
+from .records import INDEX_ENTRY, INDEX_KEY, SpaceSummary, digest
 
 
 class Entry(NamedTuple):
@@ -48,15 +48,16 @@ def load(environment: Environment, number: int, space: int) -> Space:
     """What the index has of a space, unverified: compare its `summary`."""
     first = INDEX_KEY.pack(number, space, 0)
     prefix = first[:-8]
-    with environment.read() as transaction:
+    with environment.read(buffers=False) as transaction:  # three times as fast as with views
         cursor = transaction.cursor(environment.databases["index"])
-        parts: list[bytes] = []
+        parts = []
         if cursor.set_range(first):
             for key, value in cursor:
-                if key[:-8] != prefix:
+                if not key.startswith(prefix):
                     break
-                if len(value) == INDEX_VALUE.size:  # others are damage, seen by the summary
-                    parts += (bytes(key[-8:]), bytes(value))
+                entry = key[len(prefix) :] + value
+                if len(entry) == INDEX_ENTRY.size:  # others are damage, seen by the summary
+                    parts.append(entry)
     return Space(space, b"".join(parts))
 
 
