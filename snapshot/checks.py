@@ -111,7 +111,10 @@ def _sample() -> Iterator[_Sample]:
         process.wait()  # the first process; the one that answered is nobody's child
         if not line:
             raise ValueError("the self-test ended without an answer")
-        yield _Sample(**json.loads(line))
+        sample = _Sample(**json.loads(line))
+        yield sample
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(sample.pid, 0)  # our own after all: this process is a sub-reaper
 
 
 # --- this kernel and this user --------------------------------------------------------------------
@@ -273,16 +276,23 @@ def _why_denied(status: procfs.Status) -> str:
 
 
 def _contents(pid: int) -> list[Item]:
-    """What of its mappings and descriptors a take could not handle."""
+    """What of its mappings and descriptors a take could not handle, or not bring back as it was."""
     from . import examine
+    from .resources import preflight
 
     name, lost = "mappings and descriptors", "the take"
     try:
-        examine.refuse(pid, examine.examine(pid).plan)
+        plan = examine.examine(pid).plan
+        examine.refuse(pid, plan)
+        changed = [*plan.warnings, *preflight.warnings(pid)]
     except UnsupportedError as error:
         things = error.things or [error.message]
         show = f"ls -l /proc/{pid}/fd; cat /proc/{pid}/maps"
         return [Item(name, "missing", thing, lost, show, error.exit_code) for thing in things]
     except SnapError as error:
         return [Item(name, "missing", error.message, lost, error.hint, error.exit_code)]
-    return [Item(name, "ok")]
+    lost, show = "this much of it after a restore", f"snap take {pid}   (and snap show IMAGE)"
+    return [
+        Item(name, "ok"),
+        *(Item("not restored as it was", "degraded", one, lost, show) for one in changed),
+    ]
