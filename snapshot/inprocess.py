@@ -10,7 +10,7 @@ went on, and in every process that is restored from the image. `restored(image)`
 
 Of the caller's hooks `before-freeze`, `committed` and `failed` run here; `frozen` and `resumed`
 cannot, as the process that would run them is the one that stands still. Hooks of installed
-programs all run in the helper.
+programs all run in the helper. No progress is reported.
 """
 
 from __future__ import annotations

@@ -1,0 +1,58 @@
+"""What the command says of an image, where the image is not friendly."""
+
+from __future__ import annotations
+
+import pytest
+
+from snapshot import describe
+from snapshot.stats import Progress, Stopwatch, microseconds
+
+from .images import manifest, mapping, process
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        (b"/usr/bin/cat", "/usr/bin/cat"),
+        ("köln".encode(), "köln"),
+        (b"\x1b[31mred\x07", "\\x1b[31mred\\x07"),
+        (b"a\xffb", "a\\xffb"),
+        (b"two\nlines", "two\\nlines"),
+    ],
+)
+def test_nothing_unprintable_reaches_a_terminal(raw: bytes, shown: str) -> None:
+    assert describe.text(raw) == shown
+
+
+def test_details_name_every_mapping() -> None:
+    stack = mapping(start=0x7FFD_0000_0000, name=b"[stack]", populated=8 << 20)
+    code = mapping(start=0x40_0000, prot=5, kind="file", name=b"/bin/cat", shared=True)
+    text = "\n".join(describe.details(manifest("one", process(code, stack))))
+    assert "000000400000-000000800000 r-xs          -  /bin/cat" in text
+    assert "7ffd00000000-7ffd00400000 rw-p    8.0 MiB  [stack]" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0, "0 µs"), (999, "999 µs"), (1500, "1.5 ms"), (2_500_000, "2.50 s")]
+)
+def test_times_for_people(value: int, shown: str) -> None:
+    assert microseconds(value) == shown
+
+
+def test_progress_before_anything_is_known() -> None:
+    start = Progress("arming")
+    assert (start.fraction, start.rate) == (0.0, 0.0)
+    late = Progress("saving", saved_bytes=6 << 20, armed_bytes=4 << 20, faults=3, seconds=2.0)
+    assert late.fraction == 1.0  # what is armed may be known late
+    assert late.line() == "saving  6.0 MiB of 4.0 MiB, 3 faults, 3.0 MiB/s"
+
+
+def test_stages_add_up_also_when_they_fail() -> None:
+    clock = Stopwatch()
+    for _ in range(2):
+        with clock.stage("one"):
+            pass
+    with pytest.raises(ValueError, match="no"), clock.stage("two"):
+        raise ValueError("no")
+    assert set(clock.stages_us) == {"one", "two"}
+    assert sum(clock.stages_us.values()) <= clock.elapsed_us <= clock.seconds * 1e6
