@@ -25,6 +25,7 @@ from .units import PAGE, align_up
 LOWEST, HIGHEST = 0x10000, (1 << 47) - PAGE
 """Where user mappings may lie: vm.mmap_min_addr, and the end of 47 bits (x86-64)."""
 
+PROT_WRITE = 2
 MAP_SHARED, MAP_PRIVATE, MAP_DROPPABLE = 0x01, 0x02, 0x08
 MAP_ANONYMOUS, MAP_GROWSDOWN, MAP_NORESERVE = 0x20, 0x100, 0x4000
 MAP_STACK, MAP_FIXED_NOREPLACE = 0x20000, 0x100000
@@ -108,11 +109,17 @@ def make(mappings: Iterable[Mapping], remote: Remote, descriptor: Callable[[Mapp
         backed = mapping.kind in ("file", "shared")
         fd = descriptor(mapping) if backed else -1
         offset = mapping.offset if backed else 0
-        args = (mapping.start, mapping.size, mapping.prot, _flags(mapping, backed), fd, offset)
-        steps.append((_describe(mapping), Call(NR.mmap, args)))
+        what = _describe(mapping)
+        prot = mapping.prot
+        if mapping.kind == "file" and "ac" in mapping.vm_flags and not mapping.shared:
+            prot |= PROT_WRITE  # it was writable once, and counts as such (RELRO)
+        args = (mapping.start, mapping.size, prot, _flags(mapping, backed), fd, offset)
+        steps.append((what, Call(NR.mmap, args)))
+        if prot != mapping.prot:
+            steps.append((what, Call(NR.mprotect, (mapping.start, mapping.size, mapping.prot))))
     results = demand(remote, steps)
     for (what, call), result in zip(steps, results, strict=True):
-        if result != call.args[0]:
+        if call.nr == NR.mmap and result != call.args[0]:
             raise RestoreError(f"{what}: mapped at {result:#x}", "snap check")
 
 

@@ -32,6 +32,8 @@ EVENTS = (
 ALL_MEMORY = (1 << 20, (1 << 47) - PAGE - (1 << 20))
 """Start and length of where any mapping can be (x86-64, 47 bits)."""
 
+AGAIN_MS = 20
+"""Until `finish` is called again."""
 _ZEROS = bytes(CHUNK)
 
 
@@ -76,7 +78,7 @@ class Server:
     """Serves until nothing is missing any more, or all clients are gone.
 
     `finish` is called with a client that has all its pages, before it is let go of (userfaultfd
-    still open).
+    still open); when it returns False it is called again a little later.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Server:
         source: PageSource,
         space: int,
         journal: Journal,
-        finish: Callable[[Client], None] = lambda client: None,
+        finish: Callable[[Client], bool] = lambda client: True,
     ) -> None:
         self.source = source
         self.space = space
@@ -92,6 +94,8 @@ class Server:
         self.finish = finish
         self.clients: dict[int, Client] = {}
         self.faults = 0
+        self.hold = False
+        """No client is let go of, even when it has all its pages."""
         self.pause_ms = 0
         """Waits so long for faults before each chunk that nobody asked for: for tests."""
         self._by_fd: dict[int, Client] = {}
@@ -142,17 +146,20 @@ class Server:
         """Raises DamagedError when a chunk that is needed cannot be trusted: the caller must then
         end the processes, which would wait for ever."""
         while self.clients:
+            streamed = False
             for client in list(self.clients.values()):
-                if not client.missing and not self._waiting:
-                    self._complete(client)
-            if not self.clients:
-                return
-            self._listen(self.pause_ms)
+                if client.missing:
+                    self._stream(client)
+                    streamed = True
+                elif not self.hold and self.finish(client):
+                    self._forget(client)
+            if not streamed and self.clients:
+                self._listen(-1 if self.hold else AGAIN_MS)
+            else:
+                self._listen(self.pause_ms)
             while self._waiting:
                 self._serve(*self._waiting.popleft())
                 self._listen(0)
-            for client in list(self.clients.values()):
-                self._stream(client)
 
     def _listen(self, timeout_ms: int) -> None:
         """Reads all that can be read: faults are queued, events take effect."""
@@ -274,11 +281,6 @@ class Server:
             self._cached = (address, self.source.chunk(self.space, address))
         return self._cached[1]
 
-    def _complete(self, client: Client) -> None:
-        self.finish(client)
-        if client.number in self.clients:
-            self._forget(client)
-
     def _gone(self, client: Client, error: UffdError) -> None:
         """The memory behind a userfaultfd is no more: the process ended or exec'ed."""
         if error.errno != errno.ESRCH:
@@ -286,6 +288,8 @@ class Server:
         self._forget(client)
 
     def _forget(self, client: Client, close: bool = True) -> None:
+        if client.number not in self.clients:
+            return
         del self.clients[client.number]
         del self._by_fd[client.uffd.fd]
         self._poll.unregister(client.uffd.fd)

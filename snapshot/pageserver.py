@@ -43,6 +43,7 @@ class Plan:
         self.pidfd: int = fields.get("pidfd", -1)
         self.pid: int = fields.get("pid", 0)
         self.duplicate: int = fields.get("duplicate", -1)  # its number in the restored process
+        self.running: bool = fields.get("running", False)  # `snap restore` has let it go
         self.ranges: list[tuple[int, int]] = [tuple(each) for each in fields.get("ranges", [])]
 
     def fields(self) -> dict[str, Any]:

@@ -89,25 +89,37 @@ class PageServer:
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
         self._control.sendmsg([data], [rights])
 
+    def running(self) -> None:
+        """The process has been let go: the server may stop it for a moment at the end."""
+        with suppress(OSError):
+            self._control.send(b"running", socket.MSG_NOSIGNAL)
+
     def complete(self) -> str | None:
-        """Waits until all pages are in -> None; or what went wrong, if the process was killed."""
-        while True:
-            try:
-                message = self._message(None)
-            except RestoreError as error:
-                return error.message
-            if message["event"] == "complete":
-                return None
+        """Waits until all pages are in and the server has ended -> None; or what went wrong, if the
+        process was killed."""
+        try:
+            while self._message(None)["event"] != "complete":
+                pass
+        except RestoreError as error:
+            return error.message
+        finally:
+            self._await_end()
+        return None
+
+    def _await_end(self) -> None:
+        """Guardian and server share their end of the connection: it closes with the last one."""
+        with suppress(OSError):
+            self._control.settimeout(_SECONDS)
+            while self._control.recv(MESSAGE_BYTES):
+                pass
+        self._control.close()
 
     def abandon(self) -> None:
         """The process is no more, or never was: waits for the end of guardian and server."""
         self._process.wait()
-        self._control.settimeout(_SECONDS)
         with suppress(OSError):
             self._control.shutdown(socket.SHUT_WR)
-            while self._control.recv(MESSAGE_BYTES):
-                pass
-        self._control.close()
+        self._await_end()
 
     def _expect(self, event: str) -> dict[str, Any]:
         message = self._message(_SECONDS)
@@ -119,6 +131,8 @@ class PageServer:
         self._control.settimeout(seconds)
         try:
             data = self._control.recv(MESSAGE_BYTES)
+        except ConnectionResetError:
+            data = b""
         except TimeoutError:
             raise RestoreError(
                 f"the page server did not answer in {seconds} s", f"cat {self._log}"

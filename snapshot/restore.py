@@ -151,6 +151,8 @@ class _Restore:
             _waited=rebuilt.spawned.waited,
             _server=server,
         )
+        if server is not None:
+            server.running()
         self.hook("running", restored.pid)
         if server is None:
             self.hook("complete", restored.pid)

@@ -10,6 +10,7 @@ import array
 import json
 import os
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from .pageserver import Plan
 from .store import Store
 
 MESSAGE_BYTES = 1 << 20
+PATIENCE = 30.0
+"""Seconds in which a process that somebody else traces is tried again."""
 PAUSE = "SNAP_TEST_STREAM_PAUSE_MS"
 """For tests: pages keep missing for longer."""
 
@@ -41,6 +44,7 @@ class Service:
         self.image = Store.open(Path(plan.store)).image(plan.image)
         self.image.addresses(plan.space)  # reads and verifies the index now, not at the first fault
         self._guardian = -1
+        self._patience = time.monotonic() + PATIENCE
         self._server = Server(self.image, plan.space, journal, self._finish)
         self._server.pause_ms = int(os.environ.get(PAUSE, "0"))
         self._watch_guardian(os.getppid())
@@ -75,6 +79,20 @@ class Service:
 
     def _add(self) -> None:
         self._server.add(Uffd(self.plan.uffd), Missing.of(self.plan.ranges))
+        if not self.plan.running:
+            self._server.hold = True
+            self._server.watch(self.plan.control, self._let_go)
+
+    def _let_go(self) -> None:
+        """`snap restore` says that the process runs, or has ended (and the process with it, if it
+        did not run): until then it is traced."""
+        self._server.unwatch(self.plan.control)
+        with suppress(OSError):
+            os.read(self.plan.control, 64)  # unread bytes would make our end a connection reset
+        self._server.hold = False
+        self._patience = time.monotonic() + PATIENCE
+        self.plan.running = True
+        self.journal.set_plan(self.plan.fields())
 
     def run(self) -> None:
         self._server.run()
@@ -82,11 +100,11 @@ class Service:
             os.close(self._guardian)
         self.image.close()
 
-    def _finish(self, client: Client) -> None:
+    def _finish(self, client: Client) -> bool:
         """Lets go of a process that has all its pages. The userfaultfd of a forked child is ours
         alone; that of the restored process is also held by itself, and by what it has forked."""
         if client.number != 0 or not pageserver.alive(self.plan.pidfd):
-            return
+            return True
         with suppress(UffdError, SnapError, OSError):
             self._unregister(client)
         self._server.drain(client)
@@ -94,7 +112,10 @@ class Service:
             try:
                 _close_in(pid, self.plan.duplicate, client.uffd)
             except (SnapError, OSError) as error:
+                if time.monotonic() < self._patience:
+                    return False  # somebody traces it just now
                 pageserver.say(self.plan, f"descriptor {self.plan.duplicate} stays open: {error}")
+        return True
 
     def _unregister(self, client: Client) -> None:
         """Pages that were missing are zeros of the process's own from here on; all who wait go on.

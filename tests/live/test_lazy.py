@@ -21,8 +21,8 @@ from snapshot.image import Image
 from snapshot.records import NUMBER
 from snapshot.restore import Restored, restore
 from snapshot.store import Store
-from tests.harness import processes
 from tests.harness.processes import become_subreaper, kill, wait_until
+from tests.live.servers import await_end, servers
 from tests.live.stopped_copy import copy
 
 pytestmark = [
@@ -106,16 +106,7 @@ def lazily(
     lazy = Lazy(directory, restore(image, lazy=True))
     yield lazy
     lazy.end()
-    wait_until(lambda: not servers(), "the end of the page server")
-
-
-def servers() -> list[str]:
-    """Pids of page servers and guardians that have not ended."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and comm(int(entry.name)) in ("snap-pages", "snap-guardian"):
-            found.append(entry.name)
-    return [pid for pid in found if processes.state(int(pid)) not in ("", "Z", "X")]
+    await_end()
 
 
 def missing(pid: int) -> bool:
@@ -148,7 +139,7 @@ def test_nothing_of_ours_stays(lazily: Lazy, command: str) -> None:
     assert lazily.restored.complete() is None
     assert not missing(lazily.pid)
     assert b"userfaultfd" not in b"".join(links(lazily.pid))
-    wait_until(lambda: not servers(), "the end of the page server")
+    await_end()
     assert lazily.does("all" if command == "all" else "spawn") == "ok"
 
 
@@ -170,7 +161,7 @@ def test_the_server_ends_with_the_memory_it_serves(lazily: Lazy, command: str) -
         assert lazily.answer().strip() == "ok"
     else:
         assert lazily.restored.wait() == 5
-    wait_until(lambda: not servers(), "the end of the page server")
+    await_end()
 
 
 @pytest.mark.parametrize("command", ["all", "move", "fork", "dontneed", "threads"])
@@ -182,21 +173,14 @@ def test_a_server_that_is_killed_is_replaced(lazily: Lazy, command: str) -> None
     killed = 0
     deadline = time.monotonic() + 20
     while not done.exists() and time.monotonic() < deadline and killed < 4:
-        pages = [pid for pid in servers() if comm(int(pid)) == "snap-pages"]
-        for pid in pages:
+        for pid in servers("snap-pages"):
             with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
                 killed += 1
     assert lazily.answer() == "ok"
     assert killed
-    assert str(guardian) in servers() or not servers()
+    assert guardian in servers() or not servers()
     assert "starting another one" in log(lazily)
-
-
-def comm(pid: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    return ""
 
 
 def log(lazily: Lazy) -> str:
@@ -256,7 +240,7 @@ def test_it_outlives_snap_restore(
         assert lazy.does("fork") == "ok"
     finally:
         kill(pid)
-    wait_until(lambda: not servers(), "the end of the page server")
+    await_end()
 
 
 def test_a_damaged_chunk_ends_the_process(
@@ -284,7 +268,7 @@ def test_a_damaged_chunk_ends_the_process(
         finally:
             lazy.end()
             (directory / "do").unlink(missing_ok=True)
-    wait_until(lambda: not servers(), "the end of the page server")
+    await_end()
 
 
 def damage(image: Image, address: int, store: Path) -> None:

@@ -1,0 +1,27 @@
+"""The page servers and guardians that a test has started, and their end."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from tests.harness import processes
+
+
+def comm(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def servers(*names: str) -> list[int]:
+    """Pids of those that have not ended: snap-pages, snap-guardian. The test is a sub-reaper, so
+    they are below it."""
+    wanted = names or ("snap-pages", "snap-guardian")
+    below = [pid for pid in processes.descendants(os.getpid()) if comm(pid) in wanted]
+    return [pid for pid in below if not processes.ended(pid)]
+
+
+def await_end() -> None:
+    processes.wait_until(lambda: not servers(), "the end of the page server")
