@@ -153,6 +153,20 @@ static int release_saved(snap_pump *p, uint32_t id, uint64_t first, uint64_t las
     return 0;
 }
 
+/* Whether staging has room for the unsaved chunks among [first, last): a step that broke off half
+ * way would release half a huge page and split it. Always true when staging is too small for that
+ * ever to be so. */
+static bool room_for(snap_pump *p, const area *a, uint64_t first, uint64_t last)
+{
+    uint64_t needed = 0, reserve = p->slots / 4;
+    for (uint64_t i = first; i < last; i++)
+        needed += a->want[i] && a->state[i] == UNSAVED;
+    pthread_mutex_lock(&p->lock);
+    bool room = p->free_count >= needed + reserve || needed + reserve > p->slots;
+    pthread_mutex_unlock(&p->lock);
+    return room;
+}
+
 /* Saves on to the end of the cursor's 2 MiB and releases what it saved there in one go. */
 static int sweep(snap_pump *p)
 {
@@ -161,9 +175,13 @@ static int sweep(snap_pump *p)
     uint32_t id = p->sweep_area;
     uint64_t first = p->sweep_chunk, i = first;
     uint64_t start = p->areas.at[id].start;
-    uint64_t limit = ((start + first * CHUNK) / STEP + 1) * STEP;
+    uint64_t limit = (((start + first * CHUNK) / STEP + 1) * STEP - start) / CHUNK;
+    if (limit > p->areas.at[id].chunks)
+        limit = p->areas.at[id].chunks;
+    if (!room_for(p, &p->areas.at[id], first, limit))
+        return -ENOBUFS;
     int r = 0;
-    for (; i < p->areas.at[id].chunks && start + i * CHUNK < limit; i++) {
+    for (; i < limit; i++) {
         const area *a = &p->areas.at[id];
         if (a->want[i] && a->state[i] == UNSAVED && (r = save_chunk(p, id, i, false)))
             break;
