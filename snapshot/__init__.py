@@ -4,7 +4,8 @@
 
     with snapshot.take(4711, name="before-upgrade") as image:  # the process runs on
         image.read(0x7F0000000000, 4096)  # its memory at T0
-        snapshot.restore(image, lazy=True).wait()
+
+    snapshot.restore("before-upgrade", lazy=True).wait()  # when the process is gone
 
 Importing is cheap: what take and restore need is imported when they are called. Every failure that
 a caller can expect is a `SnapError`, with a message, a hint and an exit code.
