@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import lease
-from .environment import DATA, LOCK, is_lmdb
+from .environment import DATA, LOCK, is_lmdb, no_store
 from .errors import StoreError
 
 
@@ -78,10 +78,3 @@ def _check_empty(path: Path) -> None:
     if foreign or ((path / DATA).exists() and (path / DATA).stat().st_size):
         message = f"{path} is neither a store of snap nor empty"
         raise StoreError(message, "snap --store NEW_DIRECTORY list")
-
-
-def no_store(path: Path) -> StoreError:
-    return StoreError(
-        f"there is no store of snap in {path}",
-        f"the first take makes one: snap --store {path} take PID",
-    )

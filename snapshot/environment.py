@@ -30,13 +30,18 @@ DATA, LOCK = "data.mdb", "lock.mdb"
 DATABASES = ("meta", "images", "manifests", "takes", "index", "chunks")
 MAP_BYTES = 1 << 36
 """Address space reserved at first; it costs nothing, and doubles when the store outgrows it."""
-SLACK = 64 * MIB
-"""The file is kept this much longer than LMDB has written (sparse: no disk), because LMDB may count
-free pages beyond its end. So a file shorter than its last page has certainly been cut off."""
+RESERVE = 8 * MIB
+"""The file is always this much longer than what LMDB uses of it, with its blocks allocated: so a
+store on a full disk can still be made smaller, a file shorter than its last page has certainly been
+cut off (LMDB may count free pages beyond the end), and a length that a damaged page makes up
+does not lead beyond the end."""
+_STEP = 16 * MIB
 
 _PAGE_HEADER = 16
 _MAGIC_AND_VERSION = struct.pack("=II", 0xBEEFC0DE, 1)  # LMDB writes in the machine's byte order
 _READERS = 510
+_ENGINE: dict[str, Any] = {"lib_version": 0} if hasattr(lmdb.Environment, "lib_version") else {}
+"""Newer lmdb has two engines; the file format is that of LMDB 0.9."""
 _DAMAGE = (
     lmdb.CorruptedError,
     lmdb.PageNotFoundError,
@@ -55,14 +60,14 @@ class Environment:
     Reads run side by side from any thread; writes one at a time. Neither may be nested.
     """
 
-    def __init__(self, path: Path, map_bytes: int) -> None:
+    def __init__(self, path: Path, map_bytes: int, create: bool) -> None:
         self.path = path
         self._pid = os.getpid()
         self._gate = threading.Condition()
         self._active = 0  # transactions of this process; growth waits until there are none
         self._growing = False
         self._writing = threading.Lock()
-        with self._understood("cannot open"):
+        with self._understood("cannot open"), _none_missing(path):
             self._lmdb = lmdb.open(
                 str(path),
                 map_size=map_bytes,
@@ -71,13 +76,16 @@ class Environment:
                 metasync=False,
                 mode=0o600,
                 max_spare_txns=0,  # their reader slots would be shared with a forked child
+                **_ENGINE,
             )
             self._begin_lmdb: Callable[..., Transaction] = self._lmdb.begin
             self._check_length()
             self._lmdb.reader_check()
-            self.databases = {}
-            for name in DATABASES:
-                self.databases[name] = self._lmdb.open_db(name.encode())
+            with self._lmdb.begin(write=True) as transaction:  # a read one would forget them
+                self.databases = {
+                    name: self._lmdb.open_db(name.encode(), transaction, create=create)
+                    for name in DATABASES
+                }
         self._data = os.open(path / DATA, os.O_RDWR | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._data)
 
@@ -86,15 +94,19 @@ class Environment:
         again. With `buffers` its values are views that are void when it ends, else bytes."""
         return Reading(self, buffers)
 
-    def write(self, work: Callable[[Transaction], T]) -> T:
+    def write(self, work: Callable[[Transaction], T], adds: int | None = 0) -> T:
         """Runs `work` in a write transaction and commits it; again from its start when the map had
-        to grow. So `work` must not change anything but the transaction."""
+        to grow. So `work` must not change anything but the transaction.
+
+        `adds` is about how many bytes it puts; None when it gives space back: that may use the
+        reserve. StoreError, and nothing is changed, when the disk is full.
+        """
         with self._writing, self._understood("cannot write to"):
             while True:
                 self.enter()
                 try:
                     with self.begin(True, True) as transaction:
-                        self._lengthen()
+                        self._lengthen(adds)
                         return work(transaction)
                 except lmdb.MapFullError:
                     pass
@@ -162,11 +174,19 @@ class Environment:
                 self._growing = False
                 self._gate.notify_all()
 
-    def _lengthen(self) -> None:
+    def _lengthen(self, adds: int | None) -> None:
         """Keeps the file ahead of its pages; within a write transaction, so one process at once."""
-        wanted = self.used_bytes() + SLACK // 2
-        if os.fstat(self._data).st_size < wanted:
-            os.ftruncate(self._data, wanted + SLACK // 2)
+        used, length = self.used_bytes(), os.fstat(self._data).st_size
+        if adds is None:
+            if length < used + MIB:
+                os.ftruncate(self._data, used + MIB)
+            return
+        missing = used + adds + RESERVE - length
+        if missing > 0:
+            try:
+                os.posix_fallocate(self._data, length, missing + _STEP)
+            except OSError:
+                os.posix_fallocate(self._data, length, missing)
 
     def _check_length(self) -> None:
         """Reading beyond the end of a mapped file is SIGBUS: DamagedError instead."""
@@ -175,7 +195,7 @@ class Environment:
         if length < used:
             raise DamagedError(
                 f"{self.path / DATA} was cut off: it has {length} bytes of {used}",
-                f"restore the file from a copy, or start a new store: snap --store DIR {'list'}",
+                "bring the file back from a copy, or start a new store: snap --store DIR take PID",
             )
 
     def _page_bytes(self) -> int:
@@ -210,7 +230,7 @@ class Environment:
             return StoreError(f"{doing} the store {self.path}: {error}", f"ls -ld {self.path}")
         return StoreError(
             f"{doing} the store {self.path}: {error} ({mib(free)} free on its disk)",
-            f"df -h {self.path}" if free < SLACK else f"ls -l {self.path}",
+            f"df -h {self.path}" if free < _STEP + RESERVE else f"ls -l {self.path}",
         )
 
 
@@ -249,17 +269,33 @@ _inherited: list[Environment] = []
 """Of the parent, in the middle of a transaction: ending that here would end it there."""
 
 
-def open_environment(path: Path, map_bytes: int = MAP_BYTES) -> Environment:
+def open_environment(path: Path, map_bytes: int = MAP_BYTES, create: bool = False) -> Environment:
     """The environment in the directory `path`, the same object while anyone in this process holds
-    it. The directory and a data file, unless it is empty, must be there and be trusted."""
+    it. Its databases are made when `create`, else they must be there."""
     with _opening:
         stat = path.stat()
         key = stat.st_dev, stat.st_ino
         environment = _open.get(key)
         if environment is None:
-            environment = Environment(path, map_bytes)
+            environment = Environment(path, map_bytes, create)
             _open[key] = environment
         return environment
+
+
+def no_store(path: Path) -> StoreError:
+    return StoreError(
+        f"there is no store of snap in {path}",
+        f"the first take makes one: snap --store {path} take PID",
+    )
+
+
+@contextmanager
+def _none_missing(path: Path) -> Iterator[None]:
+    """An LMDB environment without our databases is somebody else's."""
+    try:
+        yield
+    except lmdb.NotFoundError:
+        raise no_store(path) from None
 
 
 def is_lmdb(path: Path) -> bool:

@@ -25,8 +25,8 @@ INDEX_VALUE = struct.Struct(f">Q{DIGEST_BYTES}s")  # sequence number, digest of 
 INDEX_ENTRY = struct.Struct(f">QQ{DIGEST_BYTES}s")
 """Chunk address and index value: what the digest of a space is made of."""
 
-MAX_RECORD = 16 * 1024 * 1024
-"""Bytes of a sealed record; the store's file is always longer by more (environment.SLACK)."""
+MAX_RECORD = 4 * 1024 * 1024
+"""Bytes of a sealed record: less than the reserve at the file's end (environment.RESERVE)."""
 
 R = TypeVar("R", bound=Record)
 

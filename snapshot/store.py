@@ -19,6 +19,7 @@ from .environment import (
     Environment,
     Transaction,
     is_lmdb,
+    no_store,
     open_environment,
 )
 from .errors import DamagedError, StoreError
@@ -71,7 +72,7 @@ class Store:
             _create(path, map_bytes)
         directory.check_trust(path)
         if not is_lmdb(path / DATA):
-            raise directory.no_store(path)
+            raise no_store(path)
         store = cls(open_environment(path, map_bytes))
         store._check_format()
         return store
@@ -175,7 +176,7 @@ class Store:
             transaction.put(number, seal(number, gone), db=databases["takes"])
 
         try:
-            self._environment.write(work)
+            self._environment.write(work, adds=None)
             sweep.clear_index(self._environment, found)
         finally:
             held.release()
@@ -196,7 +197,7 @@ class Store:
 
     def close(self) -> None:
         """Images and writers that are open keep the environment until they are closed."""
-        del self._environment
+        self.__dict__.pop("_environment", None)
 
     def __enter__(self) -> Store:
         return self
@@ -287,7 +288,7 @@ class Store:
             value = transaction.get(FORMAT_KEY, db=self._environment.databases["meta"])
             found = None if value is None else bytes(value)
         if found is None or not found.startswith(FORMAT.rpartition(b" ")[0]):
-            raise directory.no_store(self.path)
+            raise no_store(self.path)
         if found != FORMAT:
             raise StoreError(
                 f"{self.path} is a {found.decode(errors='replace')}; this snap reads "
@@ -300,7 +301,7 @@ def _create(path: Path, map_bytes: int) -> None:
     """Makes an empty store unless there is one."""
     with directory.made(path) as empty:
         if empty:
-            environment = open_environment(path, map_bytes)
+            environment = open_environment(path, map_bytes, create=True)
             environment.write(lambda transaction: _format(environment, transaction))
             environment.sync()
 

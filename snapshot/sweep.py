@@ -98,7 +98,7 @@ def _repeat(
 ) -> int:
     total, done = 0, False
     while not done:
-        freed, done = environment.write(work)
+        freed, done = environment.write(work, adds=None)
         total += freed
     lease.forget(environment.path, number)
     return total
@@ -133,7 +133,7 @@ def sweep(environment: Environment, progress: Progress | None = None) -> int:
             chunks = environment.databases["chunks"]
             return sum(len(transaction.pop(key, db=chunks) or b"") for key in part)
 
-        freed += environment.write(work)
+        freed += environment.write(work, adds=None)
         if progress:
             progress(start + len(part), len(unnamed))
     return freed

@@ -26,13 +26,17 @@ from .records import (
     digest,
     seal,
 )
-from .units import CHUNK, MIB, PAGE
+from .units import CHUNK, MIB, PAGE, align_up
 
 BATCH = 64
 """Chunks for one call of the compressor: 4 MiB of memory. Fewer cost up to 30 % more."""
 _WAITING = 16 * MIB
-"""Bytes, compressed, that may wait for the disk: they become one transaction, which on a fast disk
+"""Bytes on the disk that may wait for the disk: they become one transaction, which on a fast disk
 has one batch or two (larger ones are slower), on a slow one as many as a sync is worth."""
+
+
+_INLINE = 1900
+"""LMDB keeps values up to about this size beside their keys."""
 
 
 class RawChunk(NamedTuple):
@@ -53,6 +57,13 @@ class _Pending(NamedTuple):
     value: bytes | None  # what goes into `chunks` otherwise
     content: Content
     gained: int  # pages that the image did not have before
+
+
+def _on_disk(entry: _Pending) -> int:
+    """About the bytes that LMDB takes for a chunk and its index entry: larger values have pages of
+    their own."""
+    size = len(entry.value or b"")
+    return 100 + (size if size < _INLINE else align_up(size + 16, PAGE))
 
 
 class ImageWriter:
@@ -114,12 +125,11 @@ class ImageWriter:
             entry._replace(value=next(values)) if entry.sequence is None else entry
             for entry in pending
         ]
-        weight = sum(len(entry.value) for entry in final if entry.value)
         with self._counting:
-            self.stored_bytes += weight
+            self.stored_bytes += sum(len(entry.value) for entry in final if entry.value)
             self.saved_bytes += sum(entry.gained for entry in final) * PAGE
             self._unwritten.update(batch)
-        self._handoff.give(final, weight)
+        self._handoff.give(final, sum(map(_on_disk, final)))
 
     def _prepare(self, batch: dict[bytes, RawChunk]) -> list[_Pending]:
         """Finds each chunk's pages and digest, and whether an earlier image holds the same."""
@@ -165,7 +175,8 @@ class ImageWriter:
 
     def _write(self, parts: list[list[_Pending]]) -> None:
         """Chunks and their index entries, in one transaction."""
-        self._environment.write(lambda transaction: self._store(transaction, parts))
+        adds = sum(map(_on_disk, itertools.chain.from_iterable(parts)))
+        self._environment.write(lambda transaction: self._store(transaction, parts), adds)
         with self._counting:
             self._unwritten.difference_update(entry.key for part in parts for entry in part)
 
@@ -228,7 +239,7 @@ class ImageWriter:
             transaction.put(number, packed, db=databases["manifests"])
             transaction.delete(number, db=databases["takes"])
 
-        self._environment.write(work)
+        self._environment.write(work, adds=len(packed))
         self._environment.sync()
         self._finish()
 
