@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from . import lease
 from .environment import DATA, LOCK, is_lmdb, no_store
 from .errors import StoreError
+
+_NEW = "new"
 
 
 def default_path() -> Path:
@@ -51,9 +54,10 @@ def _check_place(place: Path) -> None:
 
 
 @contextmanager
-def made(path: Path) -> Iterator[bool]:
-    """Makes the directory; says whether it still needs a store in it. Whoever else does the same
-    meanwhile waits. StoreError when something else is in it."""
+def made(path: Path) -> Iterator[Path | None]:
+    """Makes the directory of a store. When it has no store yet, gives another directory to make the
+    data file in; that is moved into its place at the end, so that there never is half a store.
+    Whoever else does the same meanwhile waits. StoreError when something else is in it."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_trust(path)
@@ -63,18 +67,25 @@ def made(path: Path) -> Iterator[bool]:
         raise StoreError(message, f"ls -ld {path}") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        empty = not is_lmdb(path / DATA)
-        if empty:
-            _check_empty(path)
-            (path / lease.DIRECTORY).mkdir(mode=0o700, exist_ok=True)
-        yield empty
+        if is_lmdb(path / DATA):
+            yield None
+            return
+        _check_empty(path)
+        (path / lease.DIRECTORY).mkdir(mode=0o700, exist_ok=True)
+        new = path / _NEW
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700)
+        yield new
+        (new / DATA).rename(path / DATA)
+        os.fsync(handle)
+        shutil.rmtree(new)
     finally:
         os.close(handle)
 
 
 def _check_empty(path: Path) -> None:
     """A store whose making was cut short counts as empty."""
-    foreign = {entry.name for entry in path.iterdir()} - {DATA, LOCK, lease.DIRECTORY}
+    foreign = {entry.name for entry in path.iterdir()} - {DATA, LOCK, lease.DIRECTORY, _NEW}
     if foreign or ((path / DATA).exists() and (path / DATA).stat().st_size):
         message = f"{path} is neither a store of snap nor empty"
         raise StoreError(message, "snap --store NEW_DIRECTORY list")

@@ -120,6 +120,10 @@ class Environment:
         with self._understood("cannot write to"):
             self._lmdb.sync(True)
 
+    def close(self) -> None:
+        """For who knows that nobody else has it; else it closes with its last reference."""
+        self._lmdb.close()
+
     def let_go(self) -> bool:
         """In a child after fork: forgets the environment, so that it can be opened anew. Not while
         another thread of the parent had a transaction."""

@@ -299,11 +299,12 @@ class Store:
 
 def _create(path: Path, map_bytes: int) -> None:
     """Makes an empty store unless there is one."""
-    with directory.made(path) as empty:
-        if empty:
-            environment = open_environment(path, map_bytes, create=True)
+    with directory.made(path) as new:
+        if new:
+            environment = open_environment(new, map_bytes, create=True)
             environment.write(lambda transaction: _format(environment, transaction))
             environment.sync()
+            environment.close()
 
 
 def _format(environment: Environment, transaction: Transaction) -> None:

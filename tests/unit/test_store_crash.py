@@ -112,6 +112,23 @@ def test_killed_between_any_two_calls(tmp_path: Path) -> None:
     assert seen >= {"first", "first second", "second"}, "before the commit, after it, after rm"
 
 
+def test_killed_while_the_store_is_made(tmp_path: Path) -> None:
+    def make(path: Path) -> None:
+        Store.open(path, create=True, map_bytes=MIB)
+
+    counted = tmp_path / "counted"
+    assert in_child(partial(die_at, -1, partial(make, tmp_path / "whole"), counted)) == 0
+    total = int(counted.read_text())
+    for number in range(30):
+        path = tmp_path / str(number)
+        call = 1 + total * number // 30
+        status = in_child(partial(die_at, call, partial(make, path)))
+        assert status in (0, signal.SIGKILL)
+        make(path)
+        prepare(path)
+        is_whole(path)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_any_moment(tmp_path: Path, seed: int) -> None:
     """One store, killed again and again, in the middle of writes too."""
