@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from ..errors import TargetError
 from ..kernel import procfs
 from . import credentials
 
@@ -17,7 +18,10 @@ def unsupported(pid: int) -> list[str]:
     if _foreign(pid, "user"):
         things.append("another user namespace (its capabilities would count in this one)")
     for tid in procfs.threads(pid):
-        status = procfs.status(pid, tid)
+        try:
+            status = procfs.status(pid, tid)
+        except TargetError:
+            continue  # this thread has ended meanwhile
         if "x86_Thread_features" in status and "shstk" in status["x86_Thread_features"]:
             things.append(f"thread {tid} has a shadow stack")
     return things
