@@ -106,7 +106,7 @@ class Environment:
                 self.enter()
                 try:
                     with self.begin(True, True) as transaction:
-                        self._lengthen(adds)
+                        self._lengthen(transaction, adds)
                         return work(transaction)
                 except lmdb.MapFullError:
                     pass
@@ -178,7 +178,7 @@ class Environment:
                 self._growing = False
                 self._gate.notify_all()
 
-    def _lengthen(self, adds: int | None) -> None:
+    def _lengthen(self, transaction: Transaction, adds: int | None) -> None:
         """Keeps the file ahead of its pages; within a write transaction, so one process at once."""
         used, length = self.used_bytes(), os.fstat(self._data).st_size
         if adds is None:
@@ -188,9 +188,24 @@ class Environment:
         missing = used + adds + RESERVE - length
         if missing > 0:
             try:
-                os.posix_fallocate(self._data, length, missing + _STEP)
+                self._allocate(length, missing)
             except OSError:
-                os.posix_fallocate(self._data, length, missing)
+                if self._free_bytes(transaction) < 2 * adds + RESERVE:
+                    raise
+
+    def _allocate(self, length: int, missing: int) -> None:
+        """Real blocks at the end of the file; OSError when the disk has none left."""
+        try:
+            os.posix_fallocate(self._data, length, missing + _STEP)
+        except OSError:
+            os.posix_fallocate(self._data, length, missing)
+
+    def _free_bytes(self, transaction: Transaction) -> int:
+        """About what is free inside the file: what was removed."""
+        stats = [transaction.stat(database) for database in self.databases.values()]
+        kinds = ("branch_pages", "leaf_pages", "overflow_pages")
+        pages = sum(stat[kind] for stat in stats for kind in kinds)
+        return self.used_bytes() - int(pages) * self._page_bytes()
 
     def _check_length(self) -> None:
         """Reading beyond the end of a mapped file is SIGBUS: DamagedError instead."""

@@ -13,7 +13,7 @@ from . import chunkcodec, index, sweep
 from . import manifest as manifests
 from .chunkcodec import Chunk, Content
 from .environment import Environment, Transaction
-from .errors import DamagedError, StoreError
+from .errors import DamagedError, SnapError, StoreError
 from .handoff import Handoff
 from .lease import Lease
 from .manifest import Manifest
@@ -247,8 +247,10 @@ class ImageWriter:
         """Removes what was put. Nothing happens after a commit or another abort."""
         if self._open:
             self._handoff.close()
-            sweep.clear_take(self._environment, self.number, self._first_sequence)
-            self._finish()
+            try:
+                sweep.clear_take(self._environment, self.number, self._first_sequence)
+            finally:
+                self._finish()
 
     def _finish(self) -> None:
         self._handoff.close()
@@ -260,5 +262,10 @@ class ImageWriter:
     def __enter__(self) -> ImageWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.abort()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.abort()
+        except SnapError:
+            if kind is None:
+                raise
+            # The first error says more; what is left here the next take removes.

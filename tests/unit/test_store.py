@@ -22,6 +22,9 @@ from snapshot.store import ImageWriter, ProcessIdentity, Store
 from snapshot.units import CHUNK, MIB
 from tests.unit import images
 from tests.unit.images import BASE, manifest, raw
+from tests.unit.test_environment import small_disk
+
+__all__ = ["small_disk"]  # a fixture
 
 ROOT = str(Path(__file__).parents[2])
 PROCESS = images.process(images.mapping(size=1000 * CHUNK))
@@ -37,9 +40,9 @@ def store(tmp_path: Path) -> Store:
 def take(
     store: Store, name: str, contents: dict[int, bytes], like: ProcessIdentity | None = None
 ) -> ImageWriter:
-    writer = store.begin(name, like)
-    writer.put([raw(data, BASE + position * CHUNK) for position, data in contents.items()])
-    writer.commit(manifest(name, PROCESS, taken_at=time.time()))
+    with store.begin(name, like) as writer:
+        writer.put([raw(data, BASE + position * CHUNK) for position, data in contents.items()])
+        writer.commit(manifest(name, PROCESS, taken_at=time.time()))
     return writer
 
 
@@ -221,6 +224,25 @@ def test_the_map_grows_while_threads_put_and_read(store: Store) -> None:
     assert not wrong
     for seed in range(4):
         check(store, f"image{seed}", noise(seed, 200))
+
+
+def test_a_disk_that_fills_up(small_disk: Path) -> None:
+    """One clear error, no half image, and the store can be used and emptied afterwards."""
+    store = Store.open(small_disk, create=True)
+    take(store, "before", noise(1))
+    with pytest.raises(
+        StoreError, match=r"cannot write to the store .* free on its disk\)"
+    ) as caught:
+        take(store, "large", noise(2, 700))
+    assert caught.value.hint == f"df -h {small_disk}"
+    assert [info.image for info in store.images()] == ["before"]
+    clean(store)
+    take(store, "after", noise(3))
+    check(store, "before", noise(1))
+    check(store, "after", noise(3))
+    for name in ("before", "after"):
+        store.remove(name)
+    assert store.collect() > 40 * CHUNK
 
 
 def test_names(store: Store) -> None:
