@@ -1,8 +1,8 @@
 """Stopping a process for an instant: every thread, and on again whatever happens.
 
     with freeze(pid) as frozen:
-        frozen.threads[0].registers()      # as an image stores them
-        frozen.remote.call(NR.getppid)     # a system call inside the process
+        frozen.registers(frozen.threads[0])  # as an image stores them
+        frozen.remote.call(NR.getppid)       # a system call inside the process
 
 Threads are halted with ptrace until /proc/PID/task shows none that is not ours. What a mere stop
 would do to an interrupted system call is undone (`_restart_interrupted`): the program sees neither
@@ -34,6 +34,13 @@ from .kernel.remote import Remote
 
 _DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Held back while threads are being stopped or let go, so that no exception cuts that in two."""
+
+_STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+_CODE_BEFORE = 32
+"""Bytes before rip in which the number of an interrupted system call is looked for."""
+
+_EXEC_SECONDS = 1.0
+"""While a thread replaces the program its leader is a zombie for a moment: no error before this."""
 
 _RESTARTED = frozenset(
     (
@@ -94,29 +101,63 @@ class Frozen:
             self._remote = remote
         return self._remote
 
+    @property
+    def group_stopped(self) -> bool:
+        """Somebody has stopped the process (SIGSTOP, SIGTSTP, …); it stays so when let go."""
+        return (self.threads[0].stop >> 8 & 0xFF) in _STOPPING
+
+    def registers(self, tracee: Tracee) -> bytes:
+        """The registers as an image stores them, 216 bytes: those of the thread, in which a call
+        that a stop would have made return EINTR says ERESTARTNOHAND (-514), so that a kernel makes
+        it again. A thread that has been stopped before may be in restart_syscall (-516), which
+        means nothing in another process: its orig_rax says the call's own number here, if the
+        code of the program tells it.
+        """
+        data = tracee.registers()
+        registers = Registers.unpack(data)
+        if registers.orig_rax != NR.restart_syscall:
+            return data
+        try:
+            code = tracee.read(registers.rip - _CODE_BEFORE, _CODE_BEFORE)
+        except KernelError:  # at the very start of a mapping
+            return data
+        number = arch.call_number_before(code)
+        return data if number is None else registers._replace(orig_rax=number).pack()
+
     def close_remote(self) -> None:
         """Unmaps the scratch before the end of the block; the next use of `remote` maps it anew."""
         remote, self._remote = self._remote, None
         if remote is not None:
             remote.close()
 
-    def _stop(self, timeout: float) -> None:
-        """Rounds of listing, seizing and waiting. A listing that is made while threads end can miss
-        others (proc_task_readdir), so the end is told by their number: ours are stopped, they
-        neither end nor make new ones."""
-        deadline = time.monotonic() + timeout
+    def _stop(self, timeout: float) -> bytes:
+        """Rounds of listing, seizing and waiting -> the registers of all, in the order of threads.
+
+        A listing that is made while threads end can miss others (proc_task_readdir), so the end is
+        told by their number: ours are stopped, they neither end nor make new ones. All but SIGKILL
+        and an execve that was under way, which kills its siblings, stopped or not, and takes over
+        the leader's tid: hence the look at ours afterwards.
+        """
+        began = time.monotonic()
         folder = f"/proc/{self.pid}/task"
-        known: set[int] = set()
         failed: dict[int, int] = {}
-        while os.stat(folder).st_nlink - 2 > len(known):
-            if time.monotonic() > deadline:
+        while True:
+            count = os.stat(folder).st_nlink - 2
+            if count <= len(self.threads):
+                registers, gone = ptrace.registers_of(self.threads)
+                if not gone and count == len(self.threads):
+                    return registers
+                self.threads = [tracee for tracee in self.threads if tracee not in gone]
+            if time.monotonic() > began + timeout:
                 self._unstoppable(failed, timeout)
+            known = {tracee.tid for tracee in self.threads}
             new = [tid for tid in map(int, os.listdir(folder)) if tid not in known]
-            stopped, failed = ptrace.seize_and_stop(new, timeout=timeout)
+            stopped, failed = ptrace.seize_and_stop(new, self.threads, self.pid, timeout)
             self.threads += stopped
-            known.update(tracee.tid for tracee in stopped)
             if self.pid in failed:
-                ptrace.refused(self.pid, failed[self.pid])
+                ptrace.refused_for_good(self.pid)
+                if time.monotonic() > began + _EXEC_SECONDS:
+                    ptrace.refused(self.pid, failed[self.pid])
             # The others that failed are ending (ESRCH, EPERM) and will not be listed again.
 
     def _unstoppable(self, failed: dict[int, int], timeout: float) -> NoReturn:
@@ -128,13 +169,13 @@ class Frozen:
             f"ls /proc/{self.pid}/task",
         )
 
-    def _restart_interrupted(self) -> None:
+    def _restart_interrupted(self, all_registers: bytes) -> None:
         """The stop made some calls return EINTR to a program that got no signal: have them made
         again, by the kernel, which goes on from ERESTARTNOHAND as it does for pause(2): with a
         handler to run the program sees EINTR as it must, without one the call starts again. That
         is decided when the thread goes on, so a signal that arrives meanwhile is no race.
         """
-        found = arch.RESULT_AND_CALL.iter_unpack(ptrace.registers_of(self.threads))
+        found = arch.RESULT_AND_CALL.iter_unpack(all_registers)
         for tracee, (result, number) in zip(self.threads, found, strict=True):
             if result != arch.EINTR or number not in _RESTARTED:
                 continue
@@ -182,12 +223,12 @@ def freeze(pid: int, timeout: float = STOP_TIMEOUT) -> Iterator[Frozen]:
     try:
         began = time.monotonic_ns()
         try:
-            frozen._stop(timeout)
+            registers = frozen._stop(timeout)
         except (FileNotFoundError, ProcessLookupError):
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}") from None
         if _ended(pidfd):
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}")
-        frozen._restart_interrupted()
+        frozen._restart_interrupted(registers)
         frozen.threads.sort(key=lambda tracee: (tracee.tid != pid, tracee.tid))
         frozen.freeze_us = (time.monotonic_ns() - began) // 1000
         signal.pthread_sigmask(signal.SIG_SETMASK, held)

@@ -230,6 +230,23 @@ NR = IntEnum(
 """System call numbers by name: `NR.mmap`; `NR(9).name` is "mmap"."""
 
 
+_RESTARTABLE = (NR.nanosleep, NR.clock_nanosleep, NR.poll, NR.futex)
+"""What leaves ERESTART_RESTARTBLOCK and goes on as restart_syscall, its own number forgotten."""
+
+
+def call_number_before(code: bytes) -> int | None:
+    """The number of the system call that the program made, out of its code up to and with the
+    `syscall` instruction: `mov eax, imm32` (b8), as every C library and Go have it just before.
+
+    Only the calls that can have become restart_syscall are looked for. None: not found.
+    """
+    if not code.endswith(SYSCALL_INSTRUCTION):
+        return None
+    found = {code.rfind(b"\xb8" + nr.to_bytes(4, "little")): nr for nr in _RESTARTABLE}
+    nearest = max(found)
+    return int(found[nearest]) if nearest >= 0 else None
+
+
 def syscall_name(nr: int) -> str:
     try:
         return NR(nr).name

@@ -252,45 +252,58 @@ def adopt(tid: int, options: int = TRACESYSGOOD, timeout: float = STOP_TIMEOUT) 
 
 
 def seize_and_stop(
-    tids: Sequence[int], options: int = 0, timeout: float = STOP_TIMEOUT
+    tids: Sequence[int],
+    known: Sequence[Tracee] = (),
+    leader: int = 0,
+    timeout: float = STOP_TIMEOUT,
 ) -> tuple[list[Tracee], dict[int, int]]:
-    """Seizes all, then waits until each is in an event stop.
+    """Seizes threads of one process, then waits until each is in an event stop. `known`: those of
+    it that are ours already; `leader`: its pid.
 
     -> the stopped ones, and by tid the errno of those that could not be had (ESRCH: it ended;
-    EPERM: ending, or see `refused`). KernelError when one does not stop in time; all are let go.
+    EPERM: ending, or see `refused`). KernelError when one does not stop in time; the others are let
+    go. That one stays seized until this OS thread ends: the kernel has no way to let a running
+    thread go.
     """
-    options |= TRACESYSGOOD
-    count = len(tids)
-    numbers, stops = ffi.new("int[]", list(tids)), ffi.new("int[]", count)
-    lib.snap_seize_all(numbers, stops, count, options)
-    if lib.snap_wait_all(numbers, stops, count, int(timeout * 1e6)):
-        late = [tid for tid, stop in zip(tids, stops, strict=True) if stop == 0]
+    before, count = len(known), len(tids)
+    numbers = ffi.new("int[]", [*(tracee.tid for tracee in known), *tids])
+    stops = ffi.new("int[]", before + count)
+    running = lib.snap_stop_all(
+        numbers, stops, before, count, leader, TRACESYSGOOD, int(timeout * 1e6)
+    )
+    results = list(stops)[before:]
+    if running:
+        late = [tid for tid, stop in zip(tids, results, strict=True) if stop == 0]
         message = stuck(late, timeout)
-        lib.snap_detach_all(numbers, stops, count)
+        lib.snap_detach_all(numbers + before, stops + before, count)
         raise KernelError(message, f"cat /proc/{late[0]}/stack")
     stopped, failed = [], {}
-    for tid, stop in zip(tids, stops, strict=True):
+    for tid, stop in zip(tids, results, strict=True):
         if stop < 0:
             failed[tid] = -stop
-            if stop == -errno.ESRCH:
-                reap([tid])
             continue
-        tracee = Tracee(tid, options)
+        tracee = Tracee(tid, TRACESYSGOOD)
         tracee.stop = stop
         stopped.append(tracee)
+    reap([tid for tid, number in failed.items() if number == errno.ESRCH], timeout=0)
     return stopped, failed
 
 
-def registers_of(tracees: Sequence[Tracee]) -> bytes:
-    """`Tracee.registers` of all, one after the other, in one call."""
+def registers_of(tracees: Sequence[Tracee]) -> tuple[bytes, list[Tracee]]:
+    """`Tracee.registers` of all, one after the other, in one call; and those that have ended (their
+    part of the bytes is zero)."""
     count = len(tracees)
     out = ffi.new("unsigned char[]", count * arch.REGISTERS_SIZE)
     numbers = ffi.new("int[]", [tracee.tid for tracee in tracees])
     stops = ffi.new("int[]", [tracee.stop for tracee in tracees])
-    result = lib.snap_get_registers_all(numbers, stops, count, out, arch.REGISTERS_SIZE)
-    if result < 0:  # one by one: names the thread and the reason
-        return b"".join(tracee.registers() for tracee in tracees)
-    return bytes(ffi.buffer(out))
+    if not lib.snap_get_registers_all(numbers, stops, count, out, arch.REGISTERS_SIZE):
+        return bytes(ffi.buffer(out)), []
+    gone = [tracee for tracee, stop in zip(tracees, stops, strict=True) if stop == -errno.ESRCH]
+    for tracee, stop in zip(tracees, stops, strict=True):
+        if stop < 0 and stop != -errno.ESRCH:
+            tracee.registers()  # raises, with the reason
+    reap([tracee.tid for tracee in gone], timeout=0)
+    return bytes(ffi.buffer(out)), gone
 
 
 def detach_all(tracees: Sequence[Tracee]) -> None:
@@ -361,7 +374,7 @@ def refused(tid: int, number: int) -> NoReturn:
     """The error for a thread that could not be seized."""
     fields = status(tid)
     if number == errno.EPERM and fields:
-        raise _why_denied(tid, fields)
+        raise _lasting(tid, fields) or _why_denied(tid, fields)
     if fields and fields.get("Tgid") != str(tid):
         leader = fields.get("Tgid", "?")
         raise TargetError(f"{tid} is a thread of process {leader}", f"ps -L -p {leader}")
@@ -370,7 +383,15 @@ def refused(tid: int, number: int) -> NoReturn:
     fail(tid, "PTRACE_SEIZE", number)
 
 
-def _why_denied(tid: int, fields: dict[str, str]) -> SnapError:
+def refused_for_good(tid: int) -> None:
+    """Raises the error for a thread that will not be ours in a moment either; returns for one that
+    might (its process is in execve, say)."""
+    if error := _lasting(tid, status(tid)):
+        raise error
+
+
+def _lasting(tid: int, fields: dict[str, str]) -> SnapError | None:
+    """Why the kernel says EPERM, if it will say so for ever; None in what execve passes through."""
     label = f"process {tid} ({fields.get('Name', '?')})"
     if int(fields.get("Tgid", 0)) == os.getpid():
         return TargetError(f"{label} is this process itself: a tracer must be another process")
@@ -378,12 +399,28 @@ def _why_denied(tid: int, fields: dict[str, str]) -> SnapError:
     if tracer:
         name = status(tracer).get("Name", "?")
         return TargetError(f"{label} is traced by {tracer} ({name}) already", f"ps -p {tracer}")
-    if fields.get("State", "").startswith(("Z", "X")):
-        what = "its main thread has ended" if int(fields.get("Threads", 1)) > 1 else "is a zombie"
-        return TargetError(f"{label}: {what}", f"ps -L -p {tid}")
     stat = _text(f"/proc/{tid}/stat").rpartition(")")[2].split()
     if len(stat) > 6 and int(stat[6]) & _PF_KTHREAD:
         return TargetError(f"{label} is a kernel thread: it has no memory of its own", "ps -ef")
+    ended = fields.get("State", "").startswith(("Z", "X"))
+    if ended and int(fields.get("Threads", 1)) <= 1:
+        return TargetError(f"{label} is a zombie", f"ps -p {tid}")
+    return None if ended or _capable() else _denied(label, tid, fields)
+
+
+def _why_denied(tid: int, fields: dict[str, str]) -> SnapError:
+    label = f"process {tid} ({fields.get('Name', '?')})"
+    if fields.get("State", "").startswith(("Z", "X")):
+        return TargetError(f"{label}: its main thread has ended", f"ps -L -p {tid}")
+    return _denied(label, tid, fields)
+
+
+def _capable() -> bool:
+    effective = int(status(os.getpid()).get("CapEff", "0"), 16)
+    return bool(effective >> _CAP_SYS_PTRACE & 1)
+
+
+def _denied(label: str, tid: int, fields: dict[str, str]) -> DeniedError:
     return DeniedError(
         f"no permission to trace {label}: " + _obstacle(tid, fields), f"sudo snap check {tid}"
     )
@@ -391,8 +428,7 @@ def _why_denied(tid: int, fields: dict[str, str]) -> SnapError:
 
 def _obstacle(tid: int, fields: dict[str, str]) -> str:
     """What to name of the conditions of ptrace(2), "Ptrace access mode checking"."""
-    capable = int(status(os.getpid()).get("CapEff", "0"), 16) >> _CAP_SYS_PTRACE & 1
-    if capable:
+    if _capable():
         return "a security module or its user namespace forbids it, though CAP_SYS_PTRACE is there"
     uids = set(fields.get("Uid", "").split())
     if uids != {str(os.getuid())}:

@@ -27,6 +27,9 @@
 #define SPIN_US 15
 /* SIGCHLD tells of stops; where the program has turned that off we look this often. */
 #define LOOK_NS 500000
+/* How long we wait for a thread before asking whether it is still ours: execve can have given its
+   tid to a sibling, which is nobody's tracee and, in a child of this process, never stops. */
+#define STILL_OURS_US 5000
 
 static int done(long result)
 {
@@ -40,7 +43,7 @@ static int64_t now_us(void)
     return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
 }
 
-static int is_event_stop(int stop)
+int snap_is_event_stop(int stop)
 {
     return (unsigned)stop >> 16 == EVENT_STOP;
 }
@@ -112,19 +115,29 @@ int snap_take_signal(int tid)
     return result < 0 ? result : 0;
 }
 
+/* 1: it had ended and is reaped; 0: not yet; -ECHILD: nothing to reap. Looks first: for a tracer
+   waitid reports stops whatever its flags, and would take one away. */
+static int reap_ended(int tid)
+{
+    siginfo_t info = {.si_pid = 0};
+    if (waitid(P_PID, (id_t)tid, &info, WEXITED | WNOHANG | WNOWAIT | __WALL) < 0)
+        return -errno;
+    if (info.si_pid == 0 || info.si_code == CLD_TRAPPED)
+        return 0;
+    return waitid(P_PID, (id_t)tid, &info, WEXITED | WNOHANG | __WALL) < 0 ? -errno : 1;
+}
+
 int snap_reap(int tid, int64_t timeout_us)
 {
     int64_t deadline = now_us() + timeout_us;
-    do {
-        int status;
-        pid_t got = waitpid(tid, &status, __WALL | WNOHANG);
-        if (got < 0)
-            return errno == ECHILD ? 0 : -errno;
-        if (got == tid && !WIFSTOPPED(status))
-            return 0;
+    for (;;) {
+        int reaped = reap_ended(tid);
+        if (reaped != 0)
+            return reaped == 1 || reaped == -ECHILD ? 0 : reaped;
+        if (now_us() >= deadline)
+            return -ETIMEDOUT;
         sched_yield();
-    } while (now_us() < deadline);
-    return -ETIMEDOUT;
+    }
 }
 
 /* Sleeps until poll_stop has something to say. SIGCHLD is blocked and waited for, which disturbs no
@@ -178,11 +191,15 @@ int snap_await_event_stop(int tid, int64_t timeout_us, int *stop)
 {
     int64_t deadline = now_us() + timeout_us;
     for (;;) {
+        int64_t left = deadline - now_us();
         *stop = 0;
-        int result = snap_wait(tid, deadline - now_us(), stop);
-        if (result < 0 || is_event_stop(*stop))
-            return result;
-        result = toward_event_stop(tid, *stop);
+        int result = snap_wait(tid, left < STILL_OURS_US ? left : STILL_OURS_US, stop);
+        if (result == 0 && snap_is_event_stop(*stop))
+            return 0;
+        if (result == 0)
+            result = toward_event_stop(tid, *stop);
+        else if (result == -ETIMEDOUT && left > STILL_OURS_US)
+            result = snap_interrupt(tid); /* fails when it is not ours any more */
         if (result < 0)
             return result;
     }
@@ -194,16 +211,38 @@ int snap_halt(int tid, int64_t timeout_us, int *stop)
     return result < 0 ? result : snap_await_event_stop(tid, timeout_us, stop);
 }
 
-void snap_seize_all(const int *tids, int *stops, int count, unsigned long options)
+/* The reaper of snap_stop_all: any thread of the tracer's process may wait for its tracees. */
+struct reaper {
+    const int *tids;
+    int count;
+    int leader;
+    int finished;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+};
+#define REAP_AFTER_NS 5000000
+
+static void *reap_until_finished(void *argument)
 {
-    for (int i = 0; i < count; i++) {
-        stops[i] = snap_seize(tids[i], options);
-        if (stops[i] == 0)
-            stops[i] = snap_interrupt(tids[i]);
+    struct reaper *self = argument;
+    pthread_mutex_lock(&self->lock);
+    while (!self->finished) {
+        struct timespec until;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += REAP_AFTER_NS;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        if (pthread_cond_timedwait(&self->changed, &self->lock, &until) != ETIMEDOUT)
+            continue;
+        for (int i = 0; i < self->count; i++)
+            if (self->tids[i] != self->leader)
+                reap_ended(self->tids[i]);
     }
+    pthread_mutex_unlock(&self->lock);
+    return NULL;
 }
 
-int snap_wait_all(const int *tids, int *stops, int count, int64_t timeout_us)
+static int wait_all(const int *tids, int *stops, int count, int64_t timeout_us)
 {
     int64_t deadline = now_us() + timeout_us;
     int running = 0;
@@ -215,6 +254,40 @@ int snap_wait_all(const int *tids, int *stops, int count, int64_t timeout_us)
         int result = snap_await_event_stop(tids[i], left > 0 ? left : 0, &stop);
         running += result == -ETIMEDOUT;
         stops[i] = result == -ETIMEDOUT ? 0 : result < 0 ? result : stop;
+    }
+    return running;
+}
+
+static int stop_all(const int *tids, int *stops, int count, unsigned long options,
+                    int64_t timeout_us)
+{
+    for (int i = 0; i < count; i++) {
+        stops[i] = snap_seize(tids[i], options);
+        /* EPERM for one that is ours already: seized by another tid, before an execve. */
+        if (stops[i] == 0 || (stops[i] == -EPERM && snap_interrupt(tids[i]) == 0))
+            stops[i] = snap_interrupt(tids[i]);
+    }
+    return wait_all(tids, stops, count, timeout_us);
+}
+
+int snap_stop_all(const int *tids, int *stops, int known, int count, int leader,
+                  unsigned long options, int64_t timeout_us)
+{
+    struct reaper reaper = {.tids = tids,
+                            .count = known + count,
+                            .leader = leader,
+                            .lock = PTHREAD_MUTEX_INITIALIZER,
+                            .changed = PTHREAD_COND_INITIALIZER};
+    pthread_t thread;
+    int reaping = known + count > 1 &&
+                  pthread_create(&thread, NULL, reap_until_finished, &reaper) == 0;
+    int running = stop_all(tids + known, stops + known, count, options, timeout_us);
+    if (reaping) {
+        pthread_mutex_lock(&reaper.lock);
+        reaper.finished = 1;
+        pthread_cond_signal(&reaper.changed);
+        pthread_mutex_unlock(&reaper.lock);
+        pthread_join(thread, NULL);
     }
     return running;
 }
@@ -239,17 +312,18 @@ int snap_set_registers(int tid, const void *registers, size_t size)
     return done(ptrace(PTRACE_SETREGSET, tid, (void *)NT_PRSTATUS, &iov));
 }
 
-int snap_get_registers_all(const int *tids, const int *stops, int count, void *registers,
-                           size_t size)
+int snap_get_registers_all(const int *tids, int *stops, int count, void *registers, size_t size)
 {
+    int silent = 0;
     for (int i = 0; i < count; i++) {
-        if (stops[i] <= 0)
-            continue;
-        int result = snap_get_registers(tids[i], (char *)registers + (size_t)i * size, size);
-        if (result < 0)
-            return result;
+        char *out = (char *)registers + (size_t)i * size;
+        int result = stops[i] > 0 ? snap_get_registers(tids[i], out, size) : -ESRCH;
+        if (result < 0) {
+            stops[i] = result;
+            silent++;
+        }
     }
-    return 0;
+    return silent;
 }
 
 long snap_get_xstate(int tid, void *area, size_t size)

@@ -16,7 +16,6 @@
 #define SNAP_PTRACE_O_TRACESYSGOOD 0x1
 #define SNAP_PTRACE_O_EXITKILL 0x100000
 #define SNAP_PTRACE_O_SUSPEND_SECCOMP 0x200000
-#define SNAP_EVENT_STOP 0x80057f /* wait status of an event stop that is no group stop */
 #define SNAP_RESUME_CONT 0
 #define SNAP_RESUME_SYSCALL 1
 
@@ -53,14 +52,20 @@ int snap_halt(int tid, int64_t timeout_us, int *stop);
 int snap_await_event_stop(int tid, int64_t timeout_us, int *stop);
 /* The signal of a signal-delivery stop; 0 for a stop of any other kind. */
 int snap_stop_signal(int stop);
+/* The stop is that of PTRACE_INTERRUPT or a group stop: no signal is in hand. */
+int snap_is_event_stop(int stop);
 /* The stop is one at the entry to or the exit from a system call. */
 int snap_is_syscall_stop(int stop);
 
-/* Seizes and interrupts each thread; stops[i] becomes 0 or -errno. Waits for none of them. */
-void snap_seize_all(const int *tids, int *stops, int count, unsigned long options);
-/* Waits until no stops[i] is 0, for at most timeout_us; threads come to an event stop as with
-   snap_halt, which the caller has begun for them. Returns the number still running. */
-int snap_wait_all(const int *tids, int *stops, int count, int64_t timeout_us);
+/* Seizes and interrupts each of `count` threads from tids[known] on, and waits until they are in an
+   event stop as with snap_halt, for at most timeout_us: stops[i] becomes the stop, -errno, or 0 for
+   one that still runs. Returns how many do. tids[0 .. known) are threads of the process that are
+   seized already.
+   While a thread of the process is in execve, PTRACE_SEIZE blocks (cred_guard_mutex) and a zombie
+   leader never stops, and execve in turn waits until its siblings are gone, ours among them: those
+   that end meanwhile are reaped, all but `leader`, whose status belongs to its parent. */
+int snap_stop_all(const int *tids, int *stops, int known, int count, int leader,
+                  unsigned long options, int64_t timeout_us);
 /* Detaches every thread with a positive stop; stops[i] becomes 0 or -errno. */
 void snap_detach_all(const int *tids, int *stops, int count);
 
@@ -68,9 +73,9 @@ void snap_detach_all(const int *tids, int *stops, int count);
    (32 bit). */
 int snap_get_registers(int tid, void *registers, size_t size);
 int snap_set_registers(int tid, const void *registers, size_t size);
-/* For each thread with a positive stop; registers is count * size bytes. First error or 0. */
-int snap_get_registers_all(const int *tids, const int *stops, int count, void *registers,
-                           size_t size);
+/* For each thread with a positive stop; registers is count * size bytes. A thread that does not
+   answer gets -errno for its stop (-ESRCH: it is gone); returns how many did not. */
+int snap_get_registers_all(const int *tids, int *stops, int count, void *registers, size_t size);
 /* The XSAVE area; returns its length. */
 long snap_get_xstate(int tid, void *area, size_t size);
 int snap_set_xstate(int tid, const void *area, size_t size);

@@ -34,6 +34,7 @@ static int borrow(snap_injection *at)
         if (result < 0)
             return result;
     }
+    at->event_stop = at->stop;
     at->borrowed = 1;
     return snap_set_signal_mask(at->tid, at->use_loop ? ~SIGNAL_BIT(SIGTRAP) : ~0ull);
 }
@@ -68,9 +69,8 @@ static int give_back_stopped(snap_injection *at)
    with no signal in hand. */
 static int give_back_trapped(snap_injection *at)
 {
-    int result = put_back(at);
-    at->stop = SNAP_EVENT_STOP;
-    return result;
+    at->stop = at->event_stop;
+    return put_back(at);
 }
 
 int snap_give_back(snap_injection *at)
@@ -90,7 +90,10 @@ int snap_give_back(snap_injection *at)
 static int wait_until(snap_injection *at, int64_t deadline)
 {
     at->stop = 0;
-    return snap_wait(at->tid, deadline - now_us(), &at->stop);
+    int result = snap_wait(at->tid, deadline - now_us(), &at->stop);
+    if (result == 0 && snap_is_event_stop(at->stop))
+        at->event_stop = at->stop;
+    return result;
 }
 
 /* A SIGTRAP from outside stands in the way of ours: with everything blocked the kernel queues it

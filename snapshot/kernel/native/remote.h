@@ -13,6 +13,7 @@
 typedef struct {
     int tid;
     int stop;             /* of the thread, as waitpid(2) reported it; 0: it runs */
+    int event_stop;       /* the last event stop it was in: tells a group stop (SIGSTOP) */
     int fault;            /* after -EFAULT: the stop with the signal */
     int use_loop;         /* 0: make each call with system call stops, never with a trap */
     int borrowed;         /* the thread carries our registers and mask: see snap_give_back */
