@@ -13,6 +13,8 @@ import re
 import weakref
 from pathlib import Path
 
+from .errors import StoreError
+
 DIRECTORY = "use"
 
 
@@ -30,7 +32,7 @@ def acquire(store: Path, number: int, alone: bool) -> Lease | None:
     """The lease of an image number, or None when it is held by others. Never waits."""
     path = _path(store, number)
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = _open(path)
         lease = Lease(handle)
         try:
             fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -49,7 +51,7 @@ def forget(store: Path, number: int) -> None:
 
 def numbers(store: Path) -> set[int]:
     """The image numbers that have a lock file, held or not."""
-    return {int(path.name) for path in (store / DIRECTORY).iterdir() if path.name.isdecimal()}
+    return {int(path.name) for path in (store / DIRECTORY).glob("[0-9]*")}
 
 
 def holders(store: Path, number: int) -> list[int]:
@@ -61,6 +63,14 @@ def holders(store: Path, number: int) -> list[int]:
         return []
     found = re.findall(rf" FLOCK +\w+ +\w+ +(\d+) [0-9a-f]+:[0-9a-f]+:{inode} ", locks)
     return sorted({int(pid) for pid in found})
+
+
+def _open(path: Path) -> int:
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)  # a copied store may lack it
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreError(f"cannot lock {path}: {error.strerror}", f"ls -ld {path.parent}") from None
 
 
 def _path(store: Path, number: int) -> Path:

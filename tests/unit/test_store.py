@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -342,6 +343,19 @@ for seed in range(6):
             store.remove(f"other{seed}")
             store.collect()
 """
+
+
+def test_a_copied_store_without_its_locks(store: Store, tmp_path: Path) -> None:
+    take(store, "one", {0: b"x" * CHUNK})
+    copy = tmp_path / "copy"
+    copy.mkdir(mode=0o700)
+    shutil.copy(store.path / "data.mdb", copy)
+    other = Store.open(copy)
+    check(other, "one", {0: b"x" * CHUNK})
+    other.remove("one")
+    assert other.collect() > 0
+    clean(other)
+    check(store, "one", {0: b"x" * CHUNK})
 
 
 def test_two_processes(store: Store) -> None:
