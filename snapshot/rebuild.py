@@ -217,22 +217,26 @@ def _threads(process: Process, spawned: Spawned, remote: Remote) -> dict[int, Tr
             steps.append((thread.tid, call))
         remote.put(bytes(data))
         results = remote.batch([call for _, call in steps])
-        for (tid, _), result in zip(steps, results, strict=True):
+        for (tid, call), result in zip(steps, results, strict=True):
             if result < 0:
-                raise _no_thread(tid, -result, spawned)
+                _again(tid, call, -result, remote, spawned)
     by_inner = _inner_tids(spawned.pid)
     for thread in others:
         found[thread.tid] = ptrace.adopt(by_inner[thread.tid], remote.tracee.options)
     return found
 
 
-def _no_thread(tid: int, error: int, spawned: Spawned) -> SnapError:
-    if error == errno.EEXIST and not spawned.namespace:
-        return spawning.in_use(tid)
+def _again(tid: int, call: Call, error: int, remote: Remote, spawned: Spawned) -> None:
+    """A thread that could not be made: makes it when its number becomes free, or raises."""
+    if error == errno.EEXIST:
+        for _ in spawning.attempts(tid) if not spawned.namespace else ():
+            if remote.batch([call])[0] >= 0:
+                return
+        raise spawning.in_use(tid)
     name = errno.errorcode.get(error, str(error))
     if error == errno.EPERM:
-        return DeniedError(f"clone3(set_tid={tid}): {name}", "sudo snap check")
-    return RestoreError(f"thread {tid}: clone3: {name}", spawning.PID_NEW)
+        raise DeniedError(f"clone3(set_tid={tid}): {name}", "sudo snap check")
+    raise RestoreError(f"thread {tid}: clone3: {name}", spawning.PID_NEW)
 
 
 def _inner_tids(pid: int) -> dict[int, int]:

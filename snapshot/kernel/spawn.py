@@ -11,7 +11,8 @@ import contextlib
 import errno
 import os
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from ..errors import DeniedError, KernelError, RestoreError
 from . import stub_x86_64 as stub
 from ._native import ffi, lib
 
+_WALL = 0x40000000
+_PF_EXITING = 0x4
+PATIENCE = 2.0
+"""Seconds for the last holder of a pid to be gone."""
 PID_NEW = "snap restore IMAGE --pid new"
 
 
@@ -33,11 +38,19 @@ class Spawned:
     namespace: bool  # it lives in a pid namespace of its own
 
     def kill(self) -> None:
-        """Ends and reaps it (with its whole namespace); nothing is left. May be called twice."""
+        """Ends and reaps it (with its whole namespace); nothing is left. May be called twice.
+
+        If it is traced, then by the calling OS thread: a leader cannot be reaped before its tracer
+        has reaped every other thread.
+        """
         if self.pidfd < 0:
             return
+        threads = _threads(self.pid)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        for tid in threads:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(tid, _WALL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.waited, 0)
         self.close()
@@ -64,6 +77,10 @@ def spawn(pid: int, keep: Sequence[int] = (), namespace: bool = False) -> Spawne
         request.program, request.pid, request.init = program, pid, init
         request.keep, request.keep_count = numbers, len(keep)
         result = lib.spawn(request)
+        for _ in attempts(pid) if result == -errno.EEXIST else ():
+            result = lib.spawn(request)
+            if result != -errno.EEXIST:
+                break
     finally:
         for opened in (program, init):
             if opened >= 0:
@@ -87,6 +104,13 @@ def twin() -> int:
     if pid < 0:
         raise KernelError(f"clone(CLONE_FILES): {os.strerror(-pid)}", "ulimit -u")
     return pid
+
+
+def _threads(pid: int) -> list[int]:
+    """All but the leader."""
+    with contextlib.suppress(OSError):
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task") if int(name) != pid]
+    return []
 
 
 def _memfd(name: str, content: bytes) -> int:
@@ -138,6 +162,23 @@ def holder(pid: int) -> str | None:
                 kind = "process group" if fields[2] == str(pid) else "session"
                 return f"the {kind} of process {each.name} ({comm})"
     return None
+
+
+def attempts(pid: int) -> Iterator[None]:
+    """Yields as long as another attempt to get the number `pid` makes sense after EEXIST: its
+    holder is ending or has just been reaped (the kernel frees the number a moment later)."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and _is_leaving(pid):
+        time.sleep(0.001)
+        yield
+
+
+def _is_leaving(pid: int) -> bool:
+    try:
+        fields = _stat(Path(f"/proc/{pid}/stat"))
+    except OSError:
+        return holder(pid) is None
+    return fields[0] in "ZX" or bool(int(fields[9 - 3]) & _PF_EXITING)
 
 
 def in_use(pid: int) -> RestoreError:
