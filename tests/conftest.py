@@ -217,8 +217,8 @@ class Snap:
         return ran
 
     def names(self) -> list[str]:
-        """Images in the store, of which there may be none."""
-        if not self.store.exists():
+        """Images in the store; a store that was not made holds none."""
+        if not self.store.exists() or not any(self.store.iterdir()):
             return []
         return [entry["image"] for entry in self("list").json]
 

@@ -123,7 +123,7 @@ def test_not_permitted(snap: Snap, victim: Victim, public: Path, who: str) -> No
         one_error(ran, 4, str(victim.pid))
     # No store may be there; if one is, it is empty.
     if (public / "store").exists():
-        assert snap("list", store=public / "store").json == []
+        assert snap("list", store=public / "store", prefix=prefix).json == []
 
 
 def test_store_is_a_file(snap: Snap, victim: Victim, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import snapshot
+from snapshot.kernel.arch_x86_64 import NR, Registers
 from tests.conftest import Reap, Snap, Spawn
 from tests.harness import oracle, processes
 from tests.harness.processes import wait_until
@@ -43,6 +44,22 @@ def test_sixteen_threads(spawn: Spawn, snap: Snap, lazy: bool, pid: str) -> None
     assert len(os.listdir(f"/proc/{victim.pid}/task")) == 16
     for _ in range(3):
         victim.goes_on()
+
+
+def test_no_restart_block_in_an_image(spawn: Spawn, store: Path) -> None:
+    """restart_syscall means something in the thread that was interrupted alone: an image holds the
+    call that it stands for, also for a thread that is just about to make it (rax, rip before the
+    instruction) or that has been stopped in it again (-516, its number in orig_rax)."""
+    victim = spawn("threads16")
+    found = []
+    for number in range(10):
+        with snapshot.take(victim.pid, name=f"image-{number}", store=store) as image:
+            for thread in image.threads:
+                registers = Registers.unpack(thread.registers)
+                if NR.restart_syscall in (registers.rax, registers.orig_rax):
+                    code = image.read(registers.rip - 7, 9).hex()
+                    found.append((number, thread.comm, registers.rax, registers.orig_rax, code))
+    assert found == []
 
 
 @MODES
