@@ -218,7 +218,7 @@ class Snap:
 
     def names(self) -> list[str]:
         """Images in the store; a store that was not made holds none."""
-        if not self.store.exists() or not any(self.store.iterdir()):
+        if not (self.store / "data.mdb").exists():
             return []
         return [entry["image"] for entry in self("list").json]
 
