@@ -79,7 +79,7 @@ close(2), which must never be made twice."""
 class Frozen:
     """A stopped process: the threads with the leader first, and calls inside it."""
 
-    def __init__(self, pid: int, pidfd: int) -> None:
+    def __init__(self, pid: int, pidfd: int, earlier: Frozen | None = None) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.threads: list[Tracee] = []
@@ -90,6 +90,9 @@ class Frozen:
         self.restarted = 0
         """Threads whose system call would have returned EINTR but for `_restart_interrupted`."""
         self._remote: Remote | None = None
+        self._earlier = earlier
+        self._calls: dict[int, tuple[tuple[int, int], int]] = {}
+        """By tid: where (rip, rsp) a thread is in a call that goes on as restart_syscall."""
         self._owner = threading.get_native_id()
 
     @property
@@ -111,12 +114,14 @@ class Frozen:
         that a stop would have made return EINTR says ERESTARTNOHAND (-514), so that a kernel makes
         it again. A thread that has been stopped before may be in restart_syscall (-516), which
         means nothing in another process: its orig_rax says the call's own number here, if the
-        code of the program tells it.
+        `earlier` freeze or the code of the program tells it.
         """
         data = tracee.registers()
         registers = Registers.unpack(data)
         if registers.orig_rax != NR.restart_syscall:
             return data
+        if tracee.tid in self._calls:
+            return registers._replace(orig_rax=self._calls[tracee.tid][1]).pack()
         try:
             code = tracee.read(registers.rip - _CODE_BEFORE, _CODE_BEFORE)
         except KernelError:  # at the very start of a mapping
@@ -169,14 +174,24 @@ class Frozen:
             f"ls /proc/{self.pid}/task",
         )
 
+    def _note_call(self, tid: int, number: int, place: tuple[int, int]) -> None:
+        if number != NR.restart_syscall:
+            self._calls[tid] = (place, number)
+        elif self._earlier is not None and tid in self._earlier._calls:
+            noted = self._earlier._calls[tid]
+            if noted[0] == place:
+                self._calls[tid] = noted
+
     def _restart_interrupted(self, all_registers: bytes) -> None:
         """The stop made some calls return EINTR to a program that got no signal: have them made
         again, by the kernel, which goes on from ERESTARTNOHAND as it does for pause(2): with a
         handler to run the program sees EINTR as it must, without one the call starts again. That
         is decided when the thread goes on, so a signal that arrives meanwhile is no race.
         """
-        found = arch.RESULT_AND_CALL.iter_unpack(all_registers)
-        for tracee, (result, number) in zip(self.threads, found, strict=True):
+        found = arch.CALL.iter_unpack(all_registers)
+        for tracee, (result, number, rip, rsp) in zip(self.threads, found, strict=True):
+            if result == arch.ERESTART_RESTARTBLOCK:
+                self._note_call(tracee.tid, number, (rip, rsp))
             if result != arch.EINTR or number not in _RESTARTED:
                 continue
             registers = Registers.unpack(tracee.registers())
@@ -204,11 +219,15 @@ def _ended(pidfd: int) -> bool:
 
 
 @contextmanager
-def freeze(pid: int, timeout: float = STOP_TIMEOUT) -> Iterator[Frozen]:
+def freeze(
+    pid: int, timeout: float = STOP_TIMEOUT, earlier: Frozen | None = None
+) -> Iterator[Frozen]:
     """Stops every thread of a process for the length of a `with` block.
 
     Afterwards, and on any exception, the scratch is unmapped, registers and masks are the threads'
     own again, and all run on (or stay stopped, if somebody had sent SIGSTOP).
+
+    `earlier`: a freeze of the same process that is over; see `Frozen.registers`.
 
     TargetError: no such process, a zombie, a kernel thread, traced already, or it ended meanwhile.
     DeniedError: no permission. KernelError: a thread did not stop within `timeout` seconds (named).
@@ -217,7 +236,7 @@ def freeze(pid: int, timeout: float = STOP_TIMEOUT) -> Iterator[Frozen]:
         pidfd = os.pidfd_open(pid)
     except OSError as error:
         ptrace.refused(pid, error.errno or errno.ESRCH)
-    frozen = Frozen(pid, pidfd)
+    frozen = Frozen(pid, pidfd, earlier)
     began = 0
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
     try:
@@ -234,6 +253,7 @@ def freeze(pid: int, timeout: float = STOP_TIMEOUT) -> Iterator[Frozen]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         yield frozen
     finally:
+        frozen._earlier = None  # no chain of them
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
         finally:  # whatever Ctrl-C did to the line above

@@ -82,8 +82,8 @@ class Registers(NamedTuple):
 
 _REGISTERS = struct.Struct("27Q")
 REGISTERS_SIZE = _REGISTERS.size
-RESULT_AND_CALL = struct.Struct("=80xq32xQ88x")
-"""rax as a signed number and orig_rax, out of a struct user_regs_struct."""
+CALL = struct.Struct("=80xq32xQQ16xQ56x")
+"""Out of a struct user_regs_struct: rax as a signed number, orig_rax, rip, rsp."""
 
 
 def signed(value: int) -> int:

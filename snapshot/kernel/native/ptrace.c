@@ -27,9 +27,10 @@
 #define SPIN_US 15
 /* SIGCHLD tells of stops; where the program has turned that off we look this often. */
 #define LOOK_NS 500000
-/* How long we wait for a thread before asking whether it is still ours: execve can have given its
-   tid to a sibling, which is nobody's tracee and, in a child of this process, never stops. */
-#define STILL_OURS_US 5000
+/* How long we wait for a thread before asking it itself: execve can have given its tid to a sibling,
+   which is nobody's tracee and, in a child of this process, never stops; or another thread of this
+   process, in a waitpid(2) of its own, can have taken the news of the stop. */
+#define ASK_AFTER_US 5000
 
 static int done(long result)
 {
@@ -187,20 +188,33 @@ static int toward_event_stop(int tid, int stop)
     return result < 0 ? result : snap_resume(tid, SNAP_RESUME_CONT, snap_stop_signal(stop));
 }
 
+/* 0 and the stop it is in; -EAGAIN: it runs; -ESRCH: it is not ours. */
+static int ask(int tid, int *stop)
+{
+    siginfo_t info;
+    if (ptrace(PTRACE_GETSIGINFO, tid, NULL, &info) < 0) {
+        int result = snap_interrupt(tid);
+        return result < 0 ? result : -EAGAIN;
+    }
+    int told_by_code = info.si_code >> 8 == EVENT_STOP || info.si_code == (SIGTRAP | 0x80);
+    *stop = (told_by_code ? info.si_code : info.si_signo) << 8 | 0x7f;
+    return 0;
+}
+
 int snap_await_event_stop(int tid, int64_t timeout_us, int *stop)
 {
     int64_t deadline = now_us() + timeout_us;
     for (;;) {
         int64_t left = deadline - now_us();
         *stop = 0;
-        int result = snap_wait(tid, left < STILL_OURS_US ? left : STILL_OURS_US, stop);
+        int result = snap_wait(tid, left < ASK_AFTER_US ? left : ASK_AFTER_US, stop);
+        if (result == -ETIMEDOUT && left > ASK_AFTER_US)
+            result = ask(tid, stop);
         if (result == 0 && snap_is_event_stop(*stop))
             return 0;
         if (result == 0)
             result = toward_event_stop(tid, *stop);
-        else if (result == -ETIMEDOUT && left > STILL_OURS_US)
-            result = snap_interrupt(tid); /* fails when it is not ours any more */
-        if (result < 0)
+        if (result < 0 && result != -EAGAIN)
             return result;
     }
 }
