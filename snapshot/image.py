@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import zstandard
 
@@ -191,8 +191,14 @@ class Image:
                 yield Damage(self.name, space, entry.address, error.message)
 
     def close(self) -> None:
-        """Gives up the lease: the image may be removed from now on."""
+        """Gives up the lease: the image may be removed from now on, and cannot be read here."""
         self._lease.release()
+        self.__dict__.pop("_environment", None)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name == "_environment":
+            raise StoreError(f"the image {self.name} is closed", f"snap show {self.name}")
+        raise AttributeError(name)
 
     def __enter__(self) -> Image:
         return self

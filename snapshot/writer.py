@@ -258,6 +258,8 @@ class ImageWriter:
         self._lease.release()
         if self._earlier:
             self._earlier[1].release()
+        # The last reference closes the file, and the handoff, which holds us, would keep one.
+        del self._environment
 
     def __enter__(self) -> ImageWriter:
         return self
