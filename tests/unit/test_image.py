@@ -311,3 +311,10 @@ def test_verify_says_how_far_it_is(store: Store) -> None:
     calls: list[tuple[int, int]] = []
     assert list(image.verify(lambda done, total: calls.append((done, total)))) == []
     assert calls == [(64, 200), (128, 200), (192, 200), (200, 200)]
+
+
+def test_a_closed_image_says_so(store: Store) -> None:
+    image = make(store, [raw(noise(1), BASE)])
+    image.close()
+    with pytest.raises(StoreError, match="image is closed"):
+        image.read(BASE, 1)
