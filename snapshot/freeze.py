@@ -27,7 +27,7 @@ from typing import NoReturn
 
 from .errors import KernelError, TargetError
 from .kernel import arch_x86_64 as arch
-from .kernel import ptrace
+from .kernel import ptrace, refusal
 from .kernel.arch_x86_64 import NR, Registers
 from .kernel.ptrace import STOP_TIMEOUT, Tracee
 from .kernel.remote import Remote
@@ -160,14 +160,14 @@ class Frozen:
             stopped, failed = ptrace.seize_and_stop(new, self.threads, self.pid, timeout)
             self.threads += stopped
             if self.pid in failed:
-                ptrace.refused_for_good(self.pid)
+                refusal.refused_for_good(self.pid)
                 if time.monotonic() > began + _EXEC_SECONDS:
-                    ptrace.refused(self.pid, failed[self.pid])
+                    refusal.refused(self.pid, failed[self.pid])
             # The others that failed are ending (ESRCH, EPERM) and will not be listed again.
 
     def _unstoppable(self, failed: dict[int, int], timeout: float) -> NoReturn:
         for tid, number in failed.items():
-            ptrace.refused(tid, number)
+            refusal.refused(tid, number)
         raise KernelError(
             f"process {self.pid} makes threads faster than they can be stopped: "
             f"{len(self.threads)} in {timeout:g} s",
@@ -235,7 +235,7 @@ def freeze(
     try:
         pidfd = os.pidfd_open(pid)
     except OSError as error:
-        ptrace.refused(pid, error.errno or errno.ESRCH)
+        refusal.refused(pid, error.errno or errno.ESRCH)
     frozen = Frozen(pid, pidfd, earlier)
     began = 0
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)

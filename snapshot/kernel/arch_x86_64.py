@@ -1,6 +1,7 @@
-"""Everything particular to x86-64: system call numbers, registers, restart codes, tiny programs.
+"""Everything particular to x86-64: system call numbers, registers, restart codes.
 
-The loop that runs injected calls and the registers it uses are native/arch_x86_64.c.
+The loop that runs injected calls and the registers it uses are native/arch_x86_64.c, the program
+that a new process starts with is stub_x86_64.py.
 Sources: the kernel's arch/x86/entry/syscalls/syscall_64.tbl, asm/user_64.h (struct
 user_regs_struct), linux/errno.h (ERESTART*), arch/x86/kernel/signal.c.
 """
@@ -93,54 +94,6 @@ def signed(value: int) -> int:
 def unsigned(value: int) -> int:
     return value & NO_SYSCALL
 
-
-# A static ELF of one page that sleeps until a tracer takes it over, and ends by itself after ten
-# seconds if none does. Read-only and executable, stack not executable.
-_STUB_BASE = 0x10000
-_STUB_CODE = bytes.fromhex(
-    "488d3d1f000000"  # lea rdi, [rip + 0x1f]: the timespec below
-    "31f6"  # xor esi, esi
-    "b823000000"  # mov eax, nanosleep
-    "0f05"  # syscall
-    "bf01000000"  # mov edi, 1
-    "b8e7000000"  # mov eax, exit_group
-    "0f05"  # syscall
-    "0f0b"  # ud2
-    "9090909090909090"
-) + struct.pack("qq", 10, 0)
-_STUB_HEADERS = 64 + 2 * 56
-STUB_ELF = (
-    struct.pack(
-        "<16sHHIQQQIHHHHHH",
-        b"\x7fELF\x02\x01\x01",
-        2,  # ET_EXEC
-        62,  # EM_X86_64
-        1,
-        _STUB_BASE + _STUB_HEADERS,
-        64,
-        0,
-        0,
-        64,
-        56,
-        2,
-        0,
-        0,
-        0,
-    )
-    + struct.pack(
-        "<IIQQQQQQ",
-        1,  # PT_LOAD
-        5,  # R-X
-        0,
-        _STUB_BASE,
-        _STUB_BASE,
-        _STUB_HEADERS + len(_STUB_CODE),
-        _STUB_HEADERS + len(_STUB_CODE),
-        0x1000,
-    )
-    + struct.pack("<IIQQQQQQ", 0x6474E551, 6, 0, 0, 0, 0, 0, 16)  # PT_GNU_STACK, RW
-    + _STUB_CODE
-)
 
 # fmt: off
 NR = IntEnum(

@@ -48,7 +48,8 @@ from ..units import PAGE, align_up
 from . import arch_x86_64 as arch
 from ._native import ffi, lib
 from .arch_x86_64 import NR
-from .ptrace import SUSPEND_SECCOMP, Tracee, reap, status, stop_name
+from .ptrace import SUSPEND_SECCOMP, Tracee, reap
+from .refusal import status, stop_name
 
 SCRATCH_SIZE = 64 * 1024
 CALL_TIMEOUT = 10.0

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from snapshot.errors import DeniedError, KernelError, TargetError
-from snapshot.kernel import ptrace
-from snapshot.kernel.arch_x86_64 import NR, REGISTERS_SIZE, STUB_ELF, Registers
+from snapshot.kernel import ptrace, refusal
+from snapshot.kernel.arch_x86_64 import NR, REGISTERS_SIZE, Registers
 
 from ..live.freezing import Victim, wait_until
 
@@ -184,20 +184,9 @@ def test_exitkill(options: int) -> None:
         thread.start()
         thread.join()
         if options:
-            wait_until(lambda: ptrace.status(pid)["State"].startswith("Z"), "it is dead")
+            wait_until(lambda: refusal.status(pid)["State"].startswith("Z"), "it is dead")
         else:
             wait_until(lambda: sleeps(pid), "it runs on")
-
-
-def test_the_stub_waits_for_a_tracer(tmp_path: Path) -> None:
-    stub = tmp_path / "stub"
-    stub.write_bytes(STUB_ELF)
-    stub.chmod(0o700)
-    with child([stub]) as pid:
-        tracee = ptrace.seize(pid, ptrace.EXITKILL)
-        wait_until(lambda: sleeps(pid), "it sleeps")
-        tracee.halt()
-        assert Registers.unpack(tracee.registers()).orig_rax == NR.nanosleep
 
 
 # What cannot be traced
@@ -258,7 +247,7 @@ def test_no_permission(own: bool) -> None:
     program = f"""
 import ctypes, os, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from snapshot.kernel import ptrace
+from snapshot.kernel import ptrace, refusal
 from snapshot.errors import DeniedError
 victim = os.getppid()
 os.setuid(65534)

@@ -17,7 +17,7 @@ import pytest
 
 from snapshot.errors import DeniedError, KernelError, TargetError
 from snapshot.freeze import freeze
-from snapshot.kernel import ptrace
+from snapshot.kernel import ptrace, refusal
 from snapshot.kernel.arch_x86_64 import NR, Registers
 from snapshot.kernel.remote import Call, Remote, find_syscall
 from snapshot.units import PAGE
@@ -172,7 +172,7 @@ def test_sigtrap_that_becomes_ignored_by_a_call_stays_so() -> None:
             calls = [Call(NR.getpid), Call(NR.rt_sigaction, (signal.SIGTRAP, action, 0, 8))]
             assert remote.batch([*calls, Call(NR.getpid)]) == [victim.pid, 0, victim.pid]
             expect_calls(remote, victim.pid)
-        ignored = int(ptrace.status(victim.pid)["SigIgn"], 16)
+        ignored = int(refusal.status(victim.pid)["SigIgn"], 16)
         assert ignored & 1 << (signal.SIGTRAP - 1)
 
 

@@ -43,6 +43,8 @@ int snap_take_signal(int tid);
    timeout_us for it (-ETIMEDOUT). For a child of this process that ends its life as a zombie: the
    caller then has the exit status, and nobody else. */
 int snap_reap(int tid, int64_t timeout_us);
+/* One look. 1: it had ended and is reaped; 0: not yet; -ECHILD: there is nothing to reap. */
+int snap_reap_ended(int tid);
 
 /* Takes a stopped or running seized thread to an event stop (PTRACE_INTERRUPT), in which it has no
    signal in hand: those that arrive are delivered on the way, so that none is ever held back. */
@@ -57,25 +59,10 @@ int snap_is_event_stop(int stop);
 /* The stop is one at the entry to or the exit from a system call. */
 int snap_is_syscall_stop(int stop);
 
-/* Seizes and interrupts each of `count` threads from tids[known] on, and waits until they are in an
-   event stop as with snap_halt, for at most timeout_us: stops[i] becomes the stop, -errno, or 0 for
-   one that still runs. Returns how many do. tids[0 .. known) are threads of the process that are
-   seized already.
-   While a thread of the process is in execve, PTRACE_SEIZE blocks (cred_guard_mutex) and a zombie
-   leader never stops, and execve in turn waits until its siblings are gone, ours among them: those
-   that end meanwhile are reaped, all but `leader`, whose status belongs to its parent. */
-int snap_stop_all(const int *tids, int *stops, int known, int count, int leader,
-                  unsigned long options, int64_t timeout_us);
-/* Detaches every thread with a positive stop; stops[i] becomes 0 or -errno. */
-void snap_detach_all(const int *tids, int *stops, int count);
-
 /* size must be that of the architecture's registers, else -ENOEXEC: the thread runs other code
    (32 bit). */
 int snap_get_registers(int tid, void *registers, size_t size);
 int snap_set_registers(int tid, const void *registers, size_t size);
-/* For each thread with a positive stop; registers is count * size bytes. A thread that does not
-   answer gets -errno for its stop (-ESRCH: it is gone); returns how many did not. */
-int snap_get_registers_all(const int *tids, int *stops, int count, void *registers, size_t size);
 /* The XSAVE area; returns its length. */
 long snap_get_xstate(int tid, void *area, size_t size);
 int snap_set_xstate(int tid, const void *area, size_t size);

@@ -1,0 +1,115 @@
+#define _GNU_SOURCE
+#include "threads.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <time.h>
+
+static int64_t now_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
+/* The reaper of snap_stop_all: any thread of the tracer's process may wait for its tracees. */
+struct reaper {
+    const int *tids;
+    int count;
+    int leader;
+    int finished;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+};
+#define REAP_AFTER_NS 5000000
+
+static void *reap_until_finished(void *argument)
+{
+    struct reaper *self = argument;
+    pthread_mutex_lock(&self->lock);
+    while (!self->finished) {
+        struct timespec until;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_nsec += REAP_AFTER_NS;
+        until.tv_sec += until.tv_nsec / 1000000000;
+        until.tv_nsec %= 1000000000;
+        if (pthread_cond_timedwait(&self->changed, &self->lock, &until) != ETIMEDOUT)
+            continue;
+        for (int i = 0; i < self->count; i++)
+            if (self->tids[i] != self->leader)
+                snap_reap_ended(self->tids[i]);
+    }
+    pthread_mutex_unlock(&self->lock);
+    return NULL;
+}
+
+static int wait_all(const int *tids, int *stops, int count, int64_t timeout_us)
+{
+    int64_t deadline = now_us() + timeout_us;
+    int running = 0;
+    for (int i = 0; i < count; i++) {
+        if (stops[i] != 0)
+            continue;
+        int64_t left = deadline - now_us();
+        int stop = 0;
+        int result = snap_await_event_stop(tids[i], left > 0 ? left : 0, &stop);
+        running += result == -ETIMEDOUT;
+        stops[i] = result == -ETIMEDOUT ? 0 : result < 0 ? result : stop;
+    }
+    return running;
+}
+
+static int stop_all(const int *tids, int *stops, int count, unsigned long options,
+                    int64_t timeout_us)
+{
+    for (int i = 0; i < count; i++) {
+        stops[i] = snap_seize(tids[i], options);
+        /* EPERM for one that is ours already: seized by another tid, before an execve. */
+        if (stops[i] == 0 || (stops[i] == -EPERM && snap_interrupt(tids[i]) == 0))
+            stops[i] = snap_interrupt(tids[i]);
+    }
+    return wait_all(tids, stops, count, timeout_us);
+}
+
+int snap_stop_all(const int *tids, int *stops, int known, int count, int leader,
+                  unsigned long options, int64_t timeout_us)
+{
+    struct reaper reaper = {.tids = tids,
+                            .count = known + count,
+                            .leader = leader,
+                            .lock = PTHREAD_MUTEX_INITIALIZER,
+                            .changed = PTHREAD_COND_INITIALIZER};
+    pthread_t thread;
+    int reaping = known + count > 1 &&
+                  pthread_create(&thread, NULL, reap_until_finished, &reaper) == 0;
+    int running = stop_all(tids + known, stops + known, count, options, timeout_us);
+    if (reaping) {
+        pthread_mutex_lock(&reaper.lock);
+        reaper.finished = 1;
+        pthread_cond_signal(&reaper.changed);
+        pthread_mutex_unlock(&reaper.lock);
+        pthread_join(thread, NULL);
+    }
+    return running;
+}
+
+void snap_detach_all(const int *tids, int *stops, int count)
+{
+    for (int i = 0; i < count; i++)
+        if (stops[i] > 0)
+            stops[i] = snap_detach(tids[i], 0);
+}
+
+int snap_get_registers_all(const int *tids, int *stops, int count, void *registers, size_t size)
+{
+    int silent = 0;
+    for (int i = 0; i < count; i++) {
+        char *out = (char *)registers + (size_t)i * size;
+        int result = stops[i] > 0 ? snap_get_registers(tids[i], out, size) : -ESRCH;
+        if (result < 0) {
+            stops[i] = result;
+            silent++;
+        }
+    }
+    return silent;
+}

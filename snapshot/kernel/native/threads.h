@@ -1,0 +1,25 @@
+/*
+ * All threads of a process in one call: 200 of them take a millisecond. Mechanism without policy; the
+ * words and the caller's duties are those of ptrace.h.
+ */
+#ifndef SNAP_THREADS_H
+#define SNAP_THREADS_H
+#include "ptrace.h"
+
+/* Seizes and interrupts each of `count` threads from tids[known] on, and waits until they are in an
+   event stop as with snap_halt, for at most timeout_us: stops[i] becomes the stop, -errno, or 0 for
+   one that still runs. Returns how many do. tids[0 .. known) are threads of the process that are
+   seized already.
+   While a thread of the process is in execve, PTRACE_SEIZE blocks (cred_guard_mutex) and a zombie
+   leader never stops, and execve in turn waits until its siblings are gone, ours among them: those
+   that end meanwhile are reaped, all but `leader`, whose status belongs to its parent. */
+int snap_stop_all(const int *tids, int *stops, int known, int count, int leader,
+                  unsigned long options, int64_t timeout_us);
+/* Detaches every thread with a positive stop; stops[i] becomes 0 or -errno. */
+void snap_detach_all(const int *tids, int *stops, int count);
+
+/* For each thread with a positive stop; registers is count * size bytes. A thread that does not
+   answer gets -errno for its stop (-ESRCH: it is gone); returns how many did not. */
+int snap_get_registers_all(const int *tids, int *stops, int count, void *registers, size_t size);
+
+#endif
