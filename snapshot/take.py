@@ -19,7 +19,7 @@ from pathlib import Path
 from . import examine
 from .errors import DeniedError, TakeError
 from .examine import Examination
-from .freeze import freeze
+from .freeze import Frozen, freeze
 from .hooks import Hooks
 from .image import Image
 from .kernel import procfs, vdso
@@ -134,15 +134,15 @@ def _attempt(job: _Take, *, everything: bool) -> bool:
     identity = ProcessIdentity(procfs.boot_id(), job.pid, procfs.stat(job.pid).start_ticks)
     with ExitStack() as stack:
         writer = stack.enter_context(job.store.begin(job.name, identity))
-        protection, stops = None, []
+        protection, first, stops = None, None, []
         if not everything:
-            with freeze(job.pid) as frozen:
-                protection = stack.enter_context(WriteProtection.create(frozen))
-            stops.append(frozen.stopped_us)
+            with freeze(job.pid) as first:
+                protection = stack.enter_context(WriteProtection.create(first))
+            stops.append(first.stopped_us)
         pumping = _Pumping(job, stack, protection, writer)
         try:
             pumping.prepare(before)
-            instant = _instant(job, pumping, before, everything)
+            instant = _instant(job, pumping, before, first)
             stops.append(instant.pause_us)
             job.hooks.run("resumed", pid=job.pid, image=job.name)
             _wait(job, pumping.pump)
@@ -205,11 +205,14 @@ def _open_object(pid: int, source: Line | SharedMemory, stack: ExitStack) -> int
     return fd
 
 
-def _instant(job: _Take, pumping: _Pumping, examination: Examination, everything: bool) -> _Instant:
+def _instant(
+    job: _Take, pumping: _Pumping, examination: Examination, first: Frozen | None
+) -> _Instant:
     """The pause. Injected calls come first: once armed, nothing may run in the target until the
-    fault thread does."""
+    fault thread does. `first` is the stop that made the userfaultfd; without one all is copied."""
     clock = Stopwatch()
-    with freeze(job.pid) as frozen:
+    everything = first is None
+    with freeze(job.pid, earlier=first) as frozen:
         clock.stages_us["freeze"] = frozen.freeze_us
         with clock.stage("capture"):
             gathered = gather(frozen)
