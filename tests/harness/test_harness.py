@@ -207,14 +207,7 @@ def test_storms(spawn: Spawn, what: str) -> None:
 def test_edges(spawn: Spawn) -> None:
     victim = spawn("edges", mib=2)
     for _ in range(2):
-        edges(victim)
-
-
-def edges(victim: Victim) -> None:
-    done = victim.status().verified
-    victim.signal(signal.SIGUSR1)
-    processes.wait_until(lambda: victim.status().verified > done, "a round of edges")
-    victim.healthy()
+        victim.verify()
 
 
 @pytest.mark.parametrize(

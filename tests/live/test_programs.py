@@ -18,7 +18,6 @@ from tests.conftest import Reap, Snap, Spawn
 from tests.harness import oracle, processes
 from tests.harness.processes import wait_until
 from tests.harness.takes import compared, restored, take_with_oracle
-from tests.harness.victims import Victim
 
 pytestmark = pytest.mark.live
 
@@ -128,7 +127,7 @@ def test_early_life(spawn: Spawn, store: Path, lazy: bool) -> None:
     victim.kill()
     with restored(victim, "image", store, lazy):
         for _ in range(2):
-            edges(victim)
+            victim.verify()
 
 
 OPERATIONS = [
@@ -144,19 +143,7 @@ def test_one_operation_first(spawn: Spawn, store: Path, only: str) -> None:
     snapshot.take(victim.pid, name="image", store=store).close()
     victim.kill()
     with restored(victim, "image", store, lazy=True):
-        edges(victim)
-
-
-def edges(victim: Victim) -> None:
-    done = victim.status().verified
-    victim.signal(signal.SIGUSR1)
-
-    def over() -> bool:
-        assert victim.lives(), victim.output()
-        return victim.status().verified > done
-
-    wait_until(over, "a round of edges")
-    victim.healthy()
+        victim.verify()
 
 
 @MODES

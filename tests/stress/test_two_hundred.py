@@ -13,9 +13,7 @@ import snapshot
 from snapshot.errors import TakeError
 from snapshot.store import Store
 from tests.conftest import Spawn
-from tests.harness import processes
 from tests.harness.takes import compared, restored
-from tests.harness.victims import Victim
 
 pytestmark = [
     pytest.mark.live,
@@ -79,16 +77,7 @@ def test_early_life(spawn: Spawn, store: Path, lazy: bool) -> None:
     victim.kill()
     for _ in range(TIMES // 4):
         with restored(victim, "image", store, lazy):
-            edges(victim)
-
-
-def edges(victim: Victim) -> None:
-    import signal
-
-    done = victim.status().verified
-    victim.signal(signal.SIGUSR1)
-    processes.wait_until(lambda: victim.status().verified > done, "a round of edges")
-    victim.healthy()
+            victim.verify()
 
 
 STORMS = ["munmap", "madvise", "fork", "brk", "mremap", "protect", "threads"]
