@@ -187,7 +187,8 @@ def demo_python(mib: int) -> Table:
         app.goes_on()
         table = _table(taken, back, first)
         table.add_row(
-            "transfers in sqlite3", f"{at_take:,} at the take, {answer['progress']['bank']:,} back"
+            "transfers in sqlite3",
+            f"{at_take:,} at the take, {answer['progress']['bank']:,} when asked again",
         )
         table.add_row("its own checks", "the sums, the log, every byte of its data: right")
         return table
