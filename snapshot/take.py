@@ -144,6 +144,8 @@ def _attempt(job: _Take, *, everything: bool) -> bool:
             pumping.prepare(before)
             instant = _instant(job, pumping, before, first)
             stops.append(instant.pause_us)
+            if not everything:
+                pumping.store()
             job.hooks.run("resumed", pid=job.pid, image=job.name)
             _wait(job, pumping.pump)
         except LostError as error:
@@ -174,7 +176,7 @@ class _Pumping:
         self.pump: Pump
 
     def prepare(self, examination: Examination) -> None:
-        """A pump for this plan, its storing threads running; nothing is touched yet."""
+        """A pump for this plan; nothing is touched yet."""
         self._stack.close()
         plan, pid = examination.plan, self.job.pid
         objects = {
@@ -184,7 +186,10 @@ class _Pumping:
         pump = Pump(pid, self.uffd, self.job.staging, self.job.store.path)
         self.pump = self._stack.enter_context(pump)
         pump.add(plan, objects)
-        pump.store(self.writer.put, os.cpu_count() or 1)
+
+    def store(self) -> None:
+        """Let saved chunks go to the store, with all cores."""
+        self.pump.store(self.writer.put, os.cpu_count() or 1)
 
 
 def _open_object(pid: int, source: Line | SharedMemory, stack: ExitStack) -> int:
@@ -226,6 +231,8 @@ def _instant(
                 examine.refuse(job.pid, examination.plan, problems)
                 pumping.prepare(examination)
         pump = pumping.pump
+        if everything:
+            pumping.store()  # else after the pause: compressors would take its processor
         with clock.stage("scan"):
             pump.scan()
         with clock.stage("copy"):
