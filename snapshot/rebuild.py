@@ -11,7 +11,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from . import address_space, fill, objects
@@ -34,6 +34,8 @@ _CLONE_THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | 0x2000
 """VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, PTRACE"""
 _CLONE_ARGS = struct.Struct("<11Q")
 _PR_SET_PDEATHSIG = 1
+_CODE_BEFORE = 32
+"""Bytes in which the number of a system call is looked for."""
 _AT_FDCWD = -100
 
 
@@ -94,7 +96,7 @@ class Rebuilt:
             self.leader.write(address, data)
         for thread in self.process.threads:
             tracee = self.tracees[thread.tid]
-            tracee.set_registers(final_registers(thread))
+            tracee.set_registers(final_registers(thread, tracee.read))
             _set_xstate(tracee, thread, ctx.manifest)
             tracee.set_signal_mask(thread.signal_mask)
 
@@ -162,19 +164,41 @@ def check(manifest: Manifest) -> None:
         raise UnsupportedError(f"image {manifest.image} cannot be restored here", things, hint)
 
 
-def final_registers(thread: Thread) -> bytes:
-    """The registers to go on with. The kernel restarts an interrupted system call by what they say
-    (-512, -513, -514); -516 needs a restart block that a new process does not have, so that call
-    is simply made again, and a relative time starts over."""
+def final_registers(thread: Thread, read: Callable[[int, int], bytes]) -> bytes:
+    """The registers to go on with; `read` gives (address, length) of the memory of the process.
+
+    The kernel restarts an interrupted system call by what they say (-512, -513, -514). -516 needs a
+    restart block, which a new process does not have: that call is simply made again, and a relative
+    time starts over. The same when the kernel had prepared the restart already (arch/x86/kernel/
+    signal.c, arch_do_signal_or_restart) and the thread stood before restart_syscall(2), which
+    would return EINTR.
+    """
     registers = Registers.unpack(thread.registers)
-    restart = registers.result == arch.ERESTART_RESTARTBLOCK
-    if restart and arch.signed(registers.orig_rax) >= 0:
-        registers = registers._replace(
-            rax=registers.orig_rax,
-            rip=registers.rip - len(arch.SYSCALL_INSTRUCTION),
-            orig_rax=arch.NO_SYSCALL,
-        )
-    return registers.pack()
+    instruction = registers.rip
+    if registers.result == arch.ERESTART_RESTARTBLOCK:
+        instruction -= len(arch.SYSCALL_INSTRUCTION)
+    elif registers.rax != NR.restart_syscall or not _is_syscall(instruction, read):
+        return thread.registers
+    number: int | None = arch.signed(registers.orig_rax)
+    if number is None or number < 0 or number == NR.restart_syscall:
+        end = instruction + len(arch.SYSCALL_INSTRUCTION)
+        number = arch.call_number_before(_code(end, read))
+    if number is None:
+        return thread.registers  # EINTR, as after a signal
+    again = registers._replace(rax=number, rip=instruction, orig_rax=arch.NO_SYSCALL)
+    return again.pack()
+
+
+def _is_syscall(address: int, read: Callable[[int, int], bytes]) -> bool:
+    return _code(address + 2, read).endswith(arch.SYSCALL_INSTRUCTION)
+
+
+def _code(end: int, read: Callable[[int, int], bytes]) -> bytes:
+    """Up to 32 bytes before `end`; b"" where nothing can be read."""
+    for length in (_CODE_BEFORE, len(arch.SYSCALL_INSTRUCTION)):
+        with suppress(SnapError):
+            return read(end - length, length)
+    return b""
 
 
 def _take(spawned: Spawned) -> Tracee:

@@ -153,7 +153,7 @@ def gather(frozen: Frozen) -> Gathered:
         raw.append(
             _RawThread(
                 tid=tracee.tid,
-                registers=tracee.registers(),
+                registers=frozen.registers(tracee),
                 xstate=tracee.xstate(),
                 signal_mask=tracee.signal_mask(),
                 pending=tracee.pending(shared=False),

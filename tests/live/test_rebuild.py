@@ -399,9 +399,18 @@ def test_nothing_of_the_stub_stays(tmp_path: Path, again: Callable[..., Restored
     assert set(map(int, os.listdir(f"/proc/{restored.pid}/fd"))) == descriptors
 
 
-def thread(rax: int, orig_rax: int) -> Thread:
+CODE = bytes.fromhex("4989ca b823000000 0f05".replace(" ", "")).rjust(64, b"\x90")
+"""mov r10, rcx; mov eax, 35 (nanosleep); syscall: ends at 0x1040"""
+
+
+def read(address: int, length: int) -> bytes:
+    assert 0x1000 <= address <= address + length <= 0x1040
+    return CODE[address - 0x1000 :][:length]
+
+
+def thread(rax: int, orig_rax: int, rip: int = 0x1040) -> Thread:
     registers = Registers(*[0] * 27)._replace(
-        rax=rax & NO_SYSCALL, orig_rax=orig_rax & NO_SYSCALL, rip=0x1002
+        rax=rax & NO_SYSCALL, orig_rax=orig_rax & NO_SYSCALL, rip=rip
     )
     return Thread(tid=1, comm=b"", registers=registers.pack(), xstate=b"", signal_mask=0)
 
@@ -409,12 +418,25 @@ def thread(rax: int, orig_rax: int) -> Thread:
 @pytest.mark.parametrize("result", [-512, -513, -514, -4, 0, 5])
 def test_the_kernel_restarts_these_by_itself(result: int) -> None:
     one = thread(result, 0)
-    assert final_registers(one) == one.registers
+    assert final_registers(one, read) == one.registers
 
 
-def test_a_call_with_a_restart_block_is_made_again() -> None:
-    found = Registers.unpack(final_registers(thread(-516, 35)))
-    assert (found.rax, found.rip, found.orig_rax) == (35, 0x1000, NO_SYSCALL)
+@pytest.mark.parametrize("number", [35, 219])
+def test_a_call_with_a_restart_block_is_made_again(number: int) -> None:
+    """Also one that was restarted before and is in restart_syscall (219) now."""
+    found = Registers.unpack(final_registers(thread(-516, number), read))
+    assert (found.rax, found.rip, found.orig_rax) == (35, 0x103E, NO_SYSCALL)
+
+
+@pytest.mark.parametrize("number", [35, -1])
+def test_a_restart_that_was_prepared_is_undone(number: int) -> None:
+    found = Registers.unpack(final_registers(thread(219, number, 0x103E), read))
+    assert (found.rax, found.rip, found.orig_rax) == (35, 0x103E, NO_SYSCALL)
+
+
+def test_219_elsewhere_is_only_a_number() -> None:
+    one = thread(219, -1, 0x1020)
+    assert final_registers(one, read) == one.registers
 
 
 def test_an_image_of_another_kernel_is_refused(
