@@ -95,17 +95,17 @@ def is_whole(path: Path) -> str:
 
 
 def test_killed_between_any_two_calls(tmp_path: Path) -> None:
-    """At 80 points spread over the whole story."""
+    """At 48 points spread over the whole story."""
     counted = tmp_path / "counted"
     prepare(tmp_path / "whole")
     assert in_child(partial(die_at, -1, partial(story, tmp_path / "whole"), counted)) == 0
     total = int(counted.read_text())
     assert total > 400
     seen = set()
-    for number in range(80):
+    for number in range(48):
         path = tmp_path / str(number)
         prepare(path)
-        call = 1 + total * number // 80
+        call = 1 + total * number // 48
         status = in_child(partial(die_at, call, partial(story, path)))
         assert status in (0, signal.SIGKILL)
         seen.add(is_whole(path))
@@ -119,9 +119,9 @@ def test_killed_while_the_store_is_made(tmp_path: Path) -> None:
     counted = tmp_path / "counted"
     assert in_child(partial(die_at, -1, partial(make, tmp_path / "whole"), counted)) == 0
     total = int(counted.read_text())
-    for number in range(30):
+    for number in range(16):
         path = tmp_path / str(number)
-        call = 1 + total * number // 30
+        call = 1 + total * number // 16
         status = in_child(partial(die_at, call, partial(make, path)))
         assert status in (0, signal.SIGKILL)
         make(path)
