@@ -79,6 +79,22 @@ def command_line(pid: int) -> str:
     return f"{comm} [{state(pid)}]"
 
 
+def threads(pid: int) -> str:
+    """Each thread with its state, its tracer and where in the kernel it waits: for messages."""
+    found = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                root = Path(f"/proc/{pid}/task/{task}")
+                status = dict(
+                    line.split(":\t", 1) for line in (root / "status").read_text().splitlines()
+                )
+                place = (root / "wchan").read_text()
+                tracer = status["TracerPid"].strip()
+                found.append(f"{task} {status['Name']} {status['State']} {tracer} {place}")
+    return "; ".join(found)
+
+
 def ended(pid: int) -> bool:
     """Whether `pid` is gone for good, its number free again. A zombie of our own is reaped."""
     letter = state(pid)
@@ -101,7 +117,7 @@ def kill(pid: int, seconds: float = 20.0) -> None:
         poll = select.poll()
         poll.register(handle, select.POLLIN)
         if not poll.poll(seconds * 1000):
-            raise TimeoutError(f"process {pid} {command_line(pid)} did not end on SIGKILL")
+            raise TimeoutError(f"process {pid} did not end on SIGKILL: {threads(pid)}")
     finally:
         os.close(handle)
     wait_until(lambda: ended(pid), f"process {pid} being reaped", seconds)
