@@ -2,7 +2,7 @@
 
 Every `*.h` in this folder is both the C header of its `*.c` and, with the preprocessor lines that
 cffi cannot parse left out, the declaration that Python sees: a signature is written once.
-A `#define NAME integer` reaches Python too. A header named `*_internal.h` is shared by C files only.
+A `#define NAME integer` reaches Python too. A header named `*_internal.h` is for C files only.
 """
 
 from __future__ import annotations
