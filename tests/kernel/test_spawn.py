@@ -13,6 +13,7 @@ import pytest
 from snapshot.errors import RestoreError
 from snapshot.kernel import spawn, stub_x86_64
 from snapshot.kernel.spawn import Spawned
+from tests.harness.processes import wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: sudo pytest tests/kernel")
 
@@ -32,6 +33,14 @@ def made() -> Iterator[list[Spawned]]:
     yield spawned
     for each in spawned:
         each.kill()
+
+
+def comm(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def descriptors(pid: int) -> set[int]:
+    return set(map(int, os.listdir(f"/proc/{pid}/fd")))
 
 
 def status(pid: int, field: str) -> str:
@@ -55,8 +64,9 @@ def test_pid_signals_and_descriptors(free_pid: int, made: list[Spawned]) -> None
             & ~(1 << signal.SIGKILL - 1 | 1 << signal.SIGSTOP - 1)
             & (1 << 64) - 1
         )
-        inherited = set(map(int, os.listdir(f"/proc/{free_pid}/fd")))
-        assert inherited == {0, 1, 2, read_end, write_end}
+        # execve lets the maker go on a moment before it closes what is close-on-exec
+        kept = {0, 1, 2, read_end, write_end}
+        wait_until(lambda: descriptors(free_pid) == kept, f"only {kept} open in the process")
         assert os.get_inheritable(other)  # nothing changed here
         assert not os.get_inheritable(read_end)
     finally:
@@ -84,6 +94,7 @@ def test_kill_leaves_nothing(free_pid: int) -> None:
 def test_a_pid_in_use_is_named(made: list[Spawned]) -> None:
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         try:
+            wait_until(lambda: comm(sleeper.pid) == "sleep", "sleep running")
             with pytest.raises(RestoreError) as caught:
                 spawn.spawn(sleeper.pid)
         finally:
@@ -113,6 +124,7 @@ def test_a_pid_that_is_still_a_process_group_is_named() -> None:
     sleeper = int(leader.stdout.readline())
     try:
         leader.wait()
+        wait_until(lambda: comm(sleeper) == "sleep", "sleep running")
         with pytest.raises(RestoreError, match=rf"group of process {sleeper} \(sleep\)"):
             spawn.spawn(leader.pid)
     finally:
@@ -131,7 +143,7 @@ def test_own_pid_namespace(made: list[Spawned]) -> None:
     assert status(process.pid, "NSpid").split()[-1] == str(os.getpid())
     assert status(process.waited, "NSpid").split()[-1] == "1"
     assert status(process.pid, "PPid") == str(process.waited)
-    assert os.listdir(f"/proc/{process.waited}/fd") == []
+    wait_until(lambda: not descriptors(process.waited), "pid 1 having no descriptor")
     mounts = Path(f"/proc/{process.pid}/mountinfo").read_text()
     assert mounts.count(" /proc ") == Path("/proc/self/mountinfo").read_text().count(" /proc ") + 1
     assert "shared:" not in mounts
