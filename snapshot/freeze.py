@@ -10,7 +10,8 @@ EINTR nor an early return. A restarted relative timeout of epoll_wait, sigtimedw
 a socket with SO_RCVTIMEO starts over, as after SIGSTOP and SIGCONT with SA_RESTART; those of
 nanosleep, poll, select and futex do not.
 
-All of it belongs to one OS thread (asserted).
+All of it belongs to one OS thread (asserted). A child of this very process should be frozen from
+another one: a waitpid(2) for it elsewhere in this process is told of our stops as if it had ended.
 """
 
 from __future__ import annotations
