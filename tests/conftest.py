@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No process and no mount of ours outlives the tests."""
     processes.become_subreaper()
+    signal.signal(signal.SIGTERM, _terminated)
     ours = str(tmp_path_factory.getbasetemp())
     yield
     left = _end_leftovers()
@@ -41,6 +43,11 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     problems += [f"mount: {line}" for line in mounts if ours in line]
     assert not problems, f"the tests left {'; '.join(problems)}"
+
+
+def _terminated(number: int, frame: object) -> None:
+    """A session that is ended from outside takes its processes along, like one that is Ctrl-C'ed."""
+    pytest.exit("ended by SIGTERM", 128 + number)
 
 
 def _end_leftovers(before: frozenset[int] = frozenset()) -> list[str]:
