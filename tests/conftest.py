@@ -46,7 +46,7 @@ def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def _terminated(number: int, frame: object) -> None:
-    """A session that is ended from outside takes its processes along, like one that is Ctrl-C'ed."""
+    """A session that is ended from outside takes its processes along, as with Ctrl-C."""
     pytest.exit("ended by SIGTERM", 128 + number)
 
 
