@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import fill, lazy
-from .errors import RestoreError
+from .errors import DeniedError, RestoreError
 from .image import Image
 from .kernel import pidfd as pidfds
 from .kernel import uffd
@@ -22,8 +23,8 @@ from .kernel.remote import Call, Remote
 from .kernel.uffd import Uffd
 from .manifest import Process
 from .rebuild import Context
-from .service import MESSAGE_BYTES
 
+MESSAGE_BYTES = 1 << 16
 _HIGH = 900
 """The duplicate in the restored process gets this number or the next free one."""
 _F_DUPFD_CLOEXEC = 1030
@@ -82,12 +83,13 @@ class PageServer:
             os.close(handle)
         fill.fill(ctx.image, process, fill.at_once(process), remote.tracee)
 
-    def _send(self, data: bytes, *descriptors: int) -> None:
-        if len(data) > MESSAGE_BYTES:
-            raise RestoreError("too many regions for a lazy restore", "snap restore --eager")
-        self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE_BYTES)
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
-        self._control.sendmsg([data], [rights])
+    def _send(self, plan: bytes, *descriptors: int) -> None:
+        """The plan goes as a file: with tens of thousands of regions it is too long to be sent."""
+        with os.fdopen(os.memfd_create("snap-plan", os.MFD_CLOEXEC), "wb") as file:
+            file.write(plan)
+            file.flush()
+            rights = array.array("i", [*descriptors, file.fileno()])
+            self._control.sendmsg([b"plan"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
 
     def running(self) -> None:
         """The process has been let go: the server may stop it for a moment at the end."""
@@ -148,7 +150,12 @@ class PageServer:
 def _create(process: Process, remote: Remote) -> tuple[int, int]:
     """A userfaultfd of the new process, made inside it while it still has the power for that.
     -> its number, and that of the duplicate which stays until all pages are in."""
-    number = remote.call(NR.userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK)
+    (number,) = remote.batch([Call(NR.userfaultfd, (os.O_CLOEXEC | os.O_NONBLOCK,))])
+    if number < 0:
+        raise DeniedError(
+            f"userfaultfd(2) in the new process: {errno.errorcode.get(-number, number)}",
+            "snap restore IMAGE --eager",
+        )
     highest = max((one.fd for one in process.descriptors), default=2)
     for lowest in (max(highest + 1, _HIGH), highest + 1):
         (duplicate,) = remote.batch([Call(NR.fcntl, (number, _F_DUPFD_CLOEXEC, lowest))])

@@ -17,10 +17,8 @@ from typing import Any
 
 from . import pageserver
 from .errors import SnapError
-from .freeze import freeze
 from .journal import RUNNING, Journal
 from .kernel import procfs
-from .kernel.arch_x86_64 import NR
 from .kernel.spawn import twin
 from .kernel.uffd import Uffd, UffdError
 from .lazy import Client, Server
@@ -29,7 +27,6 @@ from .missing import Missing
 from .pageserver import Plan
 from .store import Store
 
-MESSAGE_BYTES = 1 << 20
 PATIENCE = 30.0
 """Seconds in which a process that somebody else traces is tried again."""
 PAUSE = "SNAP_TEST_STREAM_PAUSE_MS"
@@ -56,15 +53,17 @@ class Service:
     def receive(self) -> bool:
         """Waits for the userfaultfd and the ranges; False when `snap restore` has ended first."""
         with socket.socket(fileno=os.dup(self.plan.control)) as control:
-            data, ancillary, _, _ = control.recvmsg(MESSAGE_BYTES, socket.CMSG_SPACE(8))
+            data, ancillary, _, _ = control.recvmsg(64, socket.CMSG_SPACE(3 * 4))
         if not data:
             return False
         numbers = array.array("i")
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 numbers.frombytes(content)
-        uffd, pidfd = numbers
-        fields: dict[str, Any] = {**self.plan.fields(), **json.loads(data)}
+        uffd, pidfd, sent = numbers
+        with os.fdopen(sent, "rb") as file:
+            file.seek(0)
+            fields: dict[str, Any] = {**self.plan.fields(), **json.load(file)}
         plan = Plan({**fields, "uffd": uffd, "pidfd": pidfd})
         self.plan.__dict__.update(plan.__dict__)
         self.journal.set_plan(self.plan.fields())
@@ -158,6 +157,9 @@ class Service:
 
 def _close_in(pid: int, fd: int, uffd: Uffd) -> None:
     """Closes the duplicate in a process, which stops for that."""
+    from .freeze import freeze  # not needed to start
+    from .kernel.arch_x86_64 import NR
+
     with freeze(pid) as frozen:
         if uffd.held_by(pid, fd):
             frozen.remote.call(NR.close, fd)

@@ -296,4 +296,4 @@ def test_a_store_that_is_gone_is_an_error_before_the_process_runs(
         (store / "data.mdb").rename(store / "hidden")
         with pytest.raises(SnapError):
             restore(opened, lazy=True)
-    assert not servers()
+    await_end()

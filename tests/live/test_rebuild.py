@@ -360,6 +360,30 @@ def flags_of(copied: StoppedCopy) -> set[str]:
     return {flag for mapping in mappings for flag in mapping.vm_flags}
 
 
+@Modes
+def test_many_mappings(mode: str, tmp_path: Path, again: Callable[..., Restored]) -> None:
+    """More than fit into one message or one batch."""
+    script = """
+import mmap, os, time
+areas = [mmap.mmap(-1, 8192, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 1 + 2 * (n % 2)) for n in
+         range(16000)]
+for n in range(1, 16000, 2):
+    areas[n][:8] = n.to_bytes(8, "little")
+while not os.path.exists("go"): time.sleep(0.01)
+right = all(areas[n][:8] == (n * (n % 2)).to_bytes(8, "little") for n in range(16000))
+open("result", "w").write(str(right))
+while True: time.sleep(100)
+"""
+    with python(script, tmp_path) as victim:
+        copied = copied_and_killed(victim)
+    assert len(copied.manifest.processes[0].mappings) > 8000
+    again(copied, mode)
+    (tmp_path / "go").touch()
+    wait_until((tmp_path / "result").exists, "the result")
+    wait_until(lambda: bool((tmp_path / "result").read_text()), "the result")
+    assert (tmp_path / "result").read_text() == "True"
+
+
 def test_proc_shows_the_same(tmp_path: Path, again: Callable[..., Restored]) -> None:
     with python("import time\nwhile True: time.sleep(100)", tmp_path) as victim:
         at_rest(victim)
