@@ -172,11 +172,11 @@ def show(
     from snapshot import describe
 
     with _store(store) as opened, opened.image(image) as source:
-        manifest = source.manifest
-    if json:
-        put_json(describe.shown(manifest))
-    else:
-        print(*describe.details(manifest), sep="\n")
+        held = describe.held_by(source)
+        if json:
+            put_json(describe.shown(source.manifest, held))
+        else:
+            print(*describe.details(source.manifest, held), sep="\n")
 
 
 @app.command(

@@ -7,14 +7,16 @@ shown with backslash escapes.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .manifest import Manifest, Mapping, Process, TakeStats
+from .manifest import OBJECT_SPACE, Manifest, Mapping, Process, TakeStats
 from .stats import microseconds
-from .units import mib
+from .units import CHUNK, align_down, mib
 
 if TYPE_CHECKING:
+    from .image import Image
     from .restore import Restored
     from .store import ImageInfo
 
@@ -62,14 +64,36 @@ def statistics(stats: TakeStats) -> dict[str, Any]:
     return {name: getattr(stats, name) for name in stats.__struct_fields__}
 
 
-def shown(manifest: Manifest) -> dict[str, Any]:
+Held = Callable[[Process, Mapping], int]
+"""Bytes of a mapping that are in the image."""
+
+
+def held_by(image: Image) -> Held:
+    """Counted in whole chunks, as the index knows them: an empty page beside one that holds
+    something counts too."""
+
+    def held(process: Process, mapping: Mapping) -> int:
+        if mapping.object is None:
+            space, start = process.index, mapping.start
+        else:
+            space, start = OBJECT_SPACE + mapping.object, mapping.offset
+        end = start + mapping.size
+        addresses = image.addresses(space)
+        first = bisect_left(addresses, align_down(start, CHUNK))
+        last = bisect_left(addresses, end)
+        return sum(min(end, at + CHUNK) - max(start, at) for at in addresses[first:last])
+
+    return held
+
+
+def shown(manifest: Manifest, held: Held) -> dict[str, Any]:
     """`snap show --json`."""
     host = manifest.host
     return {
         "image": manifest.image,
         "taken_at": manifest.taken_at,
         "host": {"boot_id": host.boot_id, "kernel": host.kernel, "machine": host.machine},
-        "processes": [_process(process) for process in manifest.processes],
+        "processes": [_process(process, held) for process in manifest.processes],
         "shared_objects": [
             {"id": one.id, "kind": one.kind, "name": text(one.name), "size": one.size}
             for one in manifest.objects
@@ -80,7 +104,7 @@ def shown(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _process(process: Process) -> dict[str, Any]:
+def _process(process: Process, held: Held) -> dict[str, Any]:
     files = {file.id: file for file in process.files}
     return {
         "pid": process.pid,
@@ -97,7 +121,7 @@ def _process(process: Process) -> dict[str, Any]:
                 "permissions": permissions(mapping),
                 "kind": mapping.kind,
                 "name": text(mapping.name),
-                "image_bytes": mapping.populated,
+                "image_bytes": held(process, mapping),
             }
             for mapping in process.mappings
         ],
@@ -147,19 +171,19 @@ def _value(name: str, value: Any) -> str:
     return f"{value:.2f} s" if name == "seconds" else str(value)
 
 
-def details(manifest: Manifest) -> list[str]:
+def details(manifest: Manifest, held: Held) -> list[str]:
     """`snap show` for people."""
     lines = [
         f"image     {manifest.image}",
         f"taken     {moment(manifest.taken_at)} on Linux {manifest.host.kernel}",
     ]
     for process in manifest.processes:
-        lines += ["", *_process_text(process)]
+        lines += ["", *_process_text(process, held)]
     lines += ["", "take", *(f"  {line}" for line in statistics_text(manifest.stats))]
     return lines + [f"warning: {warning}" for warning in manifest.warnings]
 
 
-def _process_text(process: Process) -> list[str]:
+def _process_text(process: Process, held: Held) -> list[str]:
     files = {file.id: file for file in process.files}
     command = " ".join(text(argument) for argument in process.cmdline)
     lines = [f"process   {process.pid} {text(process.comm)}: {command}"]
@@ -170,7 +194,7 @@ def _process_text(process: Process) -> list[str]:
     lines.append(f"mappings  {len(process.mappings)}")
     for mapping in process.mappings:
         span = f"{mapping.start:012x}-{mapping.end:012x}"
-        size = mib(mapping.populated) if mapping.populated else "-"
+        size = mib(held(process, mapping)) if held(process, mapping) else "-"
         lines.append(f"  {span} {permissions(mapping)} {size:>10}  {text(mapping.name)}".rstrip())
     lines.append(f"descriptors  {len(process.descriptors)}")
     for one in process.descriptors:

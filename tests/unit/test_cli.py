@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pty
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,18 @@ def store(tmp_path: Path) -> Path:
 
 
 def test_help_is_quick_and_lists_the_commands() -> None:
-    snap("--help")  # bytecode is cached from here on
-    durations = []
-    for _ in range(5):
-        begin = time.monotonic()
-        result = snap("--help")
-        durations.append(time.monotonic() - begin)
-        assert result.returncode == 0
-    assert min(durations) < 0.3
+    """Less than 0.3 s. Processor time is what is measured: it does not depend on the neighbours."""
+    result = snap("--help")  # bytecode is cached from here on
+    assert result.returncode == 0
     for command in COMMANDS:
         assert f"  {command} " in result.stdout.decode()
+    spent = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        snap("--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent) < 0.3
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from snapshot import describe
 from snapshot.stats import Progress, Stopwatch, microseconds
+from snapshot.store import Store
+from snapshot.units import CHUNK
 
-from .images import manifest, mapping, process
+from .images import BASE, manifest, mapping, process, raw
 
 
 @pytest.mark.parametrize(
@@ -24,12 +28,23 @@ def test_nothing_unprintable_reaches_a_terminal(raw: bytes, shown: str) -> None:
     assert describe.text(raw) == shown
 
 
-def test_details_name_every_mapping() -> None:
-    stack = mapping(start=0x7FFD_0000_0000, name=b"[stack]", populated=8 << 20)
+def test_details_name_every_mapping_and_what_of_it_is_held(tmp_path: Path) -> None:
+    stack = mapping(start=BASE + 0x8000, size=2 * CHUNK, name=b"[stack]")
     code = mapping(start=0x40_0000, prot=5, kind="file", name=b"/bin/cat", shared=True)
-    text = "\n".join(describe.details(manifest("one", process(code, stack))))
+    with Store.open(tmp_path / "store", create=True) as store:
+        with store.begin("one") as writer:
+            writer.put([raw(b"x", BASE), raw(b"y", BASE + CHUNK)])
+            writer.commit(manifest("one", process(code, stack)))
+        with store.image("one") as image:
+            held = describe.held_by(image)
+            text = "\n".join(describe.details(image.manifest, held))
+            sizes = [
+                one["image_bytes"]
+                for one in describe.shown(image.manifest, held)["processes"][0]["mappings"]
+            ]
     assert "000000400000-000000800000 r-xs          -  /bin/cat" in text
-    assert "7ffd00000000-7ffd00400000 rw-p    8.0 MiB  [stack]" in text
+    assert "7f0000008000-7f0000028000 rw-p     96 KiB  [stack]" in text
+    assert sizes == [0, 2 * CHUNK - 0x8000]
 
 
 @pytest.mark.parametrize(
