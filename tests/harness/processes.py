@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
+WALL = 0x40000000  # __WALL of wait4(2): threads too
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -116,11 +117,22 @@ def kill(pid: int, seconds: float = 20.0) -> None:
             signal.pidfd_send_signal(handle, signal.SIGKILL)
         poll = select.poll()
         poll.register(handle, select.POLLIN)
+        if not poll.poll(1000):
+            _reap_traced(pid)
         if not poll.poll(seconds * 1000):
             raise TimeoutError(f"process {pid} did not end on SIGKILL: {threads(pid)}")
     finally:
         os.close(handle)
     wait_until(lambda: ended(pid), f"process {pid} being reaped", seconds)
+
+
+def _reap_traced(pid: int) -> None:
+    """Threads that this very process traces, after a freeze that failed, hold their process back
+    until they are waited for."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with suppress(ChildProcessError):
+                os.waitpid(int(task), os.WNOHANG | WALL)
 
 
 def kill_all(pids: list[int]) -> None:

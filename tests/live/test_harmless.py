@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +74,19 @@ def changes(before: dict[str, str], after: dict[str, str]) -> str:
     return "\n".join(found)
 
 
+def settled(observe: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """What is observed once it is the same twice in a row: a thread that is just being made, a
+    connection that is just being closed are the program's own doing."""
+    seen: list[dict[str, str]] = [{}]
+
+    def same() -> bool:
+        seen.append(observe())
+        return seen[-1] == seen[-2]
+
+    wait_until(same, "the program's state settling")
+    return seen[-1]
+
+
 @contextmanager
 def unchanged(victim: Victim) -> Iterator[None]:
     # Ready is told before the pipe for telling it is closed, and before each thread has begun.
@@ -81,7 +94,7 @@ def unchanged(victim: Victim) -> Iterator[None]:
         victim.writes()
     if victim.name == "threads16":
         victim.goes_on()
-    before = observed(victim.pid)
+    before = settled(lambda: observed(victim.pid))
     yield
     assert changes(before, observed(victim.pid)) == ""
 
@@ -116,7 +129,8 @@ def test_nothing_changes_in_python(spawn: Spawn, store: Path) -> None:
 
     app = spawn.python(mib=8)
     app.verify()  # its thread pool is complete
-    before = steady()
+    app.goes_on()
+    before = settled(steady)
     snapshot.take(app.pid, name="image", store=store).close()
     assert changes(before, steady()) == ""
     app.verify()
