@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 NATIVE := snapshot/kernel/native
 SOURCES := $(wildcard $(NATIVE)/*.[ch]) $(NATIVE)/build.py setup.py
 CORE := snapshot/kernel/_native.abi3.so
-LOCK := flock /tmp/snap-build.lock
+LOCK := flock $(VENV)
 PYTEST := $(BIN)/python -m pytest -q
 NATIVE_ROUNDS ?= 5
 SANITIZE := -std=gnu11 -g -O1 -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer \
