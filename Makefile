@@ -15,7 +15,7 @@ NATIVE_ROUNDS ?= 5
 SANITIZE := -std=gnu11 -g -O1 -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer \
 	-fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help build demo test check stress bench lint types native-test dist clean
+.PHONY: help build demo test check stress lint types native-test dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -46,10 +46,6 @@ check: native-test test ## what CI runs: the above, and the C core under sanitiz
 stress: build ## the long proofs: hundreds of takes that must each be one instant
 	@scripts/setup test
 	@SNAP_STRESS=1 $(PYTEST) tests/stress
-
-bench: build ## measured series, side by side with the peers
-	@test -f bench/run.py || { echo "bench/run.py is still to be written" >&2; exit 1; }
-	@$(BIN)/python bench/run.py
 
 lint: build ## ruff
 	@$(BIN)/ruff check

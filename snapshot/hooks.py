@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -198,7 +199,9 @@ class _Command:
         try:
             status = process.wait(limit)
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the id is still its own
+            # Ctrl-C may come when the shell has just been reaped; that is no other failure.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if isinstance(error, subprocess.TimeoutExpired):
                 waited = f"not done after {limit:g} s, with the target stopped"

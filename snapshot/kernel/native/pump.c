@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 #define LET_GO UINT64_C(0x1000000)       /* releasing more at once holds mmap_lock too long */
-#define PATIENCE_NS UINT64_C(2000000000) /* for the event that explains why a mark is gone */
+#define PATIENCE_NS UINT64_C(10000000000) /* for the event that explains why a mark is gone */
 #define SWEEP_POLL_CHUNKS 4              /* faults are looked for every 256 KiB of the sweep */
 
 /* ---- set up -------------------------------------------------------------------------------- */
