@@ -86,6 +86,8 @@ class Missing:
 
     def take(self, start: int, end: int) -> list[Piece]:
         """Takes [start, end) out of the ledger; what of it was missing."""
+        if start >= end:
+            return []  # nothing: it must not cut the piece that it lies in
         first = last = self._index(start)
         taken, left = [], []
         while last < len(self._pieces) and self._pieces[last].start < end:

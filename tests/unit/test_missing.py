@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from snapshot.missing import Missing, Piece
@@ -34,6 +34,7 @@ steps = st.lists(
 
 
 @given(steps)
+@example([("move", ((1, 1), 0))])
 def test_like_a_dictionary(steps: list[tuple[str, tuple]]) -> None:  # type: ignore[type-arg]
     missing = Missing.of([(0, 8), (8, 12), (20, 33)])
     model = model_of(missing)
