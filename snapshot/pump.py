@@ -35,7 +35,6 @@ REASONS: dict[int, str] = {
     lib.SNAP_LOST_REMOVE: "memory was discarded (madvise) before it was saved",
     lib.SNAP_LOST_UNARMED: "memory lost its protection before it was saved",
     lib.SNAP_LOST_GONE: "the process ended, or called exec, before its memory was saved",
-    lib.SNAP_LOST_REMAP: "memory was moved and changed before it was saved",
 }
 
 

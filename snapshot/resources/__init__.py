@@ -5,7 +5,7 @@ state that is kept by NAME in `registry.py`. Descriptors have a table of their o
 (`descriptors.py`).
 """
 
-from .capture import Gathered, capture_process, capture_threads, gather
+from .capture import Gathered, capture_process, gather
 from .registry import PROCESS_MODULES, THREAD_MODULES
 
 __all__ = [
@@ -13,6 +13,5 @@ __all__ = [
     "THREAD_MODULES",
     "Gathered",
     "capture_process",
-    "capture_threads",
     "gather",
 ]

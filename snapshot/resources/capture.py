@@ -189,10 +189,6 @@ def _rseq(tracee: Tracee) -> manifest.Rseq | None:
     )
 
 
-def capture_threads(frozen: Frozen) -> tuple[Thread, ...]:
-    return gather(frozen).threads()
-
-
 def capture_process(
     frozen: Frozen,
     index: int,

@@ -19,7 +19,6 @@
 #define SNAP_LOST_REMOVE 2   /* discarded before it was saved, by a call that was not seen coming */
 #define SNAP_LOST_UNARMED 3  /* lost its protection without any event */
 #define SNAP_LOST_GONE 4     /* the process exited or called exec */
-#define SNAP_LOST_REMAP 5    /* moved and changed before it was saved */
 
 typedef struct snap_pump snap_pump;
 
