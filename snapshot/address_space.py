@@ -9,13 +9,13 @@ Source of the flags: mmap(2), madvise(2), proc_pid_smaps(5) (VmFlags).
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterable, Iterator
 
 from .errors import RestoreError
 from .kernel import arch_x86_64 as arch
 from .kernel import procfs
 from .kernel.arch_x86_64 import NR
+from .kernel.errnames import error_name
 from .kernel.remote import Call, Remote
 from .manifest import Mapping, Process
 from .maps import parse_maps
@@ -83,7 +83,7 @@ def put_vdso(process: Process, remote: Remote) -> None:
         return
     (result,) = remote.batch([Call(NR.arch_prctl, (arch.ARCH_MAP_VDSO_64, wanted[0].start))])
     if -4096 < result < 0:
-        name = errno.errorcode.get(-result, str(result))
+        name = error_name(result)
         raise RestoreError(f"arch_prctl(ARCH_MAP_VDSO_64): {name}", "snap check")
     lines = parse_maps(procfs.read(remote.tracee.tid, "maps"))
     found = [(line.start, line.end, line.name) for line in lines if line.name in _KERNEL_OWN]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,14 @@ def permissions(mapping: Mapping) -> str:
 def closed_connections(manifest: Manifest) -> list[str]:
     """Labels of the open files that come back as ended connections."""
     return [file.label for process in manifest.processes for file in process.files if file.closed]
+
+
+def counted(labels: Sequence[str]) -> str:
+    """One line for people: `tcp 127.0.0.1:7777, pipe:[628155] (20 times)`."""
+    counts = Counter(labels)
+    return ", ".join(
+        label if count == 1 else f"{label} ({count} times)" for label, count in counts.items()
+    )
 
 
 def taken(manifest: Manifest) -> dict[str, Any]:
@@ -148,7 +157,7 @@ def summary(manifest: Manifest) -> list[str]:
         f"it stood still for {microseconds(stats.pause_us)}"
     ]
     if closed := closed_connections(manifest):
-        lines.append("comes back closed: " + ", ".join(closed))
+        lines.append("comes back closed: " + counted(closed))
     return lines + [f"warning: {warning}" for warning in manifest.warnings]
 
 
@@ -226,7 +235,7 @@ def restored_text(result: Restored) -> list[str]:
     if result.server_pid:
         lines[0] += f"; process {result.server_pid} brings the rest of its memory"
     if result.closed_connections:
-        lines.append("came back closed: " + ", ".join(result.closed_connections))
+        lines.append("came back closed: " + counted(result.closed_connections))
     return lines + [f"warning: {warning}" for warning in result.warnings]
 
 

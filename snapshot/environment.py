@@ -35,6 +35,8 @@ RESERVE = 8 * MIB
 store on a full disk can still be made smaller, a file shorter than its last page has certainly been
 cut off (LMDB may count free pages beyond the end), and a length that a damaged page makes up
 does not lead beyond the end."""
+LEAST = RESERVE + MIB
+"""What an empty environment takes on its disk."""
 _STEP = 16 * MIB
 
 _PAGE_HEADER = 16

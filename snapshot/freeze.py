@@ -30,7 +30,7 @@ from .errors import KernelError, TargetError
 from .kernel import arch_x86_64 as arch
 from .kernel import ptrace, refusal
 from .kernel.arch_x86_64 import NR, Registers
-from .kernel.ptrace import STOP_TIMEOUT, Tracee
+from .kernel.ptrace import STOP_TIMEOUT, LateError, Tracee
 from .kernel.remote import Remote
 
 _DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -40,6 +40,9 @@ _STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _CODE_BEFORE = 32
 """Bytes before rip in which the number of an interrupted system call is looked for."""
 
+_LATE_SECONDS = 5.0
+"""How long a thread that did not stop in time (vfork, dead storage) is waited for, so that it can
+be let go; the others run meanwhile."""
 _EXEC_SECONDS = 1.0
 """While a thread replaces the program its leader is a zombie for a moment: no error before this."""
 
@@ -90,6 +93,7 @@ class Frozen:
         """The pause: from the first thread stopped to the last one let go; known afterwards."""
         self.restarted = 0
         """Threads whose system call would have returned EINTR but for `_restart_interrupted`."""
+        self._late = 0
         self._remote: Remote | None = None
         self._earlier = earlier
         self._calls: dict[int, tuple[tuple[int, int], int]] = {}
@@ -158,13 +162,27 @@ class Frozen:
                 self._unstoppable(failed, timeout)
             known = {tracee.tid for tracee in self.threads}
             new = [tid for tid in map(int, os.listdir(folder)) if tid not in known]
-            stopped, failed = ptrace.seize_and_stop(new, self.threads, self.pid, timeout)
+            try:
+                stopped, failed = ptrace.seize_and_stop(new, self.threads, self.pid, timeout)
+            except LateError as late:
+                self._begin_again(late)
+                began = time.monotonic()
+                continue
             self.threads += stopped
             if self.pid in failed:
                 refusal.refused_for_good(self.pid)
                 if time.monotonic() > began + _EXEC_SECONDS:
                     refusal.refused(self.pid, failed[self.pid])
             # The others that failed are ending (ESRCH, EPERM) and will not be listed again.
+
+    def _begin_again(self, late: LateError) -> None:
+        """Lets all go, those that are late as soon as they stop. Raises `late` when one does not,
+        or when this was the second time."""
+        threads, self.threads = self.threads, []
+        ptrace.detach_all(threads)
+        self._late += 1
+        if not late.let_go(_LATE_SECONDS) or self._late > 1:
+            raise late
 
     def _unstoppable(self, failed: dict[int, int], timeout: float) -> NoReturn:
         for tid, number in failed.items():
@@ -231,7 +249,8 @@ def freeze(
     `earlier`: a freeze of the same process that is over; see `Frozen.registers`.
 
     TargetError: no such process, a zombie, a kernel thread, traced already, or it ended meanwhile.
-    DeniedError: no permission. KernelError: a thread did not stop within `timeout` seconds (named).
+    DeniedError: no permission. LateError: a thread (named) did not stop within `timeout` seconds:
+    once, and not within five seconds more, or twice.
     """
     try:
         pidfd = os.pidfd_open(pid)

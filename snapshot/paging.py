@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import array
-import errno
 import json
 import os
 import socket
@@ -19,6 +18,7 @@ from .image import Image
 from .kernel import pidfd as pidfds
 from .kernel import uffd
 from .kernel.arch_x86_64 import NR
+from .kernel.errnames import error_name
 from .kernel.remote import Call, Remote
 from .kernel.uffd import Uffd
 from .manifest import Process
@@ -153,7 +153,7 @@ def _create(process: Process, remote: Remote) -> tuple[int, int]:
     (number,) = remote.batch([Call(NR.userfaultfd, (os.O_CLOEXEC | os.O_NONBLOCK,))])
     if number < 0:
         raise DeniedError(
-            f"userfaultfd(2) in the new process: {errno.errorcode.get(-number, number)}",
+            f"userfaultfd(2) in the new process: {error_name(number)}",
             "snap restore IMAGE --eager",
         )
     highest = max((one.fd for one in process.descriptors), default=2)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from .errors import KernelError, SnapError, TakeError
 from .kernel._native import ffi, lib
+from .kernel.errnames import error_text
 from .regions import Plan
 from .store import RawChunk
 from .units import CHUNK, MIB, mib
@@ -289,5 +290,4 @@ def _check(result: int, what: str, hint: str = "") -> int:
         raise SnapError(f"{what}: cancelled")
     if result == -errno.ESRCH:
         raise TakeError(f"{what}: the process ended")
-    name = errno.errorcode.get(-result, str(-result))
-    raise KernelError(f"{what}: {name} ({os.strerror(-result)})", hint)
+    raise KernelError(f"{what}: {error_text(result)}", hint)

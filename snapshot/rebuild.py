@@ -21,6 +21,7 @@ from .kernel import arch_x86_64 as arch
 from .kernel import procfs, ptrace, vdso
 from .kernel import spawn as spawning
 from .kernel.arch_x86_64 import NR, Registers
+from .kernel.errnames import error_name
 from .kernel.ptrace import Tracee
 from .kernel.remote import Call, Remote
 from .kernel.spawn import Spawned
@@ -257,7 +258,7 @@ def _again(tid: int, call: Call, error: int, remote: Remote, spawned: Spawned) -
             if remote.batch([call])[0] >= 0:
                 return
         raise spawning.in_use(tid)
-    name = errno.errorcode.get(error, str(error))
+    name = error_name(error)
     if error == errno.EPERM:
         raise DeniedError(f"clone3(set_tid={tid}): {name}", "sudo snap check")
     raise RestoreError(f"thread {tid}: clone3: {name}", spawning.PID_NEW)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from . import directory, lease, sweep
 from .environment import (
     DATA,
+    LEAST,
     MAP_BYTES,
     Environment,
     Transaction,
@@ -36,6 +37,7 @@ from .records import (
     seal,
     unseal,
 )
+from .units import mib
 from .writer import ImageWriter, RawChunk
 
 __all__ = ["ImageInfo", "ImageWriter", "ProcessIdentity", "RawChunk", "Store"]
@@ -301,10 +303,22 @@ def _create(path: Path, map_bytes: int) -> None:
     """Makes an empty store unless there is one."""
     with directory.made(path) as new:
         if new:
+            _check_room(path)
             environment = open_environment(new, map_bytes, create=True)
             environment.write(lambda transaction: _format(environment, transaction))
             environment.sync()
             environment.close()
+
+
+def _check_room(path: Path) -> None:
+    stat = os.statvfs(path)
+    free = stat.f_bavail * stat.f_frsize
+    if free < LEAST:
+        raise StoreError(
+            f"no space for a new store in {path}: it takes {mib(LEAST)}, {mib(free)} are free on "
+            "its disk",
+            f"df -h {path}",
+        )
 
 
 def _format(environment: Environment, transaction: Transaction) -> None:

@@ -19,6 +19,7 @@ from .errors import DeniedError, KernelError
 from .freeze import Frozen
 from .kernel import pidfd
 from .kernel.arch_x86_64 import NR
+from .kernel.errnames import error_name
 from .kernel.remote import Call
 from .kernel.uffd import FEATURES, Uffd
 
@@ -51,7 +52,7 @@ class WriteProtection:
             made = _through_device(frozen, flags)
         if made < 0:
             raise KernelError(
-                f"userfaultfd in process {frozen.pid}: {errno.errorcode.get(-made, made)}",
+                f"userfaultfd in process {frozen.pid}: {error_name(made)}",
                 f"snap check {frozen.pid}",
             )
         uffd = Uffd(_fetch(frozen, made))

@@ -12,6 +12,7 @@ from typing import NamedTuple, NoReturn
 
 from ..errors import DeniedError, KernelError, TargetError
 from ._native import ffi, lib
+from .errnames import error_name
 
 _RECORD = struct.Struct("=IiII5QII")  # snap_descriptor
 _USUAL = 256  # bytes of a record
@@ -71,7 +72,7 @@ def _fail(pid: int, code: int) -> NoReturn:
     if code in (errno.EACCES, errno.EPERM):
         message = f"/proc/{pid}/fd: not allowed to uid {os.geteuid()}"
         raise DeniedError(message, f"sudo snap check {pid}")
-    raise KernelError(f"/proc/{pid}/fd: {errno.errorcode.get(code, code)}", f"snap check {pid}")
+    raise KernelError(f"/proc/{pid}/fd: {error_name(code)}", f"snap check {pid}")
 
 
 class Socket(NamedTuple):

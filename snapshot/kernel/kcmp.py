@@ -11,6 +11,7 @@ from functools import cmp_to_key
 
 from ..errors import DeniedError, KernelError, TargetError
 from ._native import lib
+from .errnames import error_name
 
 SAME = int(lib.SNAP_KCMP_SAME)
 _SIGN = {SAME: 0, int(lib.SNAP_KCMP_LESS): -1, int(lib.SNAP_KCMP_GREATER): 1}
@@ -49,7 +50,7 @@ def watches(pid: int, fd: int, epoll: int, number: int, nth: int = 0) -> bool:
 def _checked(result: int, pid: int, what: str) -> int:
     if result in _SIGN:
         return result
-    code = errno.errorcode.get(-result, str(-result))
+    code = error_name(result)
     message = f"kcmp of {what} of process {pid}: {code}"
     if result == -errno.EPERM:
         raise DeniedError(message, f"sudo snap check {pid}")

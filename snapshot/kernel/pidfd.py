@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from ..errors import DeniedError, KernelError, TargetError
 from ._native import lib
+from .errnames import error_name
 
 
 def open(pid: int) -> int:
@@ -22,8 +23,8 @@ def open(pid: int) -> int:
     except ProcessLookupError:
         raise TargetError(f"no process {pid}", f"ps -p {pid}") from None
     except OSError as error:
-        code = errno.errorcode.get(error.errno or 0, str(error.errno))
-        raise KernelError(f"pidfd_open of process {pid}: {code}", f"ps -L -p {pid}") from None
+        message = f"pidfd_open of process {pid}: {error_name(error.errno or 0)}"
+        raise KernelError(message, f"ps -L -p {pid}") from None
 
 
 def getfd(pidfd: int, fd: int) -> int:
@@ -34,7 +35,7 @@ def getfd(pidfd: int, fd: int) -> int:
     got = int(lib.snap_pidfd_getfd(pidfd, fd))
     if got >= 0:
         return got
-    code = errno.errorcode.get(-got, str(-got))
+    code = error_name(got)
     if got == -errno.EPERM:
         raise DeniedError(f"pidfd_getfd of descriptor {fd}: {code}", "sudo snap check PID")
     if got == -errno.ESRCH:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..errors import SnapError
 from ..units import PAGE
 from . import kcmp, pidfd, spawn
 from ._native import ffi, lib
+from .errnames import error_text
 
 STOP_US = 3_000_000
 
@@ -31,7 +31,7 @@ def _probe(work: Callable[..., None]) -> Callable[..., str]:
         except (_Failed, SnapError) as error:
             return str(error)
         except OSError as error:
-            return _reason(error.errno or 0)
+            return error_text(error.errno or 0)
         return ""
 
     probe.__doc__ = work.__doc__
@@ -138,8 +138,4 @@ def _pagemap(pid: int) -> Iterator[int]:
 
 def _check(result: int) -> None:
     if result < 0:
-        raise _Failed(_reason(-result))
-
-
-def _reason(number: int) -> str:
-    return f"{errno.errorcode.get(number, str(number))} ({os.strerror(number)})"
+        raise _Failed(error_text(-result))

@@ -13,6 +13,7 @@ from typing import NamedTuple, NoReturn
 
 from .. import maps as maps_text
 from ..errors import DeniedError, KernelError, TargetError
+from .errnames import error_name
 
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 """Ticks a second of the times in /proc/PID/stat."""
@@ -71,7 +72,7 @@ def fail(error: OSError, pid: int, name: str, tid: int | None = None) -> NoRetur
         raise TargetError(f"no process {pid} ({where})", f"ps -p {pid}") from None
     if code in (errno.EACCES, errno.EPERM):
         raise DeniedError(f"{where}: not allowed to uid {os.geteuid()}", f"sudo snap check {pid}")
-    raise KernelError(f"{where}: {errno.errorcode.get(code or 0, str(code))}", f"snap check {pid}")
+    raise KernelError(f"{where}: {error_name(code or 0)}", f"snap check {pid}")
 
 
 # --- threads, names, arguments -------------------------------------------------------------------

@@ -15,10 +15,11 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..errors import KernelError, UnsupportedError
+from ..errors import KernelError, TargetError, UnsupportedError
 from . import arch_x86_64 as arch
 from ._native import ffi, lib
 from .refusal import fail, refused, status, stuck
@@ -228,6 +229,31 @@ class Tracee:
         self._check(result, f"writing {len(data)} bytes at {address:#x}")
 
 
+class LateError(KernelError):
+    """Threads that were asked to stop and have not. They run, and are ours until they stop: the
+    kernel has no way to let a running thread go before this OS thread ends."""
+
+    def __init__(self, tids: list[int], timeout: float) -> None:
+        super().__init__(stuck(tids, timeout), f"cat /proc/{tids[0]}/stack")
+        self.tids = tids
+
+    def let_go(self, timeout: float) -> bool:
+        """Waits for their stops, lets each go at once; whether none is left."""
+        deadline = time.monotonic() + timeout
+        left = []
+        for tid in self.tids:
+            tracee = Tracee(tid, TRACESYSGOOD)
+            try:
+                tracee.wait(max(0.0, deadline - time.monotonic()))
+                tracee.detach(tracee.stop_signal)
+            except TargetError:
+                continue  # it has ended
+            except KernelError:
+                left.append(tid)
+        self.tids = left
+        return not left
+
+
 def seize(tid: int, options: int = 0) -> Tracee:
     """Makes this OS thread the tracer of a thread, which runs on meanwhile.
 
@@ -259,9 +285,8 @@ def seize_and_stop(
     it that are ours already; `leader`: its pid.
 
     -> the stopped ones, and by tid the errno of those that could not be had (ESRCH: it ended;
-    EPERM: ending, or see `refused`). KernelError when one does not stop in time; the others are let
-    go. That one stays seized until this OS thread ends: the kernel has no way to let a running
-    thread go.
+    EPERM: ending, or see `refused`). LateError when one does not stop in time; the others of `tids`
+    are let go.
     """
     before, count = len(known), len(tids)
     numbers = ffi.new("int[]", [*(tracee.tid for tracee in known), *tids])
@@ -272,9 +297,9 @@ def seize_and_stop(
     results = list(stops)[before:]
     if running:
         late = [tid for tid, stop in zip(tids, results, strict=True) if stop == 0]
-        message = stuck(late, timeout)
+        error = LateError(late, timeout)
         lib.snap_detach_all(numbers + before, stops + before, count)
-        raise KernelError(message, f"cat /proc/{late[0]}/stack")
+        raise error
     stopped, failed = [], {}
     for tid, stop in zip(tids, results, strict=True):
         if stop < 0:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import DeniedError, KernelError, SnapError, TargetError
+from .errnames import error_name
 
 _CAP_SYS_PTRACE = 19
 _PF_KTHREAD = 0x00200000
@@ -22,7 +23,7 @@ def fail(tid: int, request: str, number: int) -> NoReturn:
     if number == errno.ESRCH and not os.path.exists(f"/proc/{tid}"):
         raise TargetError(f"thread {tid} has ended ({request})", f"ps -p {tid}")
     raise KernelError(
-        f"{request} for thread {tid}: {errno.errorcode.get(number, number)}",
+        f"{request} for thread {tid}: {error_name(number)}",
         f"cat /proc/{tid}/status",
     )
 

@@ -48,6 +48,7 @@ from ..units import PAGE, align_up
 from . import arch_x86_64 as arch
 from ._native import ffi, lib
 from .arch_x86_64 import NR
+from .errnames import error_name
 from .ptrace import SUSPEND_SECCOMP, Tracee, reap
 from .refusal import status, stop_name
 
@@ -228,7 +229,7 @@ class Remote:
                 f"cat /proc/{tid}/maps",
             )
         raise KernelError(
-            f"injected calls ({names}) in thread {tid}: {errno.errorcode.get(number, number)}",
+            f"injected calls ({names}) in thread {tid}: {error_name(number)}",
             f"cat /proc/{tid}/status",
         )
 
@@ -261,7 +262,7 @@ def _checked(tid: int, nr: int, args: tuple[int, ...], result: int) -> int:
         name = arch.syscall_name(nr)
         shown = ", ".join(hex(arg) for arg in args)
         raise KernelError(
-            f"{name}({shown}) inside thread {tid}: {errno.errorcode.get(-result, result)}",
+            f"{name}({shown}) inside thread {tid}: {error_name(result)}",
             f"snap check {tid}",
         )
     return result
@@ -282,7 +283,7 @@ def suspend_seccomp(tracee: Tracee) -> None:
     elif status(tracee.tid).get("Seccomp", "0") != "0":
         raise DeniedError(
             f"thread {tracee.tid} has a seccomp filter that cannot be suspended "
-            f"({errno.errorcode.get(-result, result)}: needs CAP_SYS_ADMIN, no filter in snap)",
+            f"({error_name(result)}: needs CAP_SYS_ADMIN, no filter in snap)",
             f"sudo snap check {tracee.tid}",
         )
 

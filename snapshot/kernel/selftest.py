@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import json
 import mmap
@@ -23,6 +22,7 @@ from ..errors import SnapError
 from ..events import Fault, parse
 from ..units import PAGE
 from . import uffd
+from .errnames import error_text
 from .uffd import FEATURES, Uffd
 
 PATTERN = b"snap selftest "
@@ -36,7 +36,7 @@ def system_call() -> str:
     libc = ctypes.CDLL(None, use_errno=True)
     fd = libc.syscall(SYS_userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK)
     if fd < 0:
-        return _reason(ctypes.get_errno())
+        return error_text(ctypes.get_errno())
     os.close(fd)
     return ""
 
@@ -46,11 +46,11 @@ def device() -> str:
     try:
         fd = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        return _reason(error.errno or 0)
+        return error_text(error.errno or 0)
     try:
         os.close(fcntl.ioctl(fd, USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as error:
-        return _reason(error.errno or 0)
+        return error_text(error.errno or 0)
     finally:
         os.close(fd)
     return ""
@@ -121,10 +121,6 @@ def _shared() -> mmap.mmap:
 
 def _address(memory: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
-
-
-def _reason(number: int) -> str:
-    return f"{errno.errorcode.get(number, str(number))} ({os.strerror(number)})"
 
 
 def _tried(test: Callable[[], str]) -> str:

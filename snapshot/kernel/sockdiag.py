@@ -13,6 +13,8 @@ import struct
 from types import TracebackType
 from typing import NamedTuple
 
+from .errnames import error_name
+
 NETLINK_SOCK_DIAG = 4
 SOCK_DIAG_BY_FAMILY = 20
 NLMSG_ERROR = 2
@@ -90,7 +92,7 @@ class Diag:
         if code == errno.ENOENT:
             return None
         if code:
-            raise OSError(code, f"sock_diag of unix socket {inode}: {errno.errorcode.get(code)}")
+            raise OSError(code, f"sock_diag of unix socket {inode}: {error_name(code)}")
         return parse_unix(answer)
 
     def end_leftovers(self, port: int) -> int:
@@ -105,7 +107,7 @@ class Diag:
                 if code == errno.ENOENT:  # over meanwhile
                     continue
                 if code:
-                    raise OSError(code, f"end of a TCP connection: {errno.errorcode.get(code)}")
+                    raise OSError(code, f"end of a TCP connection: {error_name(code)}")
                 ended += 1
         return ended
 

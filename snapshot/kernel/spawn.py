@@ -19,6 +19,7 @@ from pathlib import Path
 from ..errors import DeniedError, KernelError, RestoreError
 from . import stub_x86_64 as stub
 from ._native import ffi, lib
+from .errnames import error_text
 
 _WALL = 0x40000000
 _PF_EXITING = 0x4
@@ -200,7 +201,7 @@ def _error(error: int, failed: int, pid: int) -> Exception:
         lib.SPAWN_INIT: "clone3(CLONE_NEWPID | CLONE_NEWNS)",
         lib.SPAWN_MOUNT: "mounting /proc in the new namespace",
     }.get(failed, "spawn")
-    message = f"{what}: {errno.errorcode.get(error, error)} ({os.strerror(error)})"
+    message = f"{what}: {error_text(error)}"
     if error in (errno.EPERM, errno.EACCES):
         return DeniedError(message, "sudo snap check")
     return KernelError(message, "snap check")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..errors import DeniedError, KernelError, UnsupportedError
 from ._native import ffi, lib
+from .errnames import error_text
 
 MESSAGE_BYTES = 32
 """sizeof(struct uffd_msg)"""
@@ -52,8 +53,7 @@ class UffdError(KernelError):
     """A userfaultfd ioctl failed. `errno` is positive."""
 
     def __init__(self, call: str, error: int, what: str = "", hint: str = "") -> None:
-        name = errno.errorcode.get(error, str(error))
-        super().__init__(f"{call}{what}: {name} ({os.strerror(error)})", hint)
+        super().__init__(f"{call}{what}: {error_text(error)}", hint)
         self.errno = error
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import RestoreError
+from ..kernel.errnames import error_name
 
 if TYPE_CHECKING:
     from ..kernel.remote import Call, Remote
@@ -16,11 +16,6 @@ class Context(Protocol):
     """The part of rebuild.Context that is used here."""
 
     warnings: list[str]
-
-
-def error_name(result: int) -> str:
-    """-13 → "EACCES"."""
-    return errno.errorcode.get(-result, str(result))
 
 
 def attempt(remote: Remote, ctx: Context, steps: Sequence[tuple[str, Call]]) -> list[int]:

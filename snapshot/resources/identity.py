@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from ..errors import RestoreError
 from ..kernel.arch_x86_64 import NR
+from ..kernel.errnames import error_name
 from ..kernel.remote import Call
 from ..manifest import Process
 from ..maps import DELETED
-from .context import Context, demand, error_name
+from .context import Context, demand
 
 if TYPE_CHECKING:
     from ..kernel.remote import Remote

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from ..kernel import procfs
 from ..kernel.arch_x86_64 import NR
+from ..kernel.errnames import error_name
 from ..kernel.remote import Call
 from ..manifest import Record
-from .context import Context, attempt, error_name
+from .context import Context, attempt
 from .inquiry import Answer, Answers, Inquiry
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import KernelError
 from ..kernel.arch_x86_64 import NR
+from ..kernel.errnames import error_name
 from ..kernel.remote import Call
 from ..manifest import Record
-from .context import Context, demand, error_name
+from .context import Context, demand
 from .inquiry import Answer, Answers, Inquiry
 
 if TYPE_CHECKING:

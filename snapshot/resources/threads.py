@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import KernelError
 from ..kernel.arch_x86_64 import NR
+from ..kernel.errnames import error_name
 from ..kernel.remote import Call
 from ..manifest import Process, Thread
-from .context import Context, attempt, demand, error_name
+from .context import Context, attempt, demand
 from .inquiry import Answer, Answers, Inquiry
 
 if TYPE_CHECKING:

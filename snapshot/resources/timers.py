@@ -17,9 +17,10 @@ from msgspec.structs import replace
 
 from ..errors import KernelError
 from ..kernel.arch_x86_64 import NR
+from ..kernel.errnames import error_name
 from ..kernel.remote import Call
 from ..manifest import Record
-from .context import Context, attempt, error_name
+from .context import Context, attempt
 from .inquiry import Answer, Answers, Inquiry
 
 if TYPE_CHECKING:

@@ -27,13 +27,14 @@ VOLATILE = re.compile(
 )
 
 
-PENDING = re.compile(r"(?<=ShdPnd:\t)[0-9a-f]{16}")
+SIGNAL_SETS = re.compile(r"(?<=(?:ShdPnd|SigBlk):\t)[0-9a-f]{16}")
 TIMER_SIGNALS = 1 << signal.SIGALRM - 1 | 1 << signal.SIGRTMIN + 6 - 1
-"""Of threads16: pending at one moment and handled at the next."""
+"""Of threads16: pending at one moment and handled at the next, blocked while one is handled and
+not in sigsuspend(2)."""
 
 
-def without_timers(pending: re.Match[str]) -> str:
-    return f"{int(pending[0], 16) & ~TIMER_SIGNALS:016x}"
+def without_timers(signals: re.Match[str]) -> str:
+    return f"{int(signals[0], 16) & ~TIMER_SIGNALS:016x}"
 
 
 def observed(pid: int) -> dict[str, str]:
@@ -51,7 +52,7 @@ def observed(pid: int) -> dict[str, str]:
     seen["tasks"] = " ".join(sorted(os.listdir(root / "task"), key=int))
     for task in seen["tasks"].split():
         status = (root / "task" / task / "status").read_text(errors="replace")
-        seen[f"status {task}"] = PENDING.sub(without_timers, VOLATILE.sub("", status))
+        seen[f"status {task}"] = SIGNAL_SETS.sub(without_timers, VOLATILE.sub("", status))
         seen[f"comm {task}"] = (root / "task" / task / "comm").read_text()
         seen[f"children {task}"] = (root / "task" / task / "children").read_text()
     for fd in sorted(os.listdir(root / "fd"), key=int):
