@@ -64,6 +64,14 @@ class Pids(StrEnum):
     new = "new"
 
 
+class Guards(StrEnum):
+    """Whether memory that is not saved when T0 comes can be lost."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
 ImageArgument = Annotated[str, typer.Argument(metavar="IMAGE", show_default=False)]
 
 
@@ -77,6 +85,17 @@ def take(
     memory: Annotated[
         str, typer.Option("--memory", metavar="SIZE", help="Staging memory at most.")
     ] = "256M",
+    now: Annotated[
+        bool, typer.Option("--now", help="T0 at once, not when most has been copied.")
+    ] = False,
+    guard: Annotated[
+        Guards,
+        typer.Option(
+            "--guard",
+            metavar="auto|always|never",
+            help="Copy what is left while it stands still: when memory was lost, always, never.",
+        ),
+    ] = Guards.auto,
     attempts: Annotated[
         int, typer.Option("--attempts", metavar="N", min=1, help="Instants tried at most.")
     ] = 3,
@@ -100,6 +119,8 @@ def take(
             memory=limit,
             hooks=hooks,
             progress=report,
+            now=now,
+            guard=guard.value,
             attempts=attempts,
         )
     with image:

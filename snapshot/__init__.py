@@ -39,10 +39,17 @@ def take(
     name: str | None = None,
     store: str | os.PathLike[str] | None = None,
     memory: int = 256 * MIB,
+    now: bool = False,
+    guard: Literal["auto", "always", "never"] = "auto",
     hooks: HookMapping | None = None,
     progress: ProgressCallback | None = None,
 ) -> Image:
     """Snapshot the process `pid` while it runs; returns the committed image.
+
+    Memory is copied ahead, and the moment of the image is when little is left to be copied; with
+    `now` it is at once. What is left can be lost if the process unmaps it before it is saved: then
+    another moment is tried and what is left then copied while the process stands still (`guard`
+    "auto"); or so the first time ("always"); or TakeError is raised ("never").
 
     `memory` bounds the staging buffer, in bytes. `hooks` maps stages (docs/cli-contract.md) to
     callables that get a HookContext; `progress` is called now and then from the taking thread.
@@ -57,13 +64,24 @@ def take(
     if pid == os.getpid():
         from .inprocess import take_self
 
-        return take_self(name=name, store=store, memory=memory, hooks=hooks)
+        return take_self(
+            name=name, store=store, memory=memory, now=now, guard=guard, hooks=hooks
+        )
     from .hooks import TAKE_STAGES
     from .take import take as run
 
     joined = _join(hooks, TAKE_STAGES)
     path = store_path(store)
-    return run(pid, store=path, name=name, memory=memory, hooks=joined, progress=progress)
+    return run(
+        pid,
+        store=path,
+        name=name,
+        memory=memory,
+        now=now,
+        guard=guard,
+        hooks=joined,
+        progress=progress,
+    )
 
 
 def restore(

@@ -81,15 +81,6 @@ def examine(present: int, data: memoryview) -> Content:
     return Content(present, nonzero, _digest(present, nonzero, payload), payload)
 
 
-def overlay(chunk: Chunk, present: int, data: memoryview) -> Content:
-    """`chunk` with the pages in `present` replaced by those of the CHUNK bytes of `data`."""
-    merged = bytearray(chunk.data)
-    for page, where in enumerate(_PAGES):
-        if present >> page & 1:
-            merged[where] = data[where]
-    return examine(chunk.present | present, memoryview(merged))
-
-
 def encode(contents: Sequence[Content]) -> list[bytes]:
     """The values of many chunks at once: zstd with the GIL released for all of them together."""
     full = [content.payload for content in contents if content.payload]
@@ -101,6 +92,12 @@ def digest_of(value: Bytes) -> bytes:
     """The digest that a value says it has, unchecked."""
     _, _, _, digest = _header(value)
     return digest
+
+
+def pages_of(value: Bytes) -> int:
+    """The bitmap of the pages that it says belong to the image."""
+    present, _, _, _ = _header(value)
+    return present
 
 
 def decode(value: Bytes) -> tuple[Chunk, bytes]:

@@ -71,11 +71,15 @@ def _machine(pid: int) -> None:
         raise UnsupportedError(f"process {pid} is no x86-64 program", [], "snap check")
 
 
-def examine(pid: int, needed: dict[tuple[int, int], SharedMemory] | None = None) -> Examination:
+def examine(
+    pid: int,
+    needed: dict[tuple[int, int], SharedMemory] | None = None,
+    earlier: Examination | None = None,
+) -> Examination:
     """Reads what decides how each mapping is treated. Runs before the pause, and again inside it
-    when something has changed since. The page tables are walked for it (about 1 ms a GiB).
-    `needed`: the shared objects that descriptors lead to, where the target is stopped."""
-    needed = needed or {}
+    when something has changed since `earlier`. The page tables are walked for it (about 1 ms a
+    GiB). `needed`: the shared objects that descriptors lead to, where the target is stopped."""
+    needed = needed if needed is not None else earlier.needed if earlier else {}
     lines = procfs.smaps(pid)
     maps = procfs.read(pid, "maps")
     if _ranges(lines) != _ranges(parse_maps(maps)):
@@ -99,7 +103,8 @@ def examine(pid: int, needed: dict[tuple[int, int], SharedMemory] | None = None)
             written=key in written,
         )
 
-    return Examination(pid, maps, needed, written, plan(lines, 0, facts, needed.values()))
+    made = plan(lines, 0, facts, needed.values(), earlier.plan if earlier else None)
+    return Examination(pid, maps, needed, written, made)
 
 
 def refuse(pid: int, made: Plan, descriptor_problems: list[str] | None = None) -> None:

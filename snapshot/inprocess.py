@@ -22,7 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -45,6 +45,8 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     store: str
     name: str
     memory: int
+    now: bool
+    guard: Literal["auto", "always", "never"]
 
 
 class Reply(msgspec.Struct, forbid_unknown_fields=True):
@@ -61,6 +63,8 @@ def take_self(
     name: str | None,
     store: str | os.PathLike[str] | None,
     memory: int,
+    now: bool,
+    guard: Literal["auto", "always", "never"],
     hooks: HookMapping | None,
 ) -> Image:
     """The image of the calling process; `snapshot.take` calls this for the own pid."""
@@ -74,7 +78,8 @@ def take_self(
     pid, before = os.getpid(), _identity()
     # A restored process must know the name too, so it is chosen here and not by the helper.
     joined = Hooks(hooks, installed=False)
-    request = Request(pid, str(store_path(store).absolute()), name or default_name(pid), memory)
+    where = str(store_path(store).absolute())
+    request = Request(pid, where, name or default_name(pid), memory, now, guard)
     try:
         joined.run("before-freeze", pid=pid, image=request.name)
         reply = _ask(request)
@@ -174,6 +179,8 @@ def _help(request: Request) -> Reply:
             store=Path(request.store),
             name=request.name,
             memory=request.memory,
+            now=request.now,
+            guard=request.guard,
             hooks=Hooks(),
         ).close()
     except SnapError as error:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import struct
 import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from .errors import KernelError, SnapError, TakeError
+from .gate import Gate
 from .kernel._native import ffi, lib
 from .kernel.errnames import error_text
 from .regions import Plan
@@ -29,7 +31,9 @@ MEMORY = 256 * MIB
 MEMORY_LEAST = 4 * MIB
 TOUCHED = 8 * MIB
 MADV_POPULATE_WRITE = 23  # Linux 5.14, not in the mmap module
-WAIT_MS = 200
+NEXT_MS = 200
+AWAIT_MS = 100
+EMPTY = memoryview(b"")
 
 REASONS: dict[int, str] = {
     lib.SNAP_LOST_UNMAP: "memory was unmapped before it was saved",
@@ -45,7 +49,9 @@ class Counters(NamedTuple):
     armed_bytes: int
     wanted_bytes: int
     saved_bytes: int
+    ahead_bytes: int
     stopped_bytes: int
+    remainder_bytes: int
     faults: int
     fault_chunks: int
     sweep_chunks: int
@@ -53,6 +59,13 @@ class Counters(NamedTuple):
     events: int
     stalls: int
     peak_staging_bytes: int
+
+
+class Round(NamedTuple):
+    """What a round ahead of T0 did. Bytes; `left_bytes` changed while they were copied."""
+
+    copied_bytes: int
+    left_bytes: int
 
 
 class LostError(TakeError):
@@ -86,8 +99,7 @@ class Staging:
 class Pump:
     """Saves the memory of one process. Use as a context manager; see native/pump.h for the order.
 
-    `uffd` -1: nothing can be armed, everything is saved in the pause. `spill`: directory for the
-    file that takes what staging cannot hold.
+    `spill`: directory for the file that takes what staging cannot hold.
     """
 
     def __init__(self, pid: int, uffd: int, staging: Staging, spill: Path) -> None:
@@ -98,7 +110,7 @@ class Pump:
         self._fds.append(self._spill)
         pagemap = self._open(f"/proc/{pid}/pagemap")
         memory = self._open(f"/proc/{pid}/mem")
-        info = self._open(f"/proc/self/fdinfo/{uffd}") if uffd >= 0 else -1
+        info = self._open(f"/proc/self/fdinfo/{uffd}")
         made = ffi.new("snap_pump **")
         self._buffer = ffi.from_buffer(staging.memory)
         _check(
@@ -110,64 +122,14 @@ class Pump:
         self._pump: Any = made[0]
         self._runner: threading.Thread | None = None
         self._storers: list[threading.Thread] = []
+        self.storing = Gate()
+        """Closed while the target stands still: compressors would take its processor."""
         self._result = 0
         self._failure: BaseException | None = None
 
     def _open(self, path: str) -> int:
         self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         return self._fds[-1]
-
-    # --- before and in the pause --------------------------------------------------------------
-
-    def add(self, plan: Plan, objects: dict[int, int]) -> None:
-        """All windows of the plan. `objects`: SharedObject.id → descriptor to read it from."""
-        areas = {}
-        for space, start, end in plan.areas():
-            number = _check(lib.snap_pump_add_area(self._pump, space, start, end), "area")
-            areas[space, start] = (end, number)
-        ordered = sorted(areas)
-        position = 0
-        for window in sorted(plan.windows, key=lambda w: (w.space, w.at)):
-            while areas[ordered[position]][0] <= window.at or ordered[position][0] != window.space:
-                position += 1
-            source = -1 if window.object is None else objects[window.object]
-            _check(
-                lib.snap_pump_add_window(
-                    self._pump,
-                    areas[ordered[position]][1],
-                    window.start,
-                    window.end,
-                    window.at,
-                    window.armed,
-                    source,
-                    4096,
-                ),
-                f"window {window.start:#x}-{window.end:#x}",
-            )
-        _check(lib.snap_pump_ready(self._pump), "ledger")
-        for window in plan.windows:
-            if window.whole:
-                _check(lib.snap_pump_want(self._pump, window.start, window.end), "want")
-
-    def register(self) -> None:
-        """Register what will be armed. The target is stopped, and `start` must follow."""
-        address = ffi.new("uint64_t *")
-        result = lib.snap_pump_register(self._pump, address)
-        _check(result, f"registering the memory at {address[0]:#x}", f"snap check {self.pid}")
-
-    def scan(self) -> None:
-        """Find the pages that hold something. The target is stopped."""
-        _check(lib.snap_pump_scan(self._pump), "PAGEMAP_SCAN", "snap check")
-
-    def save_stopped(self, everything: bool = False) -> None:
-        """Copy now what will not be armed. The target is stopped."""
-        _check(lib.snap_pump_save_stopped(self._pump, everything), f"copying memory of {self.pid}")
-
-    def arm(self) -> None:
-        """Write-protect all armed windows: T0. The target is stopped."""
-        _check(lib.snap_pump_arm(self._pump), "UFFDIO_WRITEPROTECT")
-
-    # --- while the target runs ----------------------------------------------------------------
 
     def store(self, sink: Callable[[Sequence[RawChunk]], None], threads: int) -> None:
         """Start the storing threads. `sink` is called from all of them at once."""
@@ -179,13 +141,70 @@ class Pump:
             thread.start()
 
     def start(self) -> None:
-        """Start the fault thread: before the target runs again."""
+        """Start the fault thread: before anything is registered."""
         self._runner = threading.Thread(target=self._run, name="snap-faults", daemon=True)
         self._runner.start()
 
-    def end(self) -> None:
-        """Nothing was armed: what was saved in the pause is all."""
-        lib.snap_pump_end(self._pump)
+    # --- ahead of T0 --------------------------------------------------------------------------
+
+    def round(self, report: Callable[[], None]) -> Round:
+        """Protect and copy what has no good copy. `report` is called ten times a second."""
+        _check(lib.snap_pump_order_round(self._pump), "round")
+        done = self._await(report)
+        return Round(done.copied_bytes, done.left_chunks * CHUNK)
+
+    def _await(self, report: Callable[[], None]) -> Any:
+        done = ffi.new("snap_pump_round *")
+        while True:
+            result = lib.snap_pump_await(self._pump, AWAIT_MS, done)
+            if result == -errno.EPIPE:
+                self._ended()
+            if result == 0:
+                return done
+            report()
+
+    def _ended(self) -> NoReturn:
+        """The fault thread has ended before its time."""
+        assert self._runner is not None
+        self._runner.join()
+        self.result()
+        raise SnapError("saving was cancelled")
+
+    # --- the target is stopped ----------------------------------------------------------------
+
+    def hold(self) -> None:
+        """The fault thread answers what waits, and stands still until `release` or `go`."""
+        _check(lib.snap_pump_order_hold(self._pump), "hold")
+        self._await(lambda: None)
+
+    def release(self) -> None:
+        """The fault thread goes on, still ahead of T0."""
+        lib.snap_pump_release(self._pump)
+
+    @property
+    def stale(self) -> bool:
+        """Whether memory was unmapped or moved since the plan: another is due."""
+        return bool(self._raw().stale)
+
+    def plan(self, plan: Plan, objects: dict[int, int]) -> None:
+        """What to save, in place of an earlier plan; registers what can be armed. `objects`:
+        SharedObject.id → descriptor to read it from, open until the end."""
+        windows, count = _windows(plan, objects)
+        address = ffi.new("uint64_t *")
+        result = lib.snap_pump_plan(self._pump, windows, count, address)
+        _check(result, f"registering the memory at {address[0]:#x}", f"snap check {self.pid}")
+
+    def settle(self, most: int, *, trust: bool) -> None:
+        """This is T0. Finds what has no good copy: copies it if it is at most `most` bytes, else
+        what of it cannot be armed, and arms the rest. `trust`: whether copies of before count."""
+        what = f"copying memory of process {self.pid}"
+        _check(lib.snap_pump_settle(self._pump, most, trust), what, "snap check")
+
+    def go(self) -> None:
+        """From here on first writes are waited for: before the target runs on."""
+        lib.snap_pump_go(self._pump)
+
+    # --- while the target runs ----------------------------------------------------------------
 
     def wait(self, seconds: float) -> bool:
         """Whether everything is saved and stored; waits up to `seconds` for it."""
@@ -211,19 +230,8 @@ class Pump:
 
     def counters(self) -> Counters:
         raw = self._raw()
-        return Counters(
-            raw.armed_bytes,
-            raw.wanted_bytes,
-            raw.saved_bytes,
-            raw.stopped_bytes,
-            raw.faults,
-            raw.fault_chunks,
-            raw.sweep_chunks,
-            raw.spilled_chunks,
-            raw.events,
-            raw.stalls,
-            raw.peak_slots * CHUNK,
-        )
+        values = {name: getattr(raw, name) for name in Counters._fields[:-1]}
+        return Counters(**values, peak_staging_bytes=raw.peak_slots * CHUNK)
 
     def _raw(self) -> Any:
         raw = ffi.new("snap_pump_counters *")
@@ -236,14 +244,15 @@ class Pump:
     def _store(self, sink: Callable[[Sequence[RawChunk]], None]) -> None:
         saved = ffi.new("snap_saved[]", BATCH)
         while True:
-            count = lib.snap_pump_next(self._pump, saved, BATCH, WAIT_MS)
+            count = lib.snap_pump_next(self._pump, saved, BATCH, NEXT_MS)
             if count == -errno.EPIPE:
                 return
             if count == 0:
                 continue
             try:
-                if self._failure is None:
-                    sink([self._chunk(saved[i]) for i in range(count)])
+                with self.storing:
+                    if self._failure is None:
+                        sink([self._chunk(saved[i]) for i in range(count)])
             except BaseException as error:  # of any kind: it is raised again by result()
                 traceback.clear_frames(error.__traceback__)  # they hold views of the staging
                 self._failure = self._failure or error
@@ -252,7 +261,9 @@ class Pump:
 
     def _chunk(self, saved: Any) -> RawChunk:
         place = saved.place
-        if place >= 0:
+        if not saved.pages:
+            data = EMPTY
+        elif place >= 0:
             data = self.staging.view[place * CHUNK : (place + 1) * CHUNK]
         else:
             data = memoryview(os.pread(self._spill, CHUNK, (-place - 1) * CHUNK))
@@ -273,6 +284,7 @@ class Pump:
         lib.snap_pump_stop(self._pump)
         if self._runner is None:
             lib.snap_pump_end(self._pump)
+        self.storing.open()
         for thread in (self._runner, *self._storers):
             if thread is not None:
                 thread.join()
@@ -280,6 +292,28 @@ class Pump:
         ffi.release(self._buffer)
         for fd in self._fds:
             os.close(fd)
+
+
+_WINDOW = struct.Struct("=QQQIiII")
+
+
+def _windows(plan: Plan, objects: dict[int, int]) -> tuple[Any, int]:
+    """An array of snap_window."""
+    packed = b"".join(
+        _WINDOW.pack(
+            one.start,
+            one.end,
+            one.at,
+            one.space,
+            -1 if one.object is None else objects[one.object],
+            one.armed,
+            one.whole,
+        )
+        for one in plan.windows
+    )
+    array = ffi.new("snap_window[]", max(1, len(plan.windows)))
+    ffi.memmove(array, packed, len(packed))
+    return array, len(plan.windows)
 
 
 def _check(result: int, what: str, hint: str = "") -> int:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from .manifest import OBJECT_SPACE, MappedFile, Mapping, MappingKind, SharedObject
 from .maps import Line
 from .resources.memfd import SharedMemory
-from .units import CHUNK, PAGE, align_down, align_up
+from .units import PAGE, align_up
 
 KERNEL_OWN = (b"[vdso]", b"[vvar]", b"[vvar_vclock]")
 NOWHERE = 1 << 62
@@ -58,22 +60,9 @@ class Plan:
     files: dict[tuple[int, int], MappedFile] = field(default_factory=dict)  # by (device, inode)
     objects: dict[tuple[int, int], SharedObject] = field(default_factory=dict)
     object_source: dict[int, Line | SharedMemory] = field(default_factory=dict)  # to open it by
+    object_ids: dict[tuple[int, int], int] = field(default_factory=dict)  # given so far
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-    def areas(self) -> list[tuple[int, int, int]]:
-        """(space, start, end), chunk aligned, merged where they touch: windows lie inside."""
-        spans = sorted(
-            (w.space, align_down(w.at, CHUNK), align_up(w.at + w.end - w.start, CHUNK))
-            for w in self.windows
-        )
-        merged: list[tuple[int, int, int]] = []
-        for space, start, end in spans:
-            if merged and merged[-1][0] == space and start <= merged[-1][2]:
-                merged[-1] = (space, merged[-1][1], max(end, merged[-1][2]))
-            else:
-                merged.append((space, start, end))
-        return merged
 
 
 def plan(
@@ -81,10 +70,18 @@ def plan(
     space: int,
     facts: Callable[[Line], FileFacts],
     needed: Iterable[SharedMemory] = (),
+    earlier: Plan | None = None,
 ) -> Plan:
     """`lines` are those of smaps (VmFlags decide). `facts` is asked for mappings with an inode.
-    `needed`: the shared objects that descriptors lead to, mapped or not."""
+    `needed`: the shared objects that descriptors lead to, mapped or not. `earlier`: a plan of the
+    same process; what was a shared object in it keeps its id, and so its space."""
     made = Plan(space)
+    if earlier is not None:
+        made.object_ids.update(earlier.object_ids)
+        # Ours by now; one that is not refuses to be registered.
+        lines = [
+            replace(line, vm_flags=tuple(f for f in line.vm_flags if f != "uw")) for line in lines
+        ]
     for memory in needed:
         _object(made, memory)
     for line in lines:
@@ -201,9 +198,13 @@ def _file(made: Plan, line: Line, facts: FileFacts) -> None:
         )
 
 
+def _object_id(made: Plan, key: tuple[int, int]) -> int:
+    return made.object_ids.setdefault(key, len(made.object_ids))
+
+
 def _object(made: Plan, memory: SharedMemory) -> None:
     known = SharedObject(
-        id=len(made.objects),
+        id=_object_id(made, (memory.device, memory.inode)),
         kind=memory.kind,
         name=memory.name,
         device=memory.device,
@@ -222,7 +223,7 @@ def _shared(made: Plan, line: Line, facts: FileFacts, memfd: bool) -> None:
     if known is None:
         kind = "memfd" if memfd else "anon" if line.name == b"/dev/zero" else "tmpfs"
         known = SharedObject(
-            id=len(made.objects),
+            id=_object_id(made, key),
             kind=kind,  # type: ignore[arg-type]
             name=line.name.removeprefix(b"/memfd:") if memfd else facts.path,
             device=facts.device,

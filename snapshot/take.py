@@ -1,8 +1,9 @@
-"""Taking a snapshot: freeze → arm → pump → store.
+"""Taking a snapshot: freeze → ahead → T0 → pump → store.
 
 The target stops twice, each time for about a millisecond: once to make its userfaultfd, once for
-T0. Nothing here waits for the target, and whatever goes wrong it runs on: the last close of its
-userfaultfd, wherever this process ends, releases all that was armed.
+T0. Between the two its memory is copied ahead while it runs; after T0 what is left is saved at its
+first write or by the sweep. Nothing here waits for the target, and whatever goes wrong it runs on:
+the last close of its userfaultfd, wherever this process ends, releases all that was armed.
 """
 
 from __future__ import annotations
@@ -15,29 +16,28 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from . import examine
-from .errors import DeniedError, TakeError
-from .examine import Examination
+from .ahead import REMAINDER, Ahead
+from .errors import TakeError
 from .freeze import Frozen, freeze
 from .hooks import Hooks
 from .image import Image
 from .kernel import procfs, vdso
 from .manifest import Host, Manifest, Process, TakeStats
-from .maps import Line
-from .pump import MEMORY, Counters, LostError, Pump, Staging
+from .pump import MEMORY, LostError, Pump, Staging
 from .records import ProcessIdentity
 from .regions import Plan
 from .resources import Gathered, descriptors, gather
-from .resources.memfd import SharedMemory
 from .stats import Progress, ProgressCallback, Stopwatch
 from .store import Store
 from .writer import ImageWriter
 from .wrprotect import WriteProtection
 
 ATTEMPTS = 3
-"""The last one copies everything in the pause: it cannot lose anything, at the cost of the pause
-following the size."""
+EVERYTHING = 1 << 62
+GATE_SECONDS = 0.05
 PROGRESS_SECONDS = 0.1
 
 log = logging.getLogger("snap")
@@ -53,6 +53,7 @@ class _Take:
     staging: Staging
     hooks: Hooks
     progress: ProgressCallback | None
+    now: bool
     clock: Stopwatch = field(default_factory=Stopwatch)
     reasons: list[str] = field(default_factory=list)
 
@@ -69,6 +70,9 @@ class _Instant:
     stages_us: dict[str, int]
 
 
+Guard = Literal["auto", "always", "never"]
+
+
 def take(
     pid: int,
     *,
@@ -77,12 +81,17 @@ def take(
     memory: int = MEMORY,
     hooks: Hooks | None = None,
     progress: ProgressCallback | None = None,
+    now: bool = False,
+    guard: Guard = "auto",
     attempts: int = ATTEMPTS,
 ) -> Image:
     """Take an image of the running process `pid` and return it, committed.
 
-    `memory`: bytes of staging. `attempts`: how often a new T0 is tried when memory of the last one
-    was lost (unmapped before it was saved); the last copies everything in the pause.
+    `memory`: bytes of staging. `now`: T0 at once and everything copied after it; otherwise memory
+    is copied ahead, and T0 is when little is left to be copied. What is left may be lost, if the
+    target unmaps it before it is saved. `guard`: "always" copies it while the target stands still,
+    so that nothing can be lost; "auto" does so when another T0 has to be tried, at most `attempts`
+    times in all; "never" raises TakeError instead.
     Raises TargetError, DeniedError, UnsupportedError (before anything is touched), StoreError,
     HookError (a hook failed before T0), TakeError. The target runs on in every case.
     """
@@ -95,18 +104,18 @@ def take(
         name = name or default_name(pid)
         staging = Staging(memory)
         stack.callback(staging.close)
-        job = _Take(pid, name, store, staging, hooks, progress)
+        job = _Take(pid, name, store, staging, hooks, progress, now)
         with _reported(job):
             hooks.run("before-freeze", pid=pid, image=name)
-            for attempt in range(1, attempts + 1):
-                if _attempt(job, everything=attempt > 1 and attempt == attempts):
-                    break
-            else:
-                raise TakeError(
-                    f"no exact image of process {pid} in {attempts} attempts: "
-                    + "; ".join(job.reasons),
-                    f"snap take {pid} --attempts {attempts + 1}",
-                )
+            if guard == "never":
+                attempts = 1
+            while not _attempt(job, guarded=guard == "always" or bool(job.reasons)):
+                if len(job.reasons) == attempts:
+                    raise TakeError(
+                        f"no exact image of process {pid} in {attempts} attempts: "
+                        + "; ".join(job.reasons),
+                        f"snap take {pid} --guard always",
+                    )
         hooks.run("committed", pid=pid, image=name)
         return store.image(name)
 
@@ -127,96 +136,48 @@ def _reported(job: _Take) -> Iterator[None]:
         raise
 
 
-def _attempt(job: _Take, *, everything: bool) -> bool:
+def _attempt(job: _Take, *, guarded: bool) -> bool:
     """One T0. False when its memory could not all be saved but another T0 may do."""
     before = examine.examine(job.pid)
     examine.refuse(job.pid, before.plan)
     identity = ProcessIdentity(procfs.boot_id(), job.pid, procfs.stat(job.pid).start_ticks)
     with ExitStack() as stack:
         writer = stack.enter_context(job.store.begin(job.name, identity))
-        protection, first, stops = None, None, []
-        if not everything:
+        objects = stack.enter_context(ExitStack())  # closed after the pump has ended
+        try:
             with freeze(job.pid) as first:
                 protection = stack.enter_context(WriteProtection.create(first))
-            stops.append(first.stopped_us)
-        pumping = _Pumping(job, stack, protection, writer)
-        try:
-            pumping.prepare(before)
-            instant = _instant(job, pumping, before, first)
-            stops.append(instant.pause_us)
-            if not everything:
-                pumping.store()
+                first.close_remote()
+                pump = Pump(job.pid, protection.uffd.fd, job.staging, job.store.path)
+                ahead = Ahead(stack.enter_context(pump), objects, before)
+                pump.start()
+                copying = not ahead.direct_io and (bool(job.reasons) or not job.now)
+                if copying:
+                    ahead.plan()
+                    pump.release()
+            pump.store(writer.put, os.cpu_count() or 1)
+            if copying:
+                ahead.copy(lambda: _report(job, pump, "copying ahead"))
+            instant = _instant(job, ahead, first, EVERYTHING if guarded else REMAINDER)
             job.hooks.run("resumed", pid=job.pid, image=job.name)
-            _wait(job, pumping.pump)
+            _wait(job, pump)
         except LostError as error:
             log.info("%d: %s", job.pid, error.message)
             if error.gone:
                 raise
             job.reasons.append(error.message)
             return False
-        stats = _stats(job, pumping.pump.counters(), instant, stops, writer)
+        stats = _stats(job, ahead, guarded, instant, [first.stopped_us, instant.pause_us], writer)
         writer.commit(_manifest(job, instant, stats))
     return True
 
 
-class _Pumping:
-    """The pump of an attempt. It is made for a plan, and made anew when the plan has changed."""
-
-    def __init__(
-        self,
-        job: _Take,
-        stack: ExitStack,
-        protection: WriteProtection | None,
-        writer: ImageWriter,
-    ) -> None:
-        self.job = job
-        self.uffd = -1 if protection is None else protection.uffd.fd
-        self.writer = writer
-        self._stack = stack.enter_context(ExitStack())
-        self.pump: Pump
-
-    def prepare(self, examination: Examination) -> None:
-        """A pump for this plan; nothing is touched yet."""
-        self._stack.close()
-        plan, pid = examination.plan, self.job.pid
-        objects = {
-            number: _open_object(pid, source, self._stack)
-            for number, source in plan.object_source.items()
-        }
-        pump = Pump(pid, self.uffd, self.job.staging, self.job.store.path)
-        self.pump = self._stack.enter_context(pump)
-        pump.add(plan, objects)
-
-    def store(self) -> None:
-        """Let saved chunks go to the store, with all cores."""
-        self.pump.store(self.writer.put, os.cpu_count() or 1)
-
-
-def _open_object(pid: int, source: Line | SharedMemory, stack: ExitStack) -> int:
-    """A shared object, opened anew: the target's own descriptor would share its offset."""
-    if isinstance(source, Line):
-        path = f"/proc/{pid}/map_files/{source.start:x}-{source.end:x}"
-    else:
-        path = f"/proc/{pid}/fd/{source.fd}"
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except PermissionError:
-        raise DeniedError(
-            f"shared memory of process {pid} may not be opened ({path})", f"sudo snap take {pid}"
-        ) from None
-    except FileNotFoundError:
-        raise LostError(f"{path} was unmapped or closed before the pause") from None
-    stack.callback(os.close, fd)
-    return fd
-
-
-def _instant(
-    job: _Take, pumping: _Pumping, examination: Examination, first: Frozen | None
-) -> _Instant:
-    """The pause. Injected calls come first: once armed, nothing may run in the target until the
-    fault thread does. `first` is the stop that made the userfaultfd; without one all is copied."""
+def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int) -> _Instant:
+    """The pause. Injected calls come first, while the fault thread still serves: the kernel writes
+    to the target's memory for them. `first` is the stop that made the userfaultfd."""
+    pump = ahead.pump
+    pump.storing.close(GATE_SECONDS)
     clock = Stopwatch()
-    everything = first is None
     with freeze(job.pid, earlier=first) as frozen:
         clock.stages_us["freeze"] = frozen.freeze_us
         with clock.stage("capture"):
@@ -225,60 +186,54 @@ def _instant(
         with clock.stage("descriptors"):
             files, table, problems = descriptors.capture(frozen.pid, frozen.pidfd)
         with clock.stage("maps"):
-            needed = descriptors.needed(files, table)
-            if problems or not examination.holds(needed):
-                examination = examine.examine(job.pid, needed)
-                examine.refuse(job.pid, examination.plan, problems)
-                pumping.prepare(examination)
-        pump = pumping.pump
-        if everything:
-            pumping.store()  # else after the pause: compressors would take its processor
-        with clock.stage("scan"):
-            pump.scan()
-        with clock.stage("copy"):
-            pump.save_stopped(everything)
-        with clock.stage("arm"):
-            if everything:
-                pump.end()
-            else:
-                pump.register()
-                pump.arm()
-                pump.start()
+            ahead.plan(descriptors.needed(files, table), problems)
+        with clock.stage("settle"):
+            trust = not any(file.flags & os.O_DIRECT for file in files)
+            pump.settle(most, trust=trust)
         taken_at = time.time()
         with clock.stage("hooks"):
             job.hooks.run("frozen", pid=job.pid, image=job.name)
-    process = gathered.process(
-        0, mappings=tuple(examination.plan.mappings), files=files, descriptors=table
-    )
-    return _Instant(
-        taken_at, process, examination.plan, gathered, frozen.stopped_us, clock.stages_us
-    )
+        pump.go()
+    pump.storing.open()
+    plan = ahead.examination.plan
+    process = gathered.process(0, mappings=tuple(plan.mappings), files=files, descriptors=table)
+    return _Instant(taken_at, process, plan, gathered, frozen.stopped_us, clock.stages_us)
 
 
 def _wait(job: _Take, pump: Pump) -> None:
     """Until all is saved and stored; the target runs. Raises what went wrong."""
     while not pump.wait(PROGRESS_SECONDS):
-        if job.progress is not None:
-            job.progress(_progress(job, pump))
-    if job.progress is not None:
-        job.progress(_progress(job, pump))
+        _report(job, pump, "saving")
+    _report(job, pump, "saving")
     pump.result()
 
 
-def _progress(job: _Take, pump: Pump) -> Progress:
-    now = pump.counters()
-    return Progress("saving", now.saved_bytes, now.wanted_bytes, now.faults, job.clock.seconds)
+def _report(job: _Take, pump: Pump, phase: str) -> None:
+    if job.progress is not None:
+        now = pump.counters()
+        whole = max(now.wanted_bytes, now.saved_bytes)
+        job.progress(Progress(phase, now.saved_bytes, whole, now.faults, job.clock.seconds))
 
 
 def _stats(
-    job: _Take, done: Counters, instant: _Instant, stops: list[int], writer: ImageWriter
+    job: _Take,
+    ahead: Ahead,
+    guarded: bool,
+    instant: _Instant,
+    stops: list[int],
+    writer: ImageWriter,
 ) -> TakeStats:
+    done = ahead.pump.counters()
     return TakeStats(
         threads=len(instant.process.threads),
         regions=len(instant.plan.windows),
         pause_us=sum(stops),
         longest_stop_us=max(stops),
         armed_bytes=done.armed_bytes,
+        rounds=ahead.rounds,
+        ahead_bytes=done.ahead_bytes,
+        remainder_bytes=done.remainder_bytes,
+        guarded=guarded,
         saved_bytes=writer.saved_bytes,
         stored_bytes=writer.stored_bytes,
         faults=done.faults,

@@ -11,7 +11,7 @@ import zstandard
 
 from . import chunkcodec, index, sweep
 from . import manifest as manifests
-from .chunkcodec import Chunk, Content
+from .chunkcodec import Content
 from .environment import Environment, Transaction
 from .errors import DamagedError, SnapError, StoreError
 from .handoff import Handoff
@@ -40,7 +40,8 @@ _INLINE = 1900
 
 
 class RawChunk(NamedTuple):
-    """CHUNK bytes of memory as they were copied; only the pages in `pages` count."""
+    """CHUNK bytes of memory as they were copied; only the pages in `pages` count. Without any the
+    chunk does not belong to the image any more, and `data` is empty."""
 
     space: int
     address: int
@@ -55,8 +56,9 @@ class _Pending(NamedTuple):
     before: bytes | None  # index value of an earlier put of this image
     sequence: int | None  # of an equal chunk of an earlier image
     value: bytes | None  # what goes into `chunks` otherwise
-    content: Content
+    content: Content | None  # None: the chunk is taken out
     gained: int  # pages that the image did not have before
+    freed: int  # bytes of the value that it replaces, and that was this image's alone
 
 
 def _on_disk(entry: _Pending) -> int:
@@ -98,8 +100,7 @@ class ImageWriter:
         """Saves chunks; when it returns, their memory may be used again. They are written soon
         after, at the latest by `commit`: what fails then is raised by a later put, or by commit.
 
-        A chunk put before gets the pages of the later put over it and keeps its others; puts of one
-        chunk must not run at the same time.
+        A chunk that is put again is replaced; puts of one chunk must not run at the same time.
         """
         if not self._open:
             raise StoreError(f"the image {self.name} is finished", "snap list")
@@ -119,14 +120,16 @@ class ImageWriter:
         if unwritten:
             self._handoff.drain()
         pending = self._prepare(batch)
-        fresh = [entry for entry in pending if entry.sequence is None]
-        values = iter(chunkcodec.encode([entry.content for entry in fresh]))
+        fresh = [entry.content for entry in pending if entry.sequence is None and entry.content]
+        values = iter(chunkcodec.encode(fresh))
         final = [
-            entry._replace(value=next(values)) if entry.sequence is None else entry
+            entry._replace(value=next(values))
+            if entry.sequence is None and entry.content
+            else entry
             for entry in pending
         ]
         with self._counting:
-            self.stored_bytes += sum(len(entry.value) for entry in final if entry.value)
+            self.stored_bytes += sum(len(entry.value or b"") - entry.freed for entry in final)
             self.saved_bytes += sum(entry.gained for entry in final) * PAGE
             self._unwritten.update(batch)
         self._handoff.give(final, sum(map(_on_disk, final)))
@@ -135,20 +138,33 @@ class ImageWriter:
         """Finds each chunk's pages and digest, and whether an earlier image holds the same."""
         pending = []
         with self._environment.read() as transaction:
-            for key, (space, address, pages, data) in batch.items():
-                if len(data) != CHUNK or address % CHUNK:
-                    raise ValueError(f"not a chunk: {len(data)} bytes at {address:#x}")
+            for key, chunk in batch.items():
                 before = self._index(transaction, key)
-                if before is None:
-                    content = chunkcodec.examine(pages, data)
-                    gained = content.present.bit_count()
-                else:
-                    old = self._chunk(transaction, before)
-                    content = chunkcodec.overlay(old, pages, data)
-                    gained = (content.present & ~old.present).bit_count()
-                same = self._same(transaction, space, address, content.digest)
-                pending.append(_Pending(key, before, same, None, content, gained))
+                old, freed = self._replaced(transaction, before)
+                content, same = None, None
+                if chunk.pages:
+                    content = self._examined(chunk)
+                    same = self._same(transaction, chunk.space, chunk.address, content.digest)
+                gained = (content.present.bit_count() if content else 0) - old
+                pending.append(_Pending(key, before, same, None, content, gained, freed))
         return pending
+
+    @staticmethod
+    def _examined(chunk: RawChunk) -> Content:
+        if len(chunk.data) != CHUNK or chunk.address % CHUNK:
+            raise ValueError(f"not a chunk: {len(chunk.data)} bytes at {chunk.address:#x}")
+        return chunkcodec.examine(chunk.pages, chunk.data)
+
+    def _replaced(self, transaction: Transaction, index_value: bytes | None) -> tuple[int, int]:
+        """Of the chunk of an earlier put: how many pages it has, and how many bytes of its own."""
+        if index_value is None:
+            return 0, 0
+        sequence, its_digest = INDEX_VALUE.unpack(index_value)
+        value = transaction.get(NUMBER.pack(sequence), db=self._environment.databases["chunks"])
+        if value is None or chunkcodec.digest_of(value) != its_digest:
+            raise DamagedError(f"chunk {sequence} of the unfinished image {self.name} is lost")
+        own = sequence >= self._first_sequence
+        return chunkcodec.pages_of(value).bit_count(), len(value) if own else 0
 
     def _same(
         self, transaction: Transaction, space: int, address: int, digest: bytes
@@ -166,13 +182,6 @@ class ImageWriter:
         value = transaction.get(key, db=self._environment.databases["index"])
         return None if value is None else bytes(value)
 
-    def _chunk(self, transaction: Transaction, index_value: bytes) -> Chunk:
-        sequence, its_digest = INDEX_VALUE.unpack(index_value)
-        value = transaction.get(NUMBER.pack(sequence), db=self._environment.databases["chunks"])
-        if value is None or chunkcodec.digest_of(value) != its_digest:
-            raise DamagedError(f"chunk {sequence} of the unfinished image {self.name} is lost")
-        return chunkcodec.decode(value)[0]
-
     def _write(self, parts: list[list[_Pending]]) -> None:
         """Chunks and their index entries, in one transaction."""
         adds = sum(map(_on_disk, itertools.chain.from_iterable(parts)))
@@ -186,13 +195,16 @@ class ImageWriter:
         sequence = NUMBER.unpack(transaction.get(NEXT_SEQUENCE_KEY, db=meta))[0]
         values = []
         for entry in itertools.chain.from_iterable(parts):
+            if entry.before is not None:
+                self._discard(transaction, entry.before)
+            if entry.content is None:
+                transaction.delete(entry.key, db=databases["index"])
+                continue
             at = entry.sequence
             if at is None:
                 at = sequence
                 values.append((NUMBER.pack(at), entry.value))
                 sequence += 1
-            if entry.before is not None:
-                self._discard(transaction, entry.before)
             where = INDEX_VALUE.pack(at, entry.content.digest)
             transaction.put(entry.key, where, db=databases["index"])
         if values:

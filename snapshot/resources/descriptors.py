@@ -87,7 +87,7 @@ _FAMILIES = {
 }
 _CLOSE_TO = 0xFFFFFFFF
 
-__all__ = ["SharedMemory", "capture", "examine", "needed", "open_all", "place"]
+__all__ = ["SharedMemory", "capture", "direct_io", "examine", "needed", "open_all", "place"]
 
 
 # --- capture -------------------------------------------------------------------------------------
@@ -132,6 +132,12 @@ def examine(pid: int, pidfd: int) -> list[str]:
             except (OSError, KernelError):
                 continue  # closed, or another file by now
     return cannot
+
+
+def direct_io(pid: int) -> bool:
+    """Whether the process has files open with O_DIRECT: what it reads from them a device writes to
+    its memory, past the page tables."""
+    return any(seen.flags & os.O_DIRECT for seen in _read_all(pid).values())
 
 
 def _capture_one(seen: Seen, table: Table, numbers: dict[int, int], next_id: int) -> list[OpenFile]:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import snapshot
 from snapshot.errors import TakeError
+from snapshot.manifest import TakeStats
 from snapshot.store import Store
 from tests.harness import oracle, processes
 
@@ -60,27 +62,58 @@ def left(victim: subprocess.Popen[str]) -> int:
     return int(victim.stdout.readline())
 
 
-def test_it_tries_again_and_at_last_copies_in_the_pause(
-    victim: subprocess.Popen[str], store: Path
-) -> None:
+def take_and_unmap(victim: subprocess.Popen[str], store: Path, **options: Any) -> TakeStats:
+    """An exact image, although memory goes right after each T0."""
     seen: list[oracle.Memory] = []
 
     def frozen(context: object) -> None:
         seen.append(oracle.read(victim.pid))
         os.kill(victim.pid, signal.SIGUSR1)
 
+    hooks = {"frozen": frozen}
     with snapshot.take(
-        victim.pid, name="image", store=store, memory=STAGING, hooks={"frozen": frozen}
+        victim.pid, name="image", store=store, memory=STAGING, hooks=hooks, **options
     ) as image:
         assert oracle.compare(seen[-1], image, victim.pid) == []
         stats = image.manifest.stats
-        instants = len(seen)
-        assert stats.attempts == instants == 3
-        assert len(stats.retry_reasons) == 2
-        assert all("unmapped" in reason for reason in stats.retry_reasons)
-    assert left(victim) == 5
+        assert stats.attempts == len(seen) == len(stats.retry_reasons) + 1
+        assert left(victim) == 8 - len(seen)
     with Store.open(store) as opened:
         assert [info.image for info in opened.images()] == ["image"]
+    return stats
+
+
+def test_what_was_copied_ahead_cannot_be_lost(victim: subprocess.Popen[str], store: Path) -> None:
+    stats = take_and_unmap(victim, store)
+    assert stats.attempts == 1
+    assert stats.rounds >= 1
+    assert stats.remainder_bytes < 2 << 20
+
+
+def test_t0_at_once_loses_it_and_another_is_tried(
+    victim: subprocess.Popen[str], store: Path
+) -> None:
+    """The second copies ahead, and what is left while the target stands still."""
+    stats = take_and_unmap(victim, store, now=True)
+    assert stats.attempts == 2
+    assert stats.guarded
+    assert stats.rounds >= 1
+    assert all("unmapped" in reason for reason in stats.retry_reasons)
+
+
+def test_guarded_from_the_first(victim: subprocess.Popen[str], store: Path) -> None:
+    stats = take_and_unmap(victim, store, now=True, guard="always")
+    assert (stats.attempts, stats.rounds, stats.guarded) == (1, 0, True)
+    assert stats.remainder_bytes > 256 << 20
+
+
+def test_never_guarded_it_fails(victim: subprocess.Popen[str], store: Path) -> None:
+    with pytest.raises(TakeError, match="unmapped") as raised:
+        take_and_unmap(victim, store, now=True, guard="never")
+    assert "--guard always" in raised.value.hint
+    assert left(victim) == 7
+    with Store.open(store) as opened:
+        assert opened.images() == []
 
 
 def test_it_gives_up_in_the_end_and_leaves_nothing(
@@ -91,7 +124,15 @@ def test_it_gives_up_in_the_end_and_leaves_nothing(
 
     hooks = Hooks({"frozen": lambda _: os.kill(victim.pid, signal.SIGUSR1)}, installed=False)
     with pytest.raises(TakeError, match="no exact image of process"):
-        take(victim.pid, store=store, name="image", memory=STAGING, hooks=hooks, attempts=1)
+        take(
+            victim.pid,
+            store=store,
+            name="image",
+            memory=STAGING,
+            hooks=hooks,
+            now=True,
+            attempts=1,
+        )
     assert left(victim) == 7
     with Store.open(store) as opened:
         assert opened.images() == []

@@ -1,8 +1,9 @@
 /* The pump against a hostile target, without Python and ptrace: built with ASan and UBSan.
  *
  * A child process writes, discards and moves its memory from several threads at full speed. The
- * parent parks the threads (they wait at a flag), reads all memory as the oracle, arms, lets go
- * and compares what the pump saved with the oracle, byte for byte, many times over.
+ * parent copies it ahead in some rounds (or in none), parks the threads (they wait at a flag), reads
+ * all memory as the oracle, settles, lets go and compares what the pump saved with the oracle, byte
+ * for byte, many times over.
  *
  * usage: pump_test ROUNDS SEED [OPERATIONS]   operations: w write, d discard, m move (default wdm)
  */
@@ -42,7 +43,9 @@
 
 typedef struct {
     atomic_int park, parked, leave;
-    _Atomic(uint64_t) base[THREADS]; /* where each thread's region is now */
+    atomic_int local; /* writers keep to a few pages at a time: what was copied ahead mostly stays */
+    _Atomic(uint64_t) base[THREADS];  /* where each thread's region is now */
+    _Atomic(uint64_t) place[THREADS]; /* it lies in [place, place + 2 * REGION) */
 } control;
 
 static control *shared;
@@ -62,12 +65,16 @@ static void *mutate(void *arg)
     int me = (int)(intptr_t)arg;
     uint64_t random = 88172645463325252u + (uint64_t)me * 7919 + (uint64_t)getpid();
     /* A place of twice the size, so that the region can move to its other half. */
-    char *place = mmap(NULL, 2 * REGION, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *place = mmap(NULL, 2 * REGION + CHUNK, PROT_NONE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     CHECK(place != MAP_FAILED);
+    place += -(uintptr_t)place % CHUNK;
+    shared->place[me] = (uint64_t)(uintptr_t)place;
     char *base = mmap(place, REGION, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
     CHECK(base == place);
     shared->base[me] = (uint64_t)(uintptr_t)base;
+    uint64_t writes = 0;
     while (!shared->leave) {
         if (shared->park) {
             shared->parked++;
@@ -76,7 +83,9 @@ static void *mutate(void *arg)
             shared->parked--;
         }
         uint64_t r = next_random(&random);
-        uint64_t page = r % (REGION / PAGE), kind = (r >> 32) % 100000;
+        uint64_t page = r % (REGION / PAGE), kind = (r >> 32) % (shared->local ? 10000000 : 100000);
+        if (shared->local && kind > 3) /* 32 pages, other ones from time to time */
+            page = (writes++ >> 14) * 331 % (REGION / PAGE / 32) * 32 + r % 32;
         if (kind < 3 && strchr(operations, 'd')) {
             uint64_t pages = 1 + (r >> 44) % 200;
             if (page + pages > REGION / PAGE)
@@ -146,8 +155,16 @@ static int receive_uffd(int channel)
 
 /* ---- one T0 ------------------------------------------------------------------------------------ */
 
-static char *oracle, *image;
-static uint64_t starts[THREADS];
+static char *oracle, *image; /* of each thread's place: twice its region */
+
+/* Of a chunk, which lies in the place of a thread, in `image`. */
+static uint64_t offset_of(uint64_t address)
+{
+    int k = 0;
+    while (address < shared->place[k] || address >= shared->place[k] + 2 * REGION)
+        CHECK(++k < THREADS);
+    return (uint64_t)k * 2 * REGION + (address - shared->place[k]);
+}
 
 static void *consume(void *arg)
 {
@@ -162,11 +179,10 @@ static void *consume(void *arg)
             return NULL;
         CHECK(n >= 0);
         for (int i = 0; i < n; i++) {
-            int k = 0;
-            while (saved[i].address < starts[k] || saved[i].address >= starts[k] + REGION)
-                CHECK(++k < THREADS);
-            char *to = image + (uint64_t)k * REGION + (saved[i].address - starts[k]);
-            if (saved[i].place >= 0)
+            char *to = image + offset_of(saved[i].address);
+            if (!saved[i].pages)
+                memset(to, 0, CHUNK);
+            else if (saved[i].place >= 0)
                 memcpy(to, staging + (uint64_t)saved[i].place * CHUNK, CHUNK);
             else
                 CHECK(pread(spill, to, CHUNK, (-saved[i].place - 1) * (off_t)CHUNK) == (ssize_t)CHUNK);
@@ -175,14 +191,83 @@ static void *consume(void *arg)
     }
 }
 
-static int by_value(const void *l, const void *r)
+static void *run(void *arg)
 {
-    const uint64_t *a = l, *b = r;
-    return *a < *b ? -1 : *a > *b;
+    void **parts = arg;
+    *(int *)parts[1] = snap_pump_run(parts[0]);
+    return NULL;
+}
+
+static void await(snap_pump *pump, snap_pump_round *round)
+{
+    int r;
+    while ((r = snap_pump_await(pump, 100, round)) == -ETIMEDOUT)
+        continue;
+    CHECK(!r);
+}
+
+/* The windows as they are; the target is parked. */
+static void plan_windows(snap_window *windows)
+{
+    for (int k = 0; k < THREADS; k++) {
+        uint64_t base = shared->base[k];
+        windows[k] = (snap_window){.start = base, .end = base + REGION, .at = base, .object = -1,
+                                   .armed = 1};
+    }
+}
+
+static void park(void)
+{
+    shared->park = 1;
+    while (shared->parked < THREADS)
+        sched_yield();
+}
+
+static void hold_and_plan(snap_pump *pump)
+{
+    snap_window windows[THREADS];
+    uint64_t where;
+    CHECK(!snap_pump_order_hold(pump));
+    await(pump, NULL);
+    plan_windows(windows);
+    CHECK(!snap_pump_plan(pump, windows, THREADS, &where));
+}
+
+static void unpark(void)
+{
+    shared->park = 0;
+    while (shared->parked)
+        sched_yield();
+}
+
+static void copy_ahead(snap_pump *pump, int rounds)
+{
+    snap_pump_round round;
+    for (int i = 0; i < rounds; i++) {
+        if (i % 2 == 0) {
+            park();
+            hold_and_plan(pump);
+            snap_pump_release(pump);
+            unpark();
+        }
+        CHECK(!snap_pump_order_round(pump));
+        await(pump, &round);
+    }
+}
+
+/* What the image should be: at the same offsets. */
+static void read_oracle(int pid)
+{
+    memset(oracle, 0, THREADS * 2 * REGION);
+    for (int k = 0; k < THREADS; k++) {
+        struct iovec local = {oracle + offset_of(shared->base[k]), REGION};
+        struct iovec remote = {(void *)(uintptr_t)shared->base[k], REGION};
+        CHECK(process_vm_readv(pid, &local, 1, &remote, 1, 0) == (ssize_t)REGION);
+    }
 }
 
 /* Returns 0 when the image was exact, 1 when the pump said that it could not be. */
-static int one_instant(int pid, int channel, char *staging, int spill, int round)
+static int one_instant(int pid, int channel, char *staging, int spill, int number)
 {
     char path[64];
     int uffd = receive_uffd(channel);
@@ -193,39 +278,24 @@ static int one_instant(int pid, int channel, char *staging, int spill, int round
     snprintf(path, sizeof path, "/proc/%d/mem", pid);
     int mem = open(path, O_RDONLY | O_CLOEXEC);
     CHECK(info >= 0 && pagemap >= 0 && mem >= 0);
-
-    shared->park = 1;
-    while (shared->parked < THREADS)
-        sched_yield();
-    for (int k = 0; k < THREADS; k++)
-        starts[k] = shared->base[k];
-    qsort(starts, THREADS, sizeof *starts, by_value);
+    memset(image, 0, THREADS * 2 * REGION);
 
     snap_pump *pump;
     CHECK(!snap_pump_new(pid, uffd, info, pagemap, mem, spill, staging, SLOTS, &pump));
-    for (int k = 0; k < THREADS; k++) {
-        uint64_t low = starts[k] & ~(CHUNK - 1), high = (starts[k] + REGION + CHUNK - 1) & ~(CHUNK - 1);
-        int area = snap_pump_add_area(pump, 0, low, high);
-        CHECK(area >= 0);
-        CHECK(!snap_pump_add_window(pump, area, starts[k], starts[k] + REGION, starts[k], 1, -1, PAGE));
-    }
-    uint64_t where;
-    CHECK(!snap_pump_ready(pump));
-    CHECK(!snap_pump_register(pump, &where));
-    CHECK(!snap_pump_scan(pump));
-    CHECK(!snap_pump_save_stopped(pump, 0));
-    CHECK(!snap_pump_arm(pump));
-    for (int k = 0; k < THREADS; k++) {
-        struct iovec local = {oracle + (uint64_t)k * REGION, REGION};
-        struct iovec remote = {(void *)(uintptr_t)starts[k], REGION};
-        CHECK(process_vm_readv(pid, &local, 1, &remote, 1, 0) == (ssize_t)REGION);
-    }
-    memset(image, 0, THREADS * REGION);
-    void *parts[] = {pump, staging, &spill};
-    pthread_t consumer;
+    int result = 0, rounds = number % 4;
+    void *runner_parts[] = {pump, &result}, *parts[] = {pump, staging, &spill};
+    pthread_t consumer, runner;
     CHECK(!pthread_create(&consumer, NULL, consume, parts));
-    shared->park = 0;
-    int r = snap_pump_run(pump);
+    CHECK(!pthread_create(&runner, NULL, run, runner_parts));
+    shared->local = number / 4 % 2;
+    copy_ahead(pump, rounds);
+    park();
+    hold_and_plan(pump);
+    CHECK(!snap_pump_settle(pump, number % 3 == 2 ? 4 << 20 : 0, 1));
+    read_oracle(pid);
+    snap_pump_go(pump);
+    unpark();
+    pthread_join(runner, NULL);
     pthread_join(consumer, NULL);
     snap_pump_counters counters;
     snap_pump_stats(pump, &counters);
@@ -234,21 +304,20 @@ static int one_instant(int pid, int channel, char *staging, int spill, int round
     close(info);
     close(pagemap);
     close(mem);
-    while (shared->parked)
-        sched_yield();
-    if (r) {
-        fprintf(stderr, "round %d: run %d, reason %u, %llu bytes from %llx\n", round, r,
+    if (result) {
+        fprintf(stderr, "round %d: run %d, reason %u, %llu bytes from %llx\n", number, result,
                 counters.lost_reason, (unsigned long long)counters.lost_bytes,
                 (unsigned long long)counters.lost_address);
         return 1;
     }
-    for (uint64_t at = 0; at < THREADS * REGION; at += PAGE)
+    for (uint64_t at = 0; at < THREADS * 2 * REGION; at += PAGE)
         if (memcmp(oracle + at, image + at, PAGE)) {
-            fprintf(stderr, "round %d: page %llx differs\n", round,
-                    (unsigned long long)(starts[at / REGION] + at % REGION));
+            uint64_t place = shared->place[at / (2 * REGION)] + at % (2 * REGION);
+            fprintf(stderr, "round %d: page %llx differs\n", number, (unsigned long long)place);
             exit(1);
         }
-    printf("round %d: %llu faults, %llu + %llu chunks, %llu spilled, %llu events\n", round,
+    printf("round %d: %d ahead, remainder %llu KiB; %llu faults, %llu + %llu chunks, %llu spilled, "
+           "%llu events\n", number, rounds, (unsigned long long)counters.remainder_bytes / 1024,
            (unsigned long long)counters.faults, (unsigned long long)counters.fault_chunks,
            (unsigned long long)counters.sweep_chunks, (unsigned long long)counters.spilled_chunks,
            (unsigned long long)counters.events);
@@ -278,8 +347,8 @@ int main(int argc, char **argv)
     for (int k = 0; k < THREADS; k++)
         while (!shared->base[k])
             sched_yield();
-    oracle = malloc(THREADS * REGION);
-    image = malloc(THREADS * REGION);
+    oracle = malloc(THREADS * 2 * REGION);
+    image = malloc(THREADS * 2 * REGION);
     char *staging = mmap(NULL, SLOTS * CHUNK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     int spill = open("/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
     CHECK(oracle && image && staging != MAP_FAILED && spill >= 0);

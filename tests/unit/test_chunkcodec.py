@@ -70,14 +70,9 @@ def test_many_at_once(some: list[tuple[bytes, int]]) -> None:
 
 
 @unhurried
-@given(chunks, bitmaps, chunks, bitmaps)
-def test_overlay(old: bytes, first: int, new: bytes, second: int) -> None:
-    chunk, _ = chunkcodec.decode(value_of(old, first))
-    content = chunkcodec.overlay(chunk, second, memoryview(new))
-    merged, _ = chunkcodec.decode(chunkcodec.encode([content])[0])
-    assert merged.present == first | second
-    assert masked(merged.data, second) == masked(new, second)
-    assert masked(merged.data, first & ~second) == masked(old, first & ~second)
+@given(chunks, bitmaps)
+def test_a_value_tells_its_pages(data: bytes, present: int) -> None:
+    assert chunkcodec.pages_of(value_of(data, present)) == present
 
 
 @unhurried

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from snapshot.manifest import OBJECT_SPACE
 from snapshot.maps import Line
-from snapshot.regions import FileFacts, Plan, Window, plan
+from snapshot.regions import FileFacts, Plan, plan
 from snapshot.resources.memfd import SharedMemory
-from snapshot.units import CHUNK, PAGE
+from snapshot.units import PAGE
 
 RW = ("rd", "wr", "mr", "mw", "me", "ac")
 
@@ -144,25 +141,13 @@ def test_an_object_that_only_a_descriptor_holds_is_in_the_plan() -> None:
     assert found.object_source == {0: memory}
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 200), st.integers(1, 60)), max_size=30))
-def test_areas_hold_every_window_and_do_not_overlap(spans: list[tuple[int, int, int]]) -> None:
-    windows = [
-        Window(space, page * PAGE, (page + pages) * PAGE, page * PAGE, armed=True)
-        for space, page, pages in spans
-    ]
-    areas = Plan(0, windows=windows).areas()
-    for space, start, end in areas:
-        assert start % CHUNK == 0
-        assert end % CHUNK == 0
-        assert start < end
-        inside = [a for a in areas if a[0] == space]
-        assert all(a[2] < b[1] for a, b in itertools.pairwise(inside))
-    for window in windows:
-        holding = [
-            a
-            for a in areas
-            if a[0] == window.space
-            and a[1] <= window.at
-            and window.at + window.end - window.start <= a[2]
-        ]
-        assert len(holding) == 1
+def test_an_object_keeps_its_id_in_later_plans() -> None:
+    """Its id is its space, and chunks of it may be in the store already."""
+    one, two = (SharedMemory(1, inode, PAGE, 4, "memfd", b"box", 0, 0o100777) for inode in (5, 6))
+    first = plan([], 0, lambda _: facts(), [one, two])
+    second = plan([], 0, lambda _: facts(), [two], first)
+    third = plan(
+        [], 0, lambda _: facts(), [SharedMemory(1, 7, PAGE, 4, "memfd", b"new", 0, 0o600)], second
+    )
+    assert {known.inode: known.id for known in second.objects.values()} == {6: 1}
+    assert {known.inode: known.id for known in third.objects.values()} == {7: 2}

@@ -21,6 +21,7 @@ from snapshot.errors import DamagedError, StoreError
 from snapshot.records import NUMBER, seal
 from snapshot.store import ImageWriter, ProcessIdentity, Store
 from snapshot.units import CHUNK, MIB
+from snapshot.writer import RawChunk
 from tests.unit import images
 from tests.unit.images import BASE, manifest, raw
 from tests.unit.test_environment import small_disk
@@ -156,17 +157,45 @@ def test_space_is_used_again(store: Store) -> None:
 
 
 def test_putting_a_chunk_again(store: Store) -> None:
-    """Later pages replace earlier ones, and the first chunk is not left behind."""
+    """The later replaces all of the earlier, which is not left behind, nor counted."""
     writer = store.begin("one")
     writer.put([raw(b"a" * CHUNK, pages=0b0011)])
+    before = writer.stored_bytes
     writer.put([raw(b"b" * CHUNK, pages=0b0110), raw(b"c" * CHUNK, pages=0b1000)])
-    assert writer.saved_bytes == 4 * 4096
+    assert writer.saved_bytes == 4096
+    assert 0 < writer.stored_bytes <= before
     writer.commit(manifest("one"))
     chunk = store.image("one").chunk(0, BASE)
     assert chunk
-    assert chunk.present == chunk.nonzero == 0b1111
-    assert chunk.data == b"".join(c * 4096 for c in (b"a", b"b", b"b", b"c")) + bytes(12 * 4096)
+    assert chunk.present == chunk.nonzero == 0b1000
+    assert chunk.data == bytes(3 * 4096) + b"c" * 4096 + bytes(12 * 4096)
     assert entries(store)["chunks"] == 1
+
+
+def test_taking_a_chunk_out_again(store: Store) -> None:
+    """Memory that was copied ahead and given up before T0."""
+    none = RawChunk(0, BASE, 0, memoryview(b""))
+    writer = store.begin("one")
+    writer.put([none])  # never there
+    writer.put([raw(b"a" * CHUNK), raw(b"b" * CHUNK, BASE + CHUNK)])
+    writer.put([none])
+    assert writer.saved_bytes == CHUNK
+    writer.commit(manifest("one"))
+    image = store.image("one")
+    assert image.chunk(0, BASE) is None
+    assert list(image.addresses(0)) == [BASE + CHUNK]
+    assert entries(store)["chunks"] == 1
+
+
+def test_taking_out_what_another_image_has_too(store: Store) -> None:
+    take(store, "first", {0: b"a" * CHUNK})
+    writer = store.begin("second", SELF)
+    writer.put([raw(b"a" * CHUNK)])
+    writer.put([RawChunk(0, BASE, 0, memoryview(b""))])
+    assert (writer.saved_bytes, writer.stored_bytes) == (0, 0)
+    writer.commit(manifest("second", taken_at=2.0))
+    check(store, "first", {0: b"a" * CHUNK})
+    assert list(store.image("second").addresses(0)) == []
 
 
 def test_putting_a_shared_chunk_again(store: Store) -> None:

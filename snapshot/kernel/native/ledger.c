@@ -19,18 +19,18 @@ int snap_grow(void **at, size_t *capacity, size_t count, size_t size)
     return 0;
 }
 
-static int by_area(const void *left, const void *right)
+static int by_space(const void *left, const void *right)
 {
-    const window *l = left, *r = right;
-    if (l->area != r->area)
-        return l->area < r->area ? -1 : 1;
+    const snap_window *l = &((const window *)left)->is, *r = &((const window *)right)->is;
+    if (l->space != r->space)
+        return l->space < r->space ? -1 : 1;
     return l->at < r->at ? -1 : l->at > r->at;
 }
 
 static int by_start(const void *left, const void *right, void *windows)
 {
     const window *w = windows;
-    uint64_t l = w[*(const uint32_t *)left].start, r = w[*(const uint32_t *)right].start;
+    uint64_t l = w[*(const uint32_t *)left].is.start, r = w[*(const uint32_t *)right].is.start;
     return l < r ? -1 : l > r;
 }
 
@@ -42,18 +42,11 @@ int ledger_index(snap_pump *p)
         return -ENOMEM;
     p->by_start = order;
     if (n)
-        qsort(p->windows.at, n, sizeof *p->windows.at, by_area);
+        qsort(p->windows.at, n, sizeof *p->windows.at, by_space);
     for (size_t i = 0; i < n; i++)
         order[i] = (uint32_t)i;
     if (n)
         qsort_r(order, n, sizeof *order, by_start, p->windows.at);
-    for (size_t i = 0; i < p->areas.count; i++)
-        p->areas.at[i].windows = 0;
-    for (size_t i = 0; i < n; i++) {
-        area *a = &p->areas.at[p->windows.at[i].area];
-        if (!a->windows++)
-            a->first_window = i;
-    }
     return 0;
 }
 
@@ -63,9 +56,9 @@ window *ledger_find(snap_pump *p, uint64_t address)
     while (low < high) {
         size_t middle = (low + high) / 2;
         window *w = &p->windows.at[p->by_start[middle]];
-        if (address < w->start)
+        if (address < w->is.start)
             high = middle;
-        else if (address >= w->end)
+        else if (address >= w->is.end)
             low = middle + 1;
         else
             return w;
@@ -78,7 +71,7 @@ size_t ledger_above(const snap_pump *p, uint64_t address)
     size_t low = 0, high = p->windows.count;
     while (low < high) {
         size_t middle = (low + high) / 2;
-        if (p->windows.at[p->by_start[middle]].end <= address)
+        if (p->windows.at[p->by_start[middle]].is.end <= address)
             low = middle + 1;
         else
             high = middle;
@@ -86,34 +79,85 @@ size_t ledger_above(const snap_pump *p, uint64_t address)
     return low;
 }
 
-size_t ledger_first(const snap_pump *p, const area *a, uint64_t at)
+size_t ledger_first(const snap_pump *p, uint32_t space, uint64_t at)
 {
     /* Windows on a shared object may overlap, those of private memory cannot: only there does a
      * binary search by `at` find every window of a chunk. */
-    if (a->space >= 1u << 16)
-        return a->first_window;
-    size_t low = a->first_window, high = low + a->windows;
+    bool object = space >= OBJECT_SPACE;
+    size_t low = 0, high = p->windows.count;
     while (low < high) {
         size_t middle = (low + high) / 2;
-        const window *w = &p->windows.at[middle];
-        if (w->at + (w->end - w->start) <= at)
+        const snap_window *w = &p->windows.at[middle].is;
+        bool below = w->space < space ||
+                     (w->space == space && !object && w->at + (w->end - w->start) <= at);
+        if (below)
             low = middle + 1;
         else
             high = middle;
     }
     return low;
+}
+
+static size_t block_position(const snap_pump *p, uint32_t space, uint64_t start)
+{
+    size_t low = 0, high = p->blocks.count;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        const block *b = p->blocks.at[middle];
+        if (b->space < space || (b->space == space && b->start < start))
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+chunk *ledger_chunk(const snap_pump *p, uint32_t space, uint64_t at)
+{
+    uint64_t start = at & ~(BLOCK - 1);
+    size_t i = block_position(p, space, start);
+    if (i == p->blocks.count || p->blocks.at[i]->space != space || p->blocks.at[i]->start != start)
+        return NULL;
+    return &p->blocks.at[i]->chunks[(at - start) / CHUNK];
+}
+
+chunk *ledger_make(snap_pump *p, uint32_t space, uint64_t at)
+{
+    chunk *c = ledger_chunk(p, space, at);
+    if (c)
+        return c;
+    uint64_t start = at & ~(BLOCK - 1);
+    block *b = calloc(1, sizeof *b);
+    if (!b)
+        return NULL;
+    b->space = space;
+    b->start = start;
+    pthread_mutex_lock(&p->lock); /* the consumers look chunks up */
+    block **slot = VECTOR_PUSH(&p->blocks);
+    if (slot) {
+        size_t i = block_position(&(snap_pump){.blocks = {p->blocks.at, p->blocks.count - 1, 0}},
+                                  space, start);
+        memmove(&p->blocks.at[i + 1], &p->blocks.at[i], (p->blocks.count - 1 - i) * sizeof b);
+        p->blocks.at[i] = b;
+    }
+    pthread_mutex_unlock(&p->lock);
+    if (!slot) {
+        free(b);
+        return NULL;
+    }
+    return &b->chunks[(at - start) / CHUNK];
 }
 
 /* Splits windows so that `address` is no window's inside. */
 static int split(snap_pump *p, uint64_t address)
 {
     window *w = ledger_find(p, address);
-    if (!w || w->start == address)
+    if (!w || w->is.start == address)
         return 0;
     window upper = *w;
-    upper.at += address - upper.start;
-    upper.start = address;
-    w->end = address;
+    upper.is.at += address - upper.is.start;
+    upper.is.start = address;
+    w->is.end = address;
     window *slot = VECTOR_PUSH(&p->windows);
     if (!slot)
         return -ENOMEM;
@@ -130,10 +174,10 @@ int ledger_unmap(snap_pump *p, uint64_t start, uint64_t end)
         return r;
     size_t kept = 0;
     for (size_t i = 0; i < p->windows.count; i++) {
-        window *w = &p->windows.at[i];
+        const snap_window *w = &p->windows.at[i].is;
         if (w->start >= start && w->end <= end)
             continue;
-        p->windows.at[kept++] = *w;
+        p->windows.at[kept++] = p->windows.at[i];
     }
     p->windows.count = kept;
     return ledger_index(p);
@@ -147,7 +191,7 @@ int ledger_move(snap_pump *p, uint64_t from, uint64_t to, uint64_t length)
     if (r)
         return r;
     for (size_t i = 0; i < p->windows.count; i++) {
-        window *w = &p->windows.at[i];
+        snap_window *w = &p->windows.at[i].is;
         if (w->start >= from && w->end <= from + length) {
             w->start = w->start - from + to;
             w->end = w->end - from + to;
@@ -156,23 +200,44 @@ int ledger_move(snap_pump *p, uint64_t from, uint64_t to, uint64_t length)
     return ledger_index(p);
 }
 
+void ledger_distrust(snap_pump *p, uint64_t start, uint64_t end)
+{
+    for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[p->by_start[k]].is;
+        if (w->start >= end)
+            break;
+        uint64_t low = (w->start > start ? w->start : start) - w->start + w->at;
+        uint64_t high = (w->end < end ? w->end : end) - w->start + w->at;
+        for (uint64_t at = low & ~(CHUNK - 1); at < high; at += CHUNK) {
+            chunk *c = ledger_chunk(p, w->space, at);
+            if (!c)
+                at = (at & ~(BLOCK - 1)) + BLOCK - CHUNK;
+            else
+                c->state = UNSAVED;
+        }
+    }
+}
+
 uint64_t ledger_unsaved(snap_pump *p, uint64_t start, uint64_t end, uint8_t state, uint64_t *where)
 {
     uint64_t bytes = 0;
     for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
-        const window *w = &p->windows.at[p->by_start[k]];
+        const snap_window *w = &p->windows.at[p->by_start[k]].is;
         if (w->start >= end)
             break;
-        const area *a = &p->areas.at[w->area];
         uint64_t low = (w->start > start ? w->start : start) - w->start + w->at;
         uint64_t high = (w->end < end ? w->end : end) - w->start + w->at;
         for (uint64_t at = low; at < high; at += PAGE) {
-            uint64_t i = (at - a->start) / CHUNK;
-            if (a->state[i] >= state || !a->want[i]) {
-                at = a->start + (i + 1) * CHUNK - PAGE;
+            const chunk *c = ledger_chunk(p, w->space, at);
+            if (!c) {
+                at = (at & ~(BLOCK - 1)) + BLOCK - PAGE;
                 continue;
             }
-            if (a->want[i] >> ((at - a->start) % CHUNK / PAGE) & 1) {
+            if (c->state >= state || !c->want) {
+                at = (at & ~(CHUNK - 1)) + CHUNK - PAGE;
+                continue;
+            }
+            if (c->want >> (at % CHUNK / PAGE) & 1) {
                 if (!bytes)
                     *where = at;
                 bytes += PAGE;

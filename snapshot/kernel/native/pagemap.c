@@ -14,6 +14,15 @@ struct scan_arg {
 #define PAGE_SHIFT 12
 #define PM_UFFD_WP (UINT64_C(1) << 57) /* Documentation/admin-guide/mm/pagemap.rst */
 
+static int64_t scan(int fd, struct scan_arg *arg)
+{
+    int found;
+    do {
+        found = ioctl(fd, PAGEMAP_SCAN_IOCTL, arg);
+    } while (found < 0 && errno == EINTR);
+    return found < 0 ? -errno : found;
+}
+
 int64_t snap_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t inverted, uint64_t mask,
                           uint64_t anyof, snap_page_range *out, uint64_t capacity, uint64_t *next)
 {
@@ -21,15 +30,28 @@ int64_t snap_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t inverte
         .size = sizeof arg, .start = start, .end = end,
         .vec = (uintptr_t)out, .vec_len = capacity,
         .category_inverted = inverted, .category_mask = mask, .category_anyof_mask = anyof,
-        .return_mask = SNAP_PAGE_FILE | SNAP_PAGE_PRESENT | SNAP_PAGE_SWAPPED | SNAP_PAGE_HUGE,
+        .return_mask = SNAP_PAGE_WRITTEN | SNAP_PAGE_FILE | SNAP_PAGE_PRESENT | SNAP_PAGE_SWAPPED |
+                       SNAP_PAGE_HUGE,
     };
-    int found;
-    do {
-        found = ioctl(fd, PAGEMAP_SCAN_IOCTL, &arg);
-    } while (found < 0 && errno == EINTR);
-    if (found < 0)
-        return -errno;
-    *next = arg.walk_end;
+    int64_t found = scan(fd, &arg);
+    if (found >= 0)
+        *next = arg.walk_end;
+    return found;
+}
+
+int64_t snap_pagemap_first(int fd, uint64_t start, uint64_t end, uint64_t inverted, uint64_t mask,
+                           uint64_t anyof, uint64_t *first)
+{
+    snap_page_range one;
+    struct scan_arg arg = {
+        .size = sizeof arg, .start = start, .end = end, .vec = (uintptr_t)&one, .vec_len = 1,
+        .max_pages = 1,
+        .category_inverted = inverted, .category_mask = mask, .category_anyof_mask = anyof,
+        .return_mask = SNAP_PAGE_PRESENT,
+    };
+    int64_t found = scan(fd, &arg);
+    if (found > 0)
+        *first = one.start;
     return found;
 }
 

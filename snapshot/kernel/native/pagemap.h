@@ -24,6 +24,11 @@ typedef struct {
 int64_t snap_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t inverted, uint64_t mask,
                           uint64_t anyof, snap_page_range *out, uint64_t capacity, uint64_t *next);
 
+/* The first page of [start, end) with such categories: *first is its address, which stays as it is
+ * when there is none. Returns 0 or 1, or -errno. */
+int64_t snap_pagemap_first(int fd, uint64_t start, uint64_t end, uint64_t inverted, uint64_t mask,
+                           uint64_t anyof, uint64_t *first);
+
 /* Which of the `pages` (at most 64) pages from `start` are write-protected through userfaultfd:
  * bit i of *armed is page i. Returns 0, -ESRCH when the address space is gone, or -errno. */
 int snap_pagemap_armed(int fd, uint64_t start, unsigned pages, uint64_t *armed);

@@ -45,11 +45,13 @@ int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spi
     for (uint64_t i = 0; i < slots; i++)
         p->free_slots[i] = (uint32_t)(slots - 1 - i); /* low slots first: they stay warm */
     p->free_count = slots;
+    p->counters.stale = 1; /* nothing is planned */
     pthread_mutex_init(&p->lock, NULL);
     pthread_condattr_t attr;
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_cond_init(&p->ready, &attr);
+    pthread_cond_init(&p->told, &attr);
     pthread_condattr_destroy(&attr);
     *pump = p;
     return 0;
@@ -59,93 +61,87 @@ void snap_pump_free(snap_pump *p)
 {
     if (!p)
         return;
-    for (size_t i = 0; i < p->areas.count; i++) {
-        free(p->areas.at[i].want);
-        free(p->areas.at[i].state);
-    }
-    free(p->areas.at);
+    for (size_t i = 0; i < p->blocks.count; i++)
+        free(p->blocks.at[i]);
+    free(p->blocks.at);
     free(p->windows.at);
     free(p->by_start);
     free(p->tentative.at);
     free(p->faults.at);
     free(p->releases.at);
+    free(p->disturbed.at);
     free(p->queue.at);
+    free(p->waiting.at);
     free(p->free_slots);
     free(p->free_spill.at);
     free(p->bounce);
     close(p->wake);
     pthread_mutex_destroy(&p->lock);
     pthread_cond_destroy(&p->ready);
+    pthread_cond_destroy(&p->told);
     free(p);
 }
 
-int snap_pump_add_area(snap_pump *p, uint32_t space, uint64_t start, uint64_t end)
+static bool is_registered(snap_pump *p, const snap_window *w)
 {
-    if (start % CHUNK || end % CHUNK || start >= end)
-        return -EINVAL;
-    area a = {.space = space, .start = start, .chunks = (end - start) / CHUNK};
-    a.want = calloc(a.chunks, sizeof *a.want);
-    a.state = calloc(a.chunks, sizeof *a.state);
-    area *slot = a.want && a.state ? VECTOR_PUSH(&p->areas) : NULL;
-    if (!slot) {
-        free(a.want);
-        free(a.state);
+    const window *old = ledger_find(p, w->start);
+    return old && old->registered && old->is.start == w->start && old->is.end == w->end;
+}
+
+int snap_pump_plan(snap_pump *p, const snap_window *windows, size_t count, uint64_t *address)
+{
+    window *made = calloc(count ? count : 1, sizeof *made);
+    if (!made)
         return -ENOMEM;
+    for (size_t i = 0; i < count; i++)
+        made[i] = (window){windows[i], is_registered(p, &windows[i])};
+    free(p->windows.at);
+    p->windows.at = made;
+    p->windows.count = count;
+    p->windows.capacity = count ? count : 1;
+    int r = ledger_index(p);
+    for (size_t i = 0; !r && i < count; i++) {
+        const snap_window *w = &made[i].is;
+        *address = w->start;
+        if (w->start >= w->end || (w->start | w->end | w->at) % PAGE)
+            r = -EINVAL;
+        else if (w->armed && !made[i].registered)
+            r = uffd_register(p->uffd, w->start, w->end - w->start, UFFDIO_REGISTER_MODE_WP, NULL);
+        made[i].registered = w->armed && !r;
     }
-    *slot = a;
-    return (int)p->areas.count - 1;
+    p->counters.stale = r != 0;
+    return r;
 }
-
-int snap_pump_add_window(snap_pump *p, int area_id, uint64_t start, uint64_t end, uint64_t at,
-                         int armed, int object, uint64_t unit)
-{
-    if (area_id < 0 || (size_t)area_id >= p->areas.count || start >= end || (start | end | at) % PAGE)
-        return -EINVAL;
-    area *a = &p->areas.at[area_id];
-    if (at < a->start || at + (end - start) > a->start + a->chunks * CHUNK || unit < PAGE ||
-        unit & (unit - 1))
-        return -EINVAL;
-    window *w = VECTOR_PUSH(&p->windows);
-    if (!w)
-        return -ENOMEM;
-    *w = (window){.start = start, .end = end, .at = at, .unit = unit, .area = (uint32_t)area_id,
-                  .object = object, .armed = armed};
-    if (!armed)
-        a->has_unarmed = true;
-    return 0;
-}
-
-int snap_pump_ready(snap_pump *p)
-{
-    return ledger_index(p);
-}
-
 
 /* ---- the sweep ----------------------------------------------------------------------------- */
 
 /* Moves the cursor to the next unsaved chunk, round and round. False when there is none. */
 static bool next_unsaved(snap_pump *p)
 {
-    for (size_t tried = 0; tried <= p->areas.count; tried++) {
-        const area *a = &p->areas.at[p->sweep_area];
-        for (; p->sweep_chunk < a->chunks; p->sweep_chunk++)
-            if (a->want[p->sweep_chunk] && a->state[p->sweep_chunk] == UNSAVED)
+    for (size_t tried = 0; tried <= p->blocks.count; tried++) {
+        const block *b = p->blocks.at[p->sweep_block];
+        for (; p->sweep_chunk < BLOCK_CHUNKS; p->sweep_chunk++)
+            if (b->chunks[p->sweep_chunk].want && b->chunks[p->sweep_chunk].state == UNSAVED)
                 return true;
         p->sweep_chunk = 0;
-        p->sweep_area = (p->sweep_area + 1) % (uint32_t)p->areas.count;
+        p->sweep_block = (p->sweep_block + 1) % p->blocks.count;
     }
     return false;
 }
 
-/* Releases chunks [first, last) but for those that an event made unsaved again meanwhile. */
-static int release_saved(snap_pump *p, uint32_t id, uint64_t first, uint64_t last)
+static bool is_unsaved(const chunk *c)
 {
-    const area *a = &p->areas.at[id];
-    for (uint64_t i = first; i < last;) {
-        uint64_t j = i;
-        while (j < last && (!a->want[j] || a->state[j] != UNSAVED))
+    return c->want && c->state == UNSAVED;
+}
+
+/* Releases chunks [first, last) but for those that an event made unsaved again meanwhile. */
+static int release_saved(snap_pump *p, const block *b, uint32_t first, uint32_t last)
+{
+    for (uint32_t i = first; i < last;) {
+        uint32_t j = i;
+        while (j < last && !is_unsaved(&b->chunks[j]))
             j++;
-        int r = j > i ? release_space(p, a, a->start + i * CHUNK, a->start + j * CHUNK) : 0;
+        int r = j > i ? release_space(p, b->space, b->start + i * CHUNK, b->start + j * CHUNK) : 0;
         if (r)
             return r;
         i = j + 1;
@@ -156,15 +152,12 @@ static int release_saved(snap_pump *p, uint32_t id, uint64_t first, uint64_t las
 /* Whether staging has room for the unsaved chunks among [first, last): a step that broke off half
  * way would release half a huge page and split it. Always true when staging is too small for that
  * ever to be so. */
-static bool room_for(snap_pump *p, const area *a, uint64_t first, uint64_t last)
+static bool room_for(snap_pump *p, const block *b, uint32_t first, uint32_t last)
 {
-    uint64_t needed = 0, reserve = p->slots / 4;
-    for (uint64_t i = first; i < last; i++)
-        needed += a->want[i] && a->state[i] == UNSAVED;
-    pthread_mutex_lock(&p->lock);
-    bool room = p->free_count >= needed + reserve || needed + reserve > p->slots;
-    pthread_mutex_unlock(&p->lock);
-    return room;
+    uint64_t needed = 0;
+    for (uint32_t i = first; i < last; i++)
+        needed += is_unsaved(&b->chunks[i]);
+    return free_places(p) >= needed || needed > p->slots - p->slots / 4;
 }
 
 /* Saves on to the end of the cursor's 2 MiB and releases what it saved there in one go. */
@@ -172,18 +165,14 @@ static int sweep(snap_pump *p)
 {
     if (!p->unsaved_chunks || !next_unsaved(p))
         return 0;
-    uint32_t id = p->sweep_area;
-    uint64_t first = p->sweep_chunk, i = first;
-    uint64_t start = p->areas.at[id].start;
-    uint64_t limit = (((start + first * CHUNK) / STEP + 1) * STEP - start) / CHUNK;
-    if (limit > p->areas.at[id].chunks)
-        limit = p->areas.at[id].chunks;
-    if (!room_for(p, &p->areas.at[id], first, limit))
+    const block *b = p->blocks.at[p->sweep_block];
+    uint32_t first = p->sweep_chunk, i = first;
+    uint32_t limit = (uint32_t)((first * CHUNK / STEP + 1) * STEP / CHUNK);
+    if (!room_for(p, b, first, limit))
         return -ENOBUFS;
     int r = 0;
     for (; i < limit; i++) {
-        const area *a = &p->areas.at[id];
-        if (a->want[i] && a->state[i] == UNSAVED && (r = save_chunk(p, id, i, false)))
+        if (is_unsaved(&b->chunks[i]) && (r = save_chunk(p, b->space, b->start + i * CHUNK, false)))
             break;
         if ((i - first) % SWEEP_POLL_CHUNKS == SWEEP_POLL_CHUNKS - 1) {
             bool any;
@@ -192,17 +181,17 @@ static int sweep(snap_pump *p)
         }
     }
     p->sweep_chunk = i;
-    int e = release_saved(p, id, first, i);
+    int e = release_saved(p, b, first, i);
     return e ? e : r;
 }
 
 
 /* ---- the end ------------------------------------------------------------------------------- */
 
-/* After a failure: releases everything in small steps, answering whoever still faults, so that the
- * close of the uffd finds little to do (closing an armed one holds the target's mmap lock for 40 to
- * 200 ms at 4 GiB). Nothing is unregistered here: that would split a mapping for a moment, and a
- * mremap of the target that spans the split would fail. */
+/* Releases everything in small steps, answering whoever still faults, so that the close of the uffd
+ * finds little to do (closing an armed one holds the target's mmap lock for 40 to 200 ms at 4 GiB).
+ * Nothing is unregistered here: that would split a mapping for a moment, and a mremap of the target
+ * that spans the split would fail. */
 static int let_go(snap_pump *p)
 {
     p->letting_go = true;
@@ -212,14 +201,18 @@ static int let_go(snap_pump *p)
         if (r)
             return r;
         size_t k = ledger_above(p, cursor);
-        while (k < p->windows.count && !p->windows.at[p->by_start[k]].armed)
+        while (k < p->windows.count && !p->windows.at[p->by_start[k]].registered)
             k++;
         if (k == p->windows.count)
             return 0;
-        const window *w = &p->windows.at[p->by_start[k]];
+        const snap_window *w = &p->windows.at[p->by_start[k]].is;
         uint64_t start = w->start > cursor ? w->start : cursor;
-        uint64_t end = w->end - start > LET_GO ? start + LET_GO : w->end;
-        r = uffd_writeprotect(p->uffd, start, end - start, 0);
+        if (w->object < 0 && (r = survey_first(p, w, start, &start)))
+            return r;
+        uint64_t end = (start + LET_GO) & ~(STEP - 1); /* huge pages are released whole */
+        if (w->end < end)
+            end = w->end;
+        r = start < end ? uffd_writeprotect(p->uffd, start, end - start, 0) : 0;
         if (r == -ESRCH)
             return r;
         cursor = end; /* what could not be released here, the close releases */
@@ -242,7 +235,17 @@ static void idle(snap_pump *p, bool slots, int timeout_ms)
     }
 }
 
-static int loop(snap_pump *p)
+/* Whether nothing has been saved for so long that no event will explain any more why not. */
+static bool stuck(snap_pump *p)
+{
+    if (!p->stuck_since_ns || p->stuck_at != p->unsaved_chunks) {
+        p->stuck_since_ns = now_ns();
+        p->stuck_at = p->unsaved_chunks;
+    }
+    return now_ns() - p->stuck_since_ns > PATIENCE_NS;
+}
+
+static int after_t0(snap_pump *p)
 {
     while (!finished(p)) {
         bool any;
@@ -260,29 +263,164 @@ static int loop(snap_pump *p)
             return r;
         /* Held up: an event has been announced (EAGAIN) but is not yet there to be read. */
         bool held_up = r == -EAGAIN || (!p->unsaved_chunks && !finished(p));
-        if (!held_up || any) {
+        if (!held_up)
             p->stuck_since_ns = 0;
-            continue;
-        }
-        if (!p->stuck_since_ns)
-            p->stuck_since_ns = now_ns();
-        else if (now_ns() - p->stuck_since_ns > PATIENCE_NS)
+        else if (stuck(p))
             return lost(p, p->unsaved_chunks * CHUNK,
-                        p->areas.at[p->sweep_area].start + p->sweep_chunk * CHUNK, SNAP_LOST_UNARMED);
+                        p->blocks.at[p->sweep_block]->start + p->sweep_chunk * CHUNK,
+                        SNAP_LOST_UNARMED);
+        else if (!any)
+            idle(p, false, 1);
+    }
+    return 0;
+}
+
+/* ---- ahead of T0 --------------------------------------------------------------------------- */
+
+static int give_order(snap_pump *p, int order)
+{
+    pthread_mutex_lock(&p->lock);
+    int r = p->ended ? -EPIPE : p->order != NO_ORDER || p->held ? -EBUSY : 0;
+    if (!r)
+        p->order = order;
+    pthread_mutex_unlock(&p->lock);
+    uint64_t one = 1;
+    (void)!write(p->wake, &one, sizeof one);
+    return r;
+}
+
+int snap_pump_order_round(snap_pump *p)
+{
+    return give_order(p, ORDER_ROUND);
+}
+
+int snap_pump_order_hold(snap_pump *p)
+{
+    return give_order(p, ORDER_HOLD);
+}
+
+int snap_pump_await(snap_pump *p, int timeout_ms, snap_pump_round *round)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += timeout_ms / 1000;
+    until.tv_nsec += (timeout_ms % 1000) * 1000000L;
+    until.tv_sec += until.tv_nsec / 1000000000L;
+    until.tv_nsec %= 1000000000L;
+    int waited = 0;
+    pthread_mutex_lock(&p->lock);
+    while (p->order != NO_ORDER && !p->ended && waited != ETIMEDOUT)
+        waited = pthread_cond_timedwait(&p->told, &p->lock, &until);
+    int r = p->ended ? -EPIPE : p->order != NO_ORDER ? -ETIMEDOUT : 0;
+    if (!r && round)
+        *round = p->round;
+    pthread_mutex_unlock(&p->lock);
+    return r;
+}
+
+static void order_done(snap_pump *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->order = NO_ORDER;
+    pthread_cond_broadcast(&p->told);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* Stands still until go, release or stop. */
+static int hold(snap_pump *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->held = true;
+    p->released = false;
+    p->order = NO_ORDER;
+    pthread_cond_broadcast(&p->told);
+    while (!p->after_t0 && !p->released && !atomic_load(&p->stop))
+        pthread_cond_wait(&p->told, &p->lock);
+    p->held = false;
+    pthread_mutex_unlock(&p->lock);
+    return atomic_load(&p->stop) ? -ECANCELED : 0;
+}
+
+void snap_pump_go(snap_pump *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->after_t0 = true;
+    pthread_cond_broadcast(&p->told);
+    pthread_mutex_unlock(&p->lock);
+}
+
+void snap_pump_release(snap_pump *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->released = true;
+    pthread_cond_broadcast(&p->told);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static int go_round(snap_pump *p)
+{
+    if (!p->round_runs) {
+        p->round = (snap_pump_round){0};
+        p->cursor = 0;
+        p->armed_ahead = true;
+    }
+    int r = ahead_slice(p);
+    p->round_runs = r != 1;
+    if (r == -ENOBUFS)
+        idle(p, true, 100);
+    else if (r == 1)
+        order_done(p);
+    else
+        return r;
+    return 0;
+}
+
+static int carry_out(snap_pump *p, int order)
+{
+    switch (order) {
+    case ORDER_ROUND:
+        return go_round(p);
+    case ORDER_HOLD:
+        if (!p->faults.count && !p->releases.count && uffd_poll(p->uffd, 0) == 0)
+            return hold(p);
         idle(p, false, 1);
+        return 0;
+    default:
+        idle(p, true, 1000);
+        return 0;
+    }
+}
+
+static int ahead_of_t0(snap_pump *p)
+{
+    while (!p->after_t0) {
+        bool any;
+        if (atomic_load(&p->stop))
+            return -ECANCELED;
+        int r = serve(p, &any);
+        if (r)
+            return r;
+        pthread_mutex_lock(&p->lock);
+        int order = p->order;
+        pthread_mutex_unlock(&p->lock);
+        r = carry_out(p, order);
+        if (r)
+            return r;
     }
     return 0;
 }
 
 int snap_pump_run(snap_pump *p)
 {
-    pthread_mutex_lock(&p->lock);
-    p->counters.running = 1;
-    pthread_mutex_unlock(&p->lock);
-    int r = loop(p);
+    int r = ahead_of_t0(p);
+    if (!r)
+        r = after_t0(p);
+    if (r == -ESRCH && p->after_t0 && finished(p))
+        r = 0; /* it has ended, and nothing of it was needed any more */
     if (r == -ESRCH)
         r = lost(p, p->unsaved_chunks * CHUNK, 0, SNAP_LOST_GONE);
-    if (r && p->counters.lost_reason != SNAP_LOST_GONE)
+    bool gone = p->counters.lost_reason == SNAP_LOST_GONE;
+    if (!gone && (r || p->armed_ahead))
         (void)let_go(p); /* a courtesy: the close of the uffd does all of it */
     snap_pump_end(p);
     return r;
@@ -290,71 +428,10 @@ int snap_pump_run(snap_pump *p)
 
 void snap_pump_stop(snap_pump *p)
 {
+    pthread_mutex_lock(&p->lock);
     atomic_store(&p->stop, 1);
-    uint64_t one = 1;
-    (void)!write(p->wake, &one, sizeof one);
-}
-
-
-/* ---- the consumers' side ------------------------------------------------------------------- */
-
-int snap_pump_next(snap_pump *p, snap_saved *out, int most, int timeout_ms)
-{
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += timeout_ms / 1000;
-    until.tv_nsec += (timeout_ms % 1000) * 1000000L;
-    if (until.tv_nsec >= 1000000000L) {
-        until.tv_sec++;
-        until.tv_nsec -= 1000000000L;
-    }
-    int n = 0, waited = 0;
-    pthread_mutex_lock(&p->lock);
-    while (p->queue_head == p->queue.count && !p->ended && waited != ETIMEDOUT)
-        waited = pthread_cond_timedwait(&p->ready, &p->lock, &until);
-    while (n < most && p->queue_head < p->queue.count)
-        out[n++] = p->queue.at[p->queue_head++];
-    if (p->queue_head == p->queue.count)
-        p->queue_head = p->queue.count = 0;
-    if (!n && p->ended)
-        n = -EPIPE;
-    pthread_mutex_unlock(&p->lock);
-    return n;
-}
-
-int snap_pump_done(snap_pump *p, const snap_saved *saved, int count)
-{
-    int r = 0;
-    pthread_mutex_lock(&p->lock);
-    for (int i = 0; i < count; i++) {
-        if (saved[i].place >= 0) {
-            p->free_slots[p->free_count++] = (uint32_t)saved[i].place;
-            continue;
-        }
-        uint32_t *slot = VECTOR_PUSH(&p->free_spill);
-        if (slot)
-            *slot = (uint32_t)(-saved[i].place - 1);
-        else
-            r = -ENOMEM; /* the slot is only not used again */
-    }
+    pthread_cond_broadcast(&p->told);
     pthread_mutex_unlock(&p->lock);
     uint64_t one = 1;
     (void)!write(p->wake, &one, sizeof one);
-    return r;
-}
-
-void snap_pump_end(snap_pump *p)
-{
-    pthread_mutex_lock(&p->lock);
-    p->ended = true;
-    p->counters.running = 0;
-    pthread_cond_broadcast(&p->ready);
-    pthread_mutex_unlock(&p->lock);
-}
-
-void snap_pump_stats(snap_pump *p, snap_pump_counters *out)
-{
-    pthread_mutex_lock(&p->lock);
-    *out = p->counters;
-    pthread_mutex_unlock(&p->lock);
 }

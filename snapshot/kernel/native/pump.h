@@ -1,9 +1,10 @@
-/* The fault path of a take: saves each chunk of the target at its first write after T0, and the
- * rest in the background. docs/architecture.md tells the order that makes the image exact.
+/* The memory of a take: copied ahead of T0 while the target runs, settled at T0, the rest saved at
+ * its first write or by the sweep. docs/architecture.md tells the order that makes the image exact.
  *
- * A pump belongs to one process. Life: new, add_area, add_window, then with the target stopped
- * register, scan, save_stopped, arm; then run in a thread of its own (it blocks, and takes no lock that
- * Python holds) while other threads call next and done; free when run has returned.
+ * A pump belongs to one process. Life: new; run in a thread of its own (it blocks, and takes no lock
+ * that Python holds) while other threads call next and done. Whenever the target is stopped: hold,
+ * plan if its map has changed, release. Ahead of T0: order and await any number of rounds. T0: hold
+ * with the target stopped, plan if its map has changed, settle, go. free when run has returned.
  *
  * Functions return 0 or a count, or -errno. `space address`: where a byte is in the image: the
  * address at T0 for private memory, the offset for a shared object.
@@ -11,9 +12,10 @@
 #ifndef SNAP_PUMP_H
 #define SNAP_PUMP_H
 
+#include <stddef.h>
 #include <stdint.h>
 
-/* Why the memory of T0 can no longer be had (snap_pump_stats.lost_reason). */
+/* Why the memory of T0 can no longer be had (snap_pump_counters.lost_reason). */
 #define SNAP_LOST_NOTHING 0
 #define SNAP_LOST_UNMAP 1    /* unmapped before it was saved: munmap, brk, mmap or mremap over it */
 #define SNAP_LOST_REMOVE 2   /* discarded before it was saved, by a call that was not seen coming */
@@ -22,82 +24,104 @@
 
 typedef struct snap_pump snap_pump;
 
-/* A saved chunk on its way to the store. */
+/* Memory of the target at [start, end) that is the bytes from space address `at`. Private memory
+ * (space < 2^16) has at == start when it is planned. */
+typedef struct {
+    uint64_t start, end; /* page aligned */
+    uint64_t at;
+    uint32_t space;
+    int32_t object; /* descriptor of the shared object to read from at offset `at`, or -1 */
+    uint32_t armed; /* it can be protected; otherwise it is copied at T0, while all stands still */
+    uint32_t whole; /* every page belongs to the image, also those that are the file's */
+} snap_window;
+
+/* A saved chunk on its way to the store. A later one replaces an earlier one of the same address;
+ * the two are never with the consumers at once. */
 typedef struct {
     uint64_t address; /* space address of the chunk, 64 KiB aligned */
     int64_t place;    /* >= 0: staging slot; < 0: slot -place-1 of the spill file */
     uint32_t space;
-    uint32_t pages;   /* bitmap: page i belongs to the image; the others are zeros here */
+    uint32_t pages;   /* bitmap: page i belongs to the image; the others are zeros here. 0: nothing
+                         of the chunk belongs to the image any more, and there is no place */
 } snap_saved;
 
 typedef struct {
-    uint64_t armed_bytes;   /* pages protected at T0 that hold something */
+    uint64_t armed_bytes;   /* pages that were protected at T0 */
     uint64_t wanted_bytes;  /* what the image has to hold */
-    uint64_t saved_bytes;   /* of that, saved so far */
-    uint64_t stopped_bytes; /* of that, saved while the target was stopped */
+    uint64_t saved_bytes;   /* copied so far, ahead of T0 too: a chunk that is copied again counts again */
+    uint64_t ahead_bytes;   /* of that, copied ahead of T0 */
+    uint64_t stopped_bytes; /* of that, copied while the target was stopped */
+    uint64_t remainder_bytes; /* what was not saved when T0 came */
     uint64_t faults;        /* fault messages */
+    uint64_t ahead_faults;  /* of them, before T0 */
     uint64_t fault_chunks;  /* chunks saved because of a fault or an event */
-    uint64_t sweep_chunks;  /* chunks saved by the background sweep */
+    uint64_t sweep_chunks;  /* chunks saved by the background sweep, ahead of T0 too */
     uint64_t spilled_chunks;
     uint64_t events;        /* remap, remove and unmap messages */
+    uint64_t changes;       /* of them, those that took memory out of the plan */
     uint64_t stalls;        /* times a writer had to wait because staging and spill were full */
     uint64_t peak_slots;    /* most staging slots in use at once */
     uint64_t lost_bytes;
     uint64_t lost_address;
     uint32_t lost_reason;   /* SNAP_LOST_* */
-    uint32_t running;
+    uint32_t stale;         /* the windows are not those of the target any more: plan before settle */
 } snap_pump_counters;
 
-/* pid: the target; uffd: of the target, handshake done, O_NONBLOCK, or -1 when nothing will be
- * armed; uffdinfo: /proc/self/fdinfo/<uffd>, open, or -1; pagemap, mem: /proc/PID/pagemap and
- * /proc/PID/mem, open before T0; spill: a file that may grow, or -1 for none; staging: slots * 64
- * KiB of memory that the caller keeps until snap_pump_free. The descriptors stay the caller's. */
+/* What a round did. */
+typedef struct {
+    uint64_t copied_chunks;
+    uint64_t copied_bytes;
+    uint64_t left_chunks; /* that changed while they were copied, or could not be protected */
+} snap_pump_round;
+
+/* pid: the target; uffd: of the target, handshake done, O_NONBLOCK; uffdinfo: /proc/self/fdinfo/
+ * <uffd>; pagemap, mem: /proc/PID/pagemap and /proc/PID/mem, open before T0; spill: a file that may
+ * grow, or -1 for none; staging: slots * 64 KiB of memory that the caller keeps until snap_pump_free.
+ * The descriptors stay the caller's. */
 int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spill, void *staging,
                   uint64_t slots, snap_pump **pump);
 void snap_pump_free(snap_pump *pump);
 
-/* A stretch of a space, [start, end) chunk aligned; areas of one space do not overlap. -> its id */
-int snap_pump_add_area(snap_pump *pump, uint32_t space, uint64_t start, uint64_t end);
-/* Memory of the target at [start, end) that is the bytes from space address `at` of an area.
- * armed: it will be protected (registered with the uffd for WP). object: descriptor of the shared
- * object to read from at offset `at`, or -1: read through the process. unit: bytes that are
- * released at once, a power of two (4096; 2 MiB for hugetlb). */
-int snap_pump_add_window(snap_pump *pump, int area, uint64_t start, uint64_t end, uint64_t at,
-                         int armed, int object, uint64_t unit);
-/* After the last window, before anything below. */
-int snap_pump_ready(snap_pump *pump);
+/* All windows, in place of those planned before, and registers what will be armed. With the target
+ * stopped, and the pump held or not yet run: to register a range that is not, or no longer, a whole
+ * mapping would split one for a moment, and a mremap of the target across the split would fail. What
+ * was copied stays copied. A window that cannot be registered is an error, with its address in
+ * *address (EBUSY: another userfaultfd owns it). */
+int snap_pump_plan(snap_pump *pump, const snap_window *windows, size_t count, uint64_t *address);
 
-/* With the target stopped. Registers the armed windows for write-protect faults: from here on
- * events must be read, so run has to follow before the target goes on. EBUSY: another
- * userfaultfd owns *address. */
-int snap_pump_register(snap_pump *pump, uint64_t *address);
-/* With the target stopped. Finds the pages of every window that hold something: of armed private
- * memory what is present or swapped; of unarmed private memory what is not the file's page; of
- * shared objects what is data. */
-int snap_pump_scan(snap_pump *pump);
-/* With the target stopped. Every page of [start, end) of the target (within one window) belongs
- * to the image, whatever the scan says (mappings of deleted files). */
-int snap_pump_want(snap_pump *pump, uint64_t start, uint64_t end);
-/* With the target stopped. Saves now what will not be armed: chunks with wanted pages in unarmed
- * windows; all chunks when `everything`. Slots that run out spill. */
-int snap_pump_save_stopped(snap_pump *pump, int everything);
-/* With the target stopped, as the last thing: write-protects all armed windows. This is T0. */
-int snap_pump_arm(snap_pump *pump);
-
-/* Serves faults and events and sweeps until everything is saved; after a failure it releases what
- * is armed. The caller then closes the uffd at once: until then nobody serves what still faults.
+/* Serves faults and events until everything is saved. Ahead of T0 it carries out what is ordered in
+ * between. In the end it releases what is armed. The caller then closes the uffd at once: until then
+ * nobody serves what still faults.
  * 0: the image is complete. -ENODATA: bytes of T0 were lost, see the counters. -ECANCELED:
  * snap_pump_stop. Anything else: unexpected. In every case the queue ends for snap_pump_next. */
 int snap_pump_run(snap_pump *pump);
 /* From any thread: run returns soon. */
 void snap_pump_stop(snap_pump *pump);
 
+/* Orders to a running pump, one at a time, ahead of T0; each is followed by await until it is done.
+ * round: protect what is not, copy what has no copy of a time since when it was protected.
+ * hold: answer all that waits, then stand still until release or go; plan and settle meanwhile. */
+int snap_pump_order_round(snap_pump *pump);
+int snap_pump_order_hold(snap_pump *pump);
+/* 0: the order is done; -ETIMEDOUT: not within timeout_ms; -EPIPE: run has ended. *round may be
+ * NULL. */
+int snap_pump_await(snap_pump *pump, int timeout_ms, snap_pump_round *round);
+
+/* T0. With the target stopped and the pump held. Looks at every page:
+ * what has no copy that is still good is the remainder. A remainder of at most `most` bytes is
+ * copied now, of a larger one only what cannot be armed; the other is armed. `trust` 0: no copy of
+ * before is good, whatever the page tables say (a device may have written). -ESTALE: see the counters. */
+int snap_pump_settle(snap_pump *pump, uint64_t most, int trust);
+/* The pump that is held goes on: after T0, or still ahead of it. */
+void snap_pump_go(snap_pump *pump);
+void snap_pump_release(snap_pump *pump);
+
 /* Takes up to `most` saved chunks, waiting up to timeout_ms for the first. -> count, 0 at the
- * timeout, -EPIPE when run (or, without a run, snap_pump_end) has ended and all were taken. */
+ * timeout, -EPIPE when run has ended (or, without one, snap_pump_end was called) and all were taken. */
 int snap_pump_next(snap_pump *pump, snap_saved *out, int most, int timeout_ms);
 /* The chunks are in the store: their places are free again. */
 int snap_pump_done(snap_pump *pump, const snap_saved *saved, int count);
-/* No run will come (everything was saved while stopped): the queue ends. */
+/* No run will come: the queue ends. */
 void snap_pump_end(snap_pump *pump);
 
 void snap_pump_stats(snap_pump *pump, snap_pump_counters *out);

@@ -1,4 +1,5 @@
-/* Shared by ledger.c, stopped.c, save.c, serve.c and pump.c: the parts of a pump. */
+/* Shared by ledger.c, survey.c, ahead.c, settle.c, save.c, queue.c, serve.c and pump.c: the parts of
+ * a pump. */
 #ifndef SNAP_PUMP_INTERNAL_H
 #define SNAP_PUMP_INTERNAL_H
 
@@ -7,80 +8,112 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
-#include <stddef.h>
 
 #define PAGE UINT64_C(4096)
 #define CHUNK UINT64_C(65536)
 #define CHUNK_PAGES 16
+#define BLOCK_CHUNKS 1024
+#define BLOCK (CHUNK * BLOCK_CHUNKS)
 #define STEP UINT64_C(0x200000) /* sweep and release: 2 MiB, so that huge pages stay huge */
+#define OBJECT_SPACE (1u << 16)
+#define NO_PLACE INT64_MIN
 
+/* Of a chunk. SAVED ahead of T0: `kept` was copied when it was protected; whether it still is, the
+ * page tables know. TENTATIVE: see save.c. */
 enum { UNSAVED = 0, TENTATIVE = 1, SAVED = 2 };
 
-/* A stretch of one space with one state per chunk. */
+typedef struct {
+    uint16_t want;    /* pages that hold something: as last seen, from T0 on as they were then */
+    uint16_t kept;    /* pages of the newest copy that was handed on */
+    uint16_t version; /* of that copy; under the lock */
+    uint8_t state;
+    uint8_t flying;   /* copies that are with the consumers; under the lock */
+} chunk;
+
+/* 64 MiB of one space. Blocks are made when something is found in them: a reservation costs none. */
 typedef struct {
     uint32_t space;
-    uint64_t start;
-    uint64_t chunks;
-    uint16_t *want; /* bitmap of pages that hold something at T0 */
-    uint8_t *state;
-    bool has_unarmed;
-    size_t first_window, windows; /* in pump->windows */
-} area;
+    uint64_t start; /* space address, a multiple of BLOCK */
+    chunk chunks[BLOCK_CHUNKS];
+} block;
 
-/* Where a piece of an area is in the target's address space now. */
+/* Where a piece of a space is in the target's address space now. */
 typedef struct {
-    uint64_t start, end; /* run-time addresses */
-    uint64_t at;         /* space address of start */
-    uint64_t unit;
-    uint32_t area;
-    int object;
-    bool armed;
+    snap_window is;
+    bool registered;
 } window;
 
 /* A copied chunk that may not be published before a fence has passed (see save.c). */
 typedef struct {
     snap_saved saved;
-    uint32_t area;
-    uint64_t index;
     uint64_t low, high; /* the run-time addresses that it was read from lie in [low, high) */
+    bool only;          /* it cannot be copied again: its memory has been discarded or unmapped */
 } tentative;
+
+/* An entry of the queue: void when its chunk has a newer version. */
+typedef struct {
+    snap_saved saved;
+    uint16_t version;
+} queued;
 
 typedef struct {
     uint64_t start, end;
 } range;
 
-/* A growing array: ptr, count, capacity. */
+/* What a look at a chunk's pages finds. */
+typedef struct {
+    uint16_t want; /* hold something */
+    uint16_t bare; /* of them, those that are not protected */
+    uint16_t mask; /* pages that were looked at */
+} seen;
+
+/* A growing array: at, count, capacity. */
 #define VECTOR(type) \
     struct {         \
         type *at;    \
         size_t count, capacity; \
     }
 
+enum { NO_ORDER, ORDER_ROUND, ORDER_HOLD };
+
 struct snap_pump {
     int pid, uffd, uffdinfo, pagemap, mem, spill;
-    int wake; /* eventfd: a slot came free, or stop */
+    int wake; /* eventfd: a slot came free, an order, or stop */
     uint8_t *staging;
     uint64_t slots;
     uint8_t *bounce; /* one chunk, on its way to the spill file */
 
-    VECTOR(area) areas;
-    VECTOR(window) windows;  /* by (area, at) */
-    uint32_t *by_start;      /* indices of windows, by start */
+    VECTOR(block *) blocks;     /* by (space, start); only run inserts, under the lock */
+    VECTOR(window) windows;     /* by (space, at) */
+    uint32_t *by_start;         /* indices of windows, by start */
     VECTOR(tentative) tentative;
     VECTOR(uint64_t) faults;    /* addresses whose fault is not yet served */
     VECTOR(range) releases;     /* ranges to be released as soon as the kernel lets us */
-    uint64_t unsaved_chunks;    /* with wanted pages */
-    uint32_t sweep_area;
-    uint64_t sweep_chunk;
-    uint64_t stuck_since_ns;    /* since when the next chunk is not as it was at T0; 0: it is */
+    VECTOR(range) disturbed;    /* what events touched while `watching` */
+    uint64_t unsaved_chunks;    /* with wanted pages, from T0 on */
+    size_t sweep_block;
+    uint32_t sweep_chunk;
+    uint64_t stuck_since_ns;    /* since when nothing could be saved that should; 0: it can */
+    uint64_t stuck_at;          /* unsaved_chunks then */
+    bool after_t0;
+    bool armed_ahead;           /* by a round: not everything is released when all is saved */
+    bool watching;
+    bool round_runs;            /* the order of a round has been begun */
     bool letting_go;            /* nothing is saved any more: faults are released at once */
+
+    uint64_t cursor;            /* of a round: the run-time address to go on at */
+    snap_pump_round round;
 
     atomic_int stop;
 
     pthread_mutex_t lock; /* guards all below */
-    pthread_cond_t ready;
-    VECTOR(snap_saved) queue;
+    pthread_cond_t ready; /* for the consumers */
+    pthread_cond_t told;  /* an order was given, is done, go, or run has ended */
+    int order;
+    bool held, released;
+    VECTOR(queued) queue;
     size_t queue_head;
+    VECTOR(queued) waiting; /* for an older version of their chunk to be done */
     uint32_t *free_slots;
     uint64_t free_count;
     VECTOR(uint32_t) free_spill;
@@ -95,36 +128,72 @@ struct snap_pump {
 int snap_grow(void **at, size_t *capacity, size_t count, size_t size);
 
 /* ledger.c */
+/* Sorts the windows; after every change of one. */
 int ledger_index(snap_pump *p);
 window *ledger_find(snap_pump *p, uint64_t address);
 /* Position in by_start of the first window that ends above `address`. */
 size_t ledger_above(const snap_pump *p, uint64_t address);
-/* The first window of area `a` that may hold space address `at` or above; iterate while inside. */
-size_t ledger_first(const snap_pump *p, const area *a, uint64_t at);
-/* Takes [start, end) out of all windows (unmapped), or moves it by `delta` (mremap). */
+/* The first window of `space` that may hold space address `at` or above; iterate while inside. */
+size_t ledger_first(const snap_pump *p, uint32_t space, uint64_t at);
+/* The chunk at a space address: NULL when nothing was ever found near it. */
+chunk *ledger_chunk(const snap_pump *p, uint32_t space, uint64_t at);
+/* The same, made when it is not there; NULL when there is no memory. */
+chunk *ledger_make(snap_pump *p, uint32_t space, uint64_t at);
+/* Takes [start, end) out of all windows (unmapped), or moves it (mremap). */
 int ledger_unmap(snap_pump *p, uint64_t start, uint64_t end);
 int ledger_move(snap_pump *p, uint64_t from, uint64_t to, uint64_t length);
+/* Ahead of T0: the copies of all chunks in the run-time range [start, end) are worth nothing. */
+void ledger_distrust(snap_pump *p, uint64_t start, uint64_t end);
 /* Wanted bytes of [start, end) (run-time) in chunks that are not at least `state`. */
 uint64_t ledger_unsaved(snap_pump *p, uint64_t start, uint64_t end, uint8_t state, uint64_t *where);
 
+/* survey.c */
+/* Looks at the pages of w in the run-time range [start, end), at most BLOCK: out[i] is the i-th chunk
+ * counted from the one that holds start. */
+int survey(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, seen *out);
+/* The chunks that `survey` gives for that range. */
+size_t survey_chunks(const snap_window *w, uint64_t start, uint64_t end);
+/* Where at or above `start` anything may be, w->end when nowhere; a multiple of PAGE. */
+int survey_first(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t *first);
+
+/* ahead.c */
+/* One slice of a round; 1 when the round is over. -ENOBUFS: there is no room for its copies
+ * now. */
+int ahead_slice(snap_pump *p);
+
+/* queue.c */
+/* A staging slot, or for the urgent a slot of the spill file; NO_PLACE when there is none. */
+int64_t take_place(snap_pump *p, bool urgent, bool no_spill);
+void give_place(snap_pump *p, int64_t place);
+/* Staging slots that the not urgent may take. */
+uint64_t free_places(snap_pump *p);
+/* Hands a copy to the consumers; it replaces those before it. Caller holds the lock. */
+int enqueue(snap_pump *p, const snap_saved *saved);
+
 /* save.c */
+/* Copies the wanted pages of the chunk at a space address into `place`, zeros for the others. */
+int save_to_place(snap_pump *p, uint32_t space, uint64_t address, int64_t place);
 /* Copies an unsaved chunk with wanted pages and keeps it tentative. urgent: may use the reserve of
  * staging, then the spill file, then waits; else -ENOBUFS when staging runs low. -EAGAIN: it is
  * not as it was at T0 just now, an event will tell; -ESRCH: the address space is gone. */
-int save_chunk(snap_pump *p, uint32_t area_id, uint64_t index, bool urgent);
+int save_chunk(snap_pump *p, uint32_t space, uint64_t address, bool urgent);
 /* The same while the target is stopped: nothing can have changed, it is published at once. */
-int save_stopped(snap_pump *p, uint32_t area_id, uint64_t index);
+int save_stopped(snap_pump *p, uint32_t space, uint64_t address);
 /* A release succeeded: no change of the address space is unread, the tentative copies are T0. */
 int save_publish(snap_pump *p);
-/* Forgets tentative copies that touch [start, end) (run-time): they will be saved again. */
-void save_forget(snap_pump *p, uint64_t start, uint64_t end);
+/* Forgets tentative copies that touch [start, end) (run-time): they will be saved again. -ENODATA
+ * when one cannot. */
+int save_forget(snap_pump *p, uint64_t start, uint64_t end);
+/* The memory of [start, end) (run-time) is discarded or unmapped: tentative copies of it are the
+ * only ones. */
+void save_last(snap_pump *p, uint64_t start, uint64_t end);
 uint64_t now_ns(void);
 
 /* serve.c */
 /* Reads and answers messages that wait. *any: whether there was one. */
 int serve(snap_pump *p, bool *any);
-/* Releases what is armed of the space addresses [from, to) of an area. */
-int release_space(snap_pump *p, const area *a, uint64_t from, uint64_t to);
+/* Releases what is armed of the space addresses [from, to). */
+int release_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to);
 /* Notes why T0 is impossible now. -> -ENODATA */
 int lost(snap_pump *p, uint64_t bytes, uint64_t address, uint32_t reason);
 

@@ -21,46 +21,11 @@
 #include <time.h>
 #include <unistd.h>
 
-#define NO_PLACE INT64_MIN
-
 uint64_t now_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-/* A staging slot, or for the urgent a slot of the spill file; NO_PLACE when there is none. */
-static int64_t take_place(snap_pump *p, bool urgent, bool no_spill)
-{
-    int64_t place = NO_PLACE;
-    uint64_t reserve = urgent ? 0 : p->slots / 4;
-    pthread_mutex_lock(&p->lock);
-    if (p->free_count > reserve) {
-        place = p->free_slots[--p->free_count];
-        uint64_t used = p->slots - p->free_count;
-        if (used > p->counters.peak_slots)
-            p->counters.peak_slots = used;
-    } else if (urgent && !no_spill && p->spill >= 0) {
-        uint64_t slot = p->free_spill.count ? p->free_spill.at[--p->free_spill.count] : p->spill_end++;
-        place = -(int64_t)slot - 1;
-        p->counters.spilled_chunks++;
-    }
-    pthread_mutex_unlock(&p->lock);
-    return place;
-}
-
-static void give_place(snap_pump *p, int64_t place)
-{
-    pthread_mutex_lock(&p->lock);
-    if (place >= 0) {
-        p->free_slots[p->free_count++] = (uint32_t)place;
-    } else {
-        uint32_t *slot = VECTOR_PUSH(&p->free_spill);
-        if (slot) /* without memory the slot is only not used again */
-            *slot = (uint32_t)(-place - 1);
-    }
-    pthread_mutex_unlock(&p->lock);
 }
 
 /* A place whatever it takes: waits for the consumers when staging and spill are full. */
@@ -134,10 +99,10 @@ static int read_object(int object, uint64_t offset, uint8_t *out)
     return 0;
 }
 
-/* Copies chunk `index` of `a` to `out`, zeros where it is not wanted. With `check` the marks are
- * looked at afterwards (see above). [*low, *high) becomes where it was read from. */
-static int copy_chunk(snap_pump *p, const area *a, uint64_t index, uint8_t *out, bool check,
-                      uint64_t *low, uint64_t *high)
+/* Copies the pages `want` of the chunk at a space address to `out`, zeros for the others. With `check`
+ * the marks are looked at afterwards (see above). [*low, *high) becomes where it was read from. */
+static int copy_chunk(snap_pump *p, uint32_t space, uint64_t base, uint16_t want, uint8_t *out,
+                      bool check, uint64_t *low, uint64_t *high)
 {
     struct iovec local[CHUNK_PAGES], remote[CHUNK_PAGES];
     struct {
@@ -146,15 +111,14 @@ static int copy_chunk(snap_pump *p, const area *a, uint64_t index, uint8_t *out,
         unsigned pages;
     } parts[CHUNK_PAGES];
     int runs = 0, part_count = 0, object = -1;
-    uint64_t base = a->start + index * CHUNK;
-    uint16_t want = a->want[index], covered = 0;
+    uint16_t covered = 0;
     *low = UINT64_MAX;
     *high = 0;
 
-    for (size_t k = ledger_first(p, a, base); k < a->first_window + a->windows; k++) {
-        const window *w = &p->windows.at[k];
+    for (size_t k = ledger_first(p, space, base); k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[k].is;
         uint64_t w_end = w->at + (w->end - w->start);
-        if (w->at >= base + CHUNK)
+        if (w->space != space || w->at >= base + CHUNK)
             break;
         if (w_end <= base)
             continue;
@@ -210,10 +174,19 @@ static int copy_chunk(snap_pump *p, const area *a, uint64_t index, uint8_t *out,
     return 0;
 }
 
-/* Copies into a place of its own; *saved and [*low, *high) describe it. */
-static int copy_to_place(snap_pump *p, const area *a, uint64_t index, bool urgent, bool check,
+int save_to_place(snap_pump *p, uint32_t space, uint64_t address, int64_t place)
+{
+    uint64_t low, high;
+    const chunk *c = ledger_chunk(p, space, address);
+    return copy_chunk(p, space, address, c->want, p->staging + (uint64_t)place * CHUNK, false, &low,
+                      &high);
+}
+
+/* Copies into a place of its own, which *t describes. */
+static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, bool urgent, bool check,
                          tentative *t)
 {
+    uint16_t want = ledger_chunk(p, space, address)->want;
     bool no_spill = false;
     for (;;) {
         int64_t place = NO_PLACE;
@@ -225,7 +198,7 @@ static int copy_to_place(snap_pump *p, const area *a, uint64_t index, bool urgen
         if (r)
             return r;
         uint8_t *out = place >= 0 ? p->staging + (uint64_t)place * CHUNK : p->bounce;
-        r = copy_chunk(p, a, index, out, check, &t->low, &t->high);
+        r = copy_chunk(p, space, address, want, out, check, &t->low, &t->high);
         if (!r && place < 0 &&
             pwrite(p->spill, out, CHUNK, (off_t)((uint64_t)(-place - 1) * CHUNK)) != (ssize_t)CHUNK) {
             give_place(p, place);
@@ -236,40 +209,23 @@ static int copy_to_place(snap_pump *p, const area *a, uint64_t index, bool urgen
             give_place(p, place);
             return r;
         }
-        t->saved.place = place;
-        t->saved.space = a->space;
-        t->saved.address = a->start + index * CHUNK;
-        t->saved.pages = a->want[index];
+        t->only = false;
+        t->saved = (snap_saved){.address = address, .place = place, .space = space, .pages = want};
         return 0;
     }
 }
 
-/* Hands a saved chunk to the consumers. Caller holds the lock. */
-static int enqueue(snap_pump *p, const snap_saved *saved)
+int save_chunk(snap_pump *p, uint32_t space, uint64_t address, bool urgent)
 {
-    snap_saved *slot = VECTOR_PUSH(&p->queue);
-    if (!slot)
-        return -ENOMEM;
-    *slot = *saved;
-    p->counters.saved_bytes += (uint64_t)__builtin_popcount(saved->pages) * PAGE;
-    pthread_cond_signal(&p->ready);
-    return 0;
-}
-
-int save_chunk(snap_pump *p, uint32_t area_id, uint64_t index, bool urgent)
-{
-    area *a = &p->areas.at[area_id];
     tentative *t = VECTOR_PUSH(&p->tentative);
     if (!t)
         return -ENOMEM;
-    t->area = area_id;
-    t->index = index;
-    int r = copy_to_place(p, a, index, urgent, true, t);
+    int r = copy_to_place(p, space, address, urgent, true, t);
     if (r) {
         p->tentative.count--;
         return r;
     }
-    a->state[index] = TENTATIVE;
+    ledger_chunk(p, space, address)->state = TENTATIVE;
     p->unsaved_chunks--;
     pthread_mutex_lock(&p->lock);
     if (urgent)
@@ -280,14 +236,13 @@ int save_chunk(snap_pump *p, uint32_t area_id, uint64_t index, bool urgent)
     return 0;
 }
 
-int save_stopped(snap_pump *p, uint32_t area_id, uint64_t index)
+int save_stopped(snap_pump *p, uint32_t space, uint64_t address)
 {
-    area *a = &p->areas.at[area_id];
     tentative t;
-    int r = copy_to_place(p, a, index, true, false, &t);
+    int r = copy_to_place(p, space, address, true, false, &t);
     if (r)
         return r;
-    a->state[index] = SAVED;
+    ledger_chunk(p, space, address)->state = SAVED;
     pthread_mutex_lock(&p->lock);
     p->counters.stopped_bytes += (uint64_t)__builtin_popcount(t.saved.pages) * PAGE;
     r = enqueue(p, &t.saved);
@@ -302,28 +257,39 @@ int save_publish(snap_pump *p)
         return 0;
     pthread_mutex_lock(&p->lock);
     for (size_t i = 0; i < p->tentative.count; i++) {
-        const tentative *t = &p->tentative.at[i];
-        p->areas.at[t->area].state[t->index] = SAVED;
+        const snap_saved *saved = &p->tentative.at[i].saved;
+        ledger_chunk(p, saved->space, saved->address)->state = SAVED;
         if (!r)
-            r = enqueue(p, &t->saved);
+            r = enqueue(p, saved);
     }
     p->tentative.count = 0;
     pthread_mutex_unlock(&p->lock);
     return r;
 }
 
-void save_forget(snap_pump *p, uint64_t start, uint64_t end)
+int save_forget(snap_pump *p, uint64_t start, uint64_t end)
 {
     size_t kept = 0;
+    int r = 0;
     for (size_t i = 0; i < p->tentative.count; i++) {
         tentative t = p->tentative.at[i];
-        if (t.low < end && t.high > start) {
-            p->areas.at[t.area].state[t.index] = UNSAVED;
-            p->unsaved_chunks++;
-            give_place(p, t.saved.place);
-        } else {
+        if (t.low >= end || t.high <= start) {
             p->tentative.at[kept++] = t;
+            continue;
         }
+        ledger_chunk(p, t.saved.space, t.saved.address)->state = UNSAVED;
+        p->unsaved_chunks++;
+        give_place(p, t.saved.place);
+        if (t.only)
+            r = lost(p, CHUNK, t.saved.address, SNAP_LOST_REMOVE);
     }
     p->tentative.count = kept;
+    return r;
+}
+
+void save_last(snap_pump *p, uint64_t start, uint64_t end)
+{
+    for (size_t i = 0; i < p->tentative.count; i++)
+        if (p->tentative.at[i].low < end && p->tentative.at[i].high > start)
+            p->tentative.at[i].only = true;
 }

@@ -84,12 +84,12 @@ static int flush_in_the_gap(snap_pump *p)
     return r;
 }
 
-int release_space(snap_pump *p, const area *a, uint64_t from, uint64_t to)
+int release_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
 {
-    for (size_t k = ledger_first(p, a, from); k < a->first_window + a->windows; k++) {
-        const window *w = &p->windows.at[k];
+    for (size_t k = ledger_first(p, space, from); k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[k].is;
         uint64_t w_end = w->at + (w->end - w->start);
-        if (w->at >= to)
+        if (w->space != space || w->at >= to)
             break;
         if (!w->armed || w_end <= from)
             continue;
@@ -112,33 +112,34 @@ int lost(snap_pump *p, uint64_t bytes, uint64_t address, uint32_t reason)
 }
 
 /* Saves the unsaved chunks among the space addresses [from, to). */
-static int save_space(snap_pump *p, uint32_t area_id, uint64_t from, uint64_t to)
+static int save_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
 {
-    const area *a = &p->areas.at[area_id];
-    uint64_t first = from > a->start ? (from - a->start) / CHUNK : 0;
-    for (uint64_t i = first; i < a->chunks && a->start + i * CHUNK < to; i++) {
-        if (!a->want[i] || a->state[i] != UNSAVED)
+    for (uint64_t at = from & ~(CHUNK - 1); at < to; at += CHUNK) {
+        const chunk *c = ledger_chunk(p, space, at);
+        if (!c) {
+            at = (at & ~(BLOCK - 1)) + BLOCK - CHUNK;
             continue;
-        int r = save_chunk(p, area_id, i, true);
+        }
+        int r = c->want && c->state == UNSAVED ? save_chunk(p, space, at, true) : 0;
         if (r)
             return r;
     }
     return 0;
 }
 
-/* One fault: save its chunk, then let the write through. -EAGAIN: an event must be read first. */
+/* One fault: save its chunk, then let the write through. -EAGAIN: an event must be read first.
+ * Ahead of T0 nothing is saved for it: the next round will find it written. */
 static int serve_fault(snap_pump *p, uint64_t address)
 {
     if (p->letting_go)
         return release(p, address, address + PAGE);
     const window *w = ledger_find(p, address);
-    if (!w)
-        return -EAGAIN; /* moved here by a mremap whose event is still to be read */
-    uint64_t unit = w->unit > CHUNK ? w->unit : CHUNK;
-    uint64_t from = (address - w->start + w->at) & ~(unit - 1);
-    uint32_t id = w->area;
-    int r = save_space(p, id, from, from + unit);
-    return r ? r : release_space(p, &p->areas.at[id], from, from + unit);
+    if (!w) /* after T0: moved here by a mremap whose event is still to be read */
+        return p->after_t0 ? -EAGAIN : release(p, address, address + PAGE);
+    uint32_t space = w->is.space;
+    uint64_t from = (address - w->is.start + w->is.at) & ~(CHUNK - 1);
+    int r = p->after_t0 ? save_space(p, space, from, from + CHUNK) : 0;
+    return r ? r : release_space(p, space, from, from + CHUNK);
 }
 
 static int serve_faults(snap_pump *p)
@@ -160,12 +161,11 @@ static int serve_faults(snap_pump *p)
 static int save_range(snap_pump *p, uint64_t start, uint64_t end)
 {
     for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
-        const window *w = &p->windows.at[p->by_start[k]];
+        const snap_window *w = &p->windows.at[p->by_start[k]].is;
         if (w->start >= end)
             break;
         uint64_t low = w->start > start ? w->start : start, high = w->end < end ? w->end : end;
-        int r = save_space(p, w->area, (low - w->start + w->at) & ~(CHUNK - 1),
-                           high - w->start + w->at);
+        int r = save_space(p, w->space, low - w->start + w->at, high - w->start + w->at);
         if (r)
             return r;
     }
@@ -232,38 +232,75 @@ static int save_before_event(snap_pump *p)
     return r;
 }
 
+static int fault(snap_pump *p, uint64_t where)
+{
+    uint64_t *address = VECTOR_PUSH(&p->faults);
+    if (!address)
+        return -ENOMEM;
+    *address = where & ~(PAGE - 1);
+    pthread_mutex_lock(&p->lock);
+    p->counters.faults++;
+    p->counters.ahead_faults += !p->after_t0;
+    pthread_mutex_unlock(&p->lock);
+    return 0;
+}
+
+/* Ahead of T0: what is kept of [start, end) is worth nothing. Whether memory is still there decides
+ * the next plan. */
+static int disturb(snap_pump *p, uint64_t start, uint64_t end, bool gone)
+{
+    ledger_distrust(p, start, end);
+    range *r = p->watching ? VECTOR_PUSH(&p->disturbed) : NULL;
+    if (r)
+        *r = (range){start, end};
+    else if (p->watching)
+        return -ENOMEM;
+    if (!gone)
+        return 0;
+    p->counters.stale = 1;
+    return ledger_unmap(p, start, end);
+}
+
+static int event_ahead(snap_pump *p, const uffd_message *m)
+{
+    if (m->event == UFFD_EVENT_REMOVE)
+        return disturb(p, m->arg[0], m->arg[1], false);
+    if (m->event == UFFD_EVENT_UNMAP)
+        return disturb(p, m->arg[0], m->arg[1], true);
+    if (m->event != UFFD_EVENT_REMAP)
+        return -EPROTO;
+    int r = disturb(p, m->arg[0], m->arg[0] + m->arg[2], true);
+    return r ? r : disturb(p, m->arg[1], m->arg[1] + m->arg[2], true);
+}
+
+static int event(snap_pump *p, const uffd_message *m)
+{
+    uint64_t where = 0, bytes, from = m->arg[0], to = m->arg[1];
+    bool unmap = m->event == UFFD_EVENT_UNMAP;
+    if (m->event == UFFD_EVENT_REMAP) {
+        int r = save_forget(p, from, from + m->arg[2]);
+        int e = save_forget(p, to, to + m->arg[2]);
+        r = r ? r : e;
+        return r && !p->letting_go ? r : ledger_move(p, from, to, m->arg[2]);
+    }
+    if (!unmap && m->event != UFFD_EVENT_REMOVE)
+        return -EPROTO;
+    bytes = p->letting_go ? 0 : ledger_unsaved(p, from, to, TENTATIVE, &where);
+    if (bytes)
+        return lost(p, bytes, where, unmap ? SNAP_LOST_UNMAP : SNAP_LOST_REMOVE);
+    save_last(p, from, to);
+    return unmap ? ledger_unmap(p, from, to) : 0;
+}
+
 static int handle(snap_pump *p, const uffd_message *m)
 {
-    uint64_t where = 0, bytes;
-    if (m->event == UFFD_EVENT_PAGEFAULT) {
-        uint64_t *address = VECTOR_PUSH(&p->faults);
-        if (!address)
-            return -ENOMEM;
-        *address = m->arg[1] & ~(PAGE - 1);
-        pthread_mutex_lock(&p->lock);
-        p->counters.faults++;
-        pthread_mutex_unlock(&p->lock);
-        return 0;
-    }
+    if (m->event == UFFD_EVENT_PAGEFAULT)
+        return fault(p, m->arg[1]);
     pthread_mutex_lock(&p->lock);
     p->counters.events++;
+    p->counters.changes += m->event != UFFD_EVENT_REMOVE;
     pthread_mutex_unlock(&p->lock);
-    switch (m->event) {
-    case UFFD_EVENT_REMAP:
-        save_forget(p, m->arg[0], m->arg[0] + m->arg[2]);
-        save_forget(p, m->arg[1], m->arg[1] + m->arg[2]);
-        return ledger_move(p, m->arg[0], m->arg[1], m->arg[2]);
-    case UFFD_EVENT_REMOVE:
-        bytes = p->letting_go ? 0 : ledger_unsaved(p, m->arg[0], m->arg[1], TENTATIVE, &where);
-        return bytes ? lost(p, bytes, where, SNAP_LOST_REMOVE) : 0;
-    case UFFD_EVENT_UNMAP:
-        bytes = p->letting_go ? 0 : ledger_unsaved(p, m->arg[0], m->arg[1], TENTATIVE, &where);
-        if (bytes)
-            return lost(p, bytes, where, SNAP_LOST_UNMAP);
-        return ledger_unmap(p, m->arg[0], m->arg[1]);
-    default:
-        return -EPROTO;
-    }
+    return p->after_t0 || p->letting_go ? event(p, m) : event_ahead(p, m);
 }
 
 /* Fault messages waiting, from "pending:" of /proc/self/fdinfo (fs/userfaultfd.c): read(2) hands
@@ -292,7 +329,7 @@ int serve(snap_pump *p, bool *any)
         if (n < 0)
             return n;
         if (n == 0) {
-            if (p->unsaved_chunks && !p->letting_go && (r = save_before_event(p)))
+            if (p->after_t0 && p->unsaved_chunks && !p->letting_go && (r = save_before_event(p)))
                 return r;
             n = 1;
         }

@@ -1,0 +1,92 @@
+"""Copying ahead of T0: what an attempt has of its target while it still runs.
+
+Memory is protected and copied in rounds, each only what was written since the round before, until
+little is left or it stops shrinking. Then the target is stopped: what is left is settled there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from . import examine
+from .errors import DeniedError
+from .examine import Examination
+from .maps import Line
+from .pump import LostError, Pump
+from .resources import descriptors
+from .resources.memfd import SharedMemory
+from .units import MIB
+
+REMAINDER = 2 * MIB
+"""Bytes that may be copied while the target stands still: some 0.5 ms. More is armed and copied
+when the target runs on."""
+ROUNDS = 12
+SHRINKS = 0.7
+"""A round that copies more than this part of the one before gains nothing on the writers."""
+
+
+class Ahead:
+    """The pump of an attempt with what it is to save: examined, and kept up to date."""
+
+    def __init__(self, pump: Pump, stack: ExitStack, examination: Examination) -> None:
+        self.pump = pump
+        self.examination = examination
+        self.rounds = 0
+        self.direct_io = descriptors.direct_io(pump.pid)
+        """A device may write to memory that it was given before that was protected."""
+        self._objects: dict[int, int] = {}
+        self._stack = stack
+
+    def copy(self, report: Callable[[], None]) -> None:
+        """All rounds. `report` is called ten times a second."""
+        before = None
+        while self.rounds < ROUNDS:
+            done = self.pump.round(report)
+            self.rounds += 1
+            dirty = done.copied_bytes + done.left_bytes
+            if dirty <= REMAINDER or (before is not None and dirty > before * SHRINKS):
+                return
+            before = dirty
+
+    def plan(
+        self,
+        needed: dict[tuple[int, int], SharedMemory] | None = None,
+        problems: Sequence[str] = (),
+    ) -> None:
+        """With the target stopped: what is to be saved is what it has now. The fault thread is
+        held afterwards. `needed`, `problems`: what its descriptors lead to, where they have been
+        looked at. Raises UnsupportedError."""
+        self.pump.hold()
+        before = self.examination
+        if problems or not before.holds(before.needed if needed is None else needed):
+            self.examination = examine.examine(self.pump.pid, needed, before)
+            examine.refuse(self.pump.pid, self.examination.plan, list(problems))
+        elif not self.pump.stale:
+            return
+        self._open_objects()
+        self.pump.plan(self.examination.plan, self._objects)
+
+    def _open_objects(self) -> None:
+        for number, source in self.examination.plan.object_source.items():
+            if number not in self._objects:
+                self._objects[number] = _open_object(self.pump.pid, source, self._stack)
+
+
+def _open_object(pid: int, source: Line | SharedMemory, stack: ExitStack) -> int:
+    """A shared object, opened anew: the target's own descriptor would share its offset."""
+    if isinstance(source, Line):
+        path = f"/proc/{pid}/map_files/{source.start:x}-{source.end:x}"
+    else:
+        path = f"/proc/{pid}/fd/{source.fd}"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:
+        raise DeniedError(
+            f"shared memory of process {pid} may not be opened ({path})", f"sudo snap take {pid}"
+        ) from None
+    except FileNotFoundError:
+        raise LostError(f"{path} was unmapped or closed before the pause") from None
+    stack.callback(os.close, fd)
+    return fd

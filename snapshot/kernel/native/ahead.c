@@ -1,0 +1,215 @@
+/* Ahead of T0: memory is protected and copied while the target writes to it. Rounds; each protects
+ * what is not and copies what has no copy of a time since when it was. Whoever writes meanwhile is let
+ * through at once: the next round, and T0 itself, find the page unprotected and take no copy of it for
+ * good. So nothing need be noted, and a copy that is kept was never torn. */
+#define _GNU_SOURCE
+#include "pump_internal.h"
+#include "uffd.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SLICE_CHUNKS (STEP / CHUNK + 1)
+#define MOST_TRIES 50 /* to protect a slice while events keep the kernel from it */
+#define SERVE_EVERY 4  /* chunks */
+
+/* ---- rounds ----------------------------------------------------------------------------------- */
+
+typedef struct {
+    snap_window w;
+    uint64_t start, end; /* run-time */
+    uint64_t at;         /* space address of the first chunk */
+    size_t chunks;
+    seen seen[SLICE_CHUNKS];
+    int64_t place[SLICE_CHUNKS]; /* of the copy made, or NO_PLACE */
+    bool dirty[SLICE_CHUNKS];
+} slice;
+
+/* The next slice that may hold something; false at the end of the round. */
+static int next_slice(snap_pump *p, slice *s, bool *found)
+{
+    *found = false;
+    for (;;) {
+        size_t k = ledger_above(p, p->cursor);
+        while (k < p->windows.count && !p->windows.at[p->by_start[k]].registered)
+            k++;
+        if (k == p->windows.count)
+            return 0;
+        s->w = p->windows.at[p->by_start[k]].is;
+        s->start = s->w.start > p->cursor ? s->w.start : p->cursor;
+        int r = survey_first(p, &s->w, s->start, &s->start);
+        if (r)
+            return r;
+        p->cursor = s->start;
+        if (s->start == s->w.end)
+            continue;
+        s->end = (s->start & ~(STEP - 1)) + STEP;
+        if (s->end > s->w.end)
+            s->end = s->w.end;
+        s->at = (s->start - s->w.start + s->w.at) & ~(CHUNK - 1);
+        s->chunks = survey_chunks(&s->w, s->start, s->end);
+        *found = true;
+        return 0;
+    }
+}
+
+/* Which chunks have no good copy. The number of them. */
+static int find_dirty(snap_pump *p, slice *s)
+{
+    int r = survey(p, &s->w, s->start, s->end, s->seen), count = 0;
+    if (r)
+        return r;
+    for (size_t i = 0; i < s->chunks; i++) {
+        const seen *now = &s->seen[i];
+        chunk *c = now->want ? ledger_make(p, s->w.space, s->at + i * CHUNK)
+                             : ledger_chunk(p, s->w.space, s->at + i * CHUNK);
+        if (!c && now->want)
+            return -ENOMEM;
+        s->place[i] = NO_PLACE;
+        s->dirty[i] = false;
+        if (!c)
+            continue;
+        c->want = (uint16_t)((c->want & ~now->mask) | now->want);
+        s->dirty[i] = c->want && (now->bare || c->state != SAVED || c->kept != c->want);
+        if (s->dirty[i])
+            c->state = UNSAVED;
+        count += s->dirty[i];
+    }
+    return count;
+}
+
+static int protect_dirty(snap_pump *p, const slice *s)
+{
+    uint64_t shift = s->w.start - s->w.at;
+    for (size_t i = 0; i < s->chunks;) {
+        size_t j = i;
+        while (j < s->chunks && s->dirty[j])
+            j++;
+        uint64_t from = s->at + i * CHUNK + shift, to = s->at + j * CHUNK + shift;
+        from = from > s->start ? from : s->start;
+        to = to < s->end ? to : s->end;
+        int r = j > i ? uffd_writeprotect(p->uffd, from, to - from, UFFDIO_WRITEPROTECT_MODE_WP) : 0;
+        if (r)
+            return r;
+        i = j + 1;
+    }
+    return 0;
+}
+
+/* The kernel protects nothing while an event is unread. After one was read its caller goes on, and
+ * until its next such call we may: a target that makes such calls in a loop leaves only that moment. */
+static int protect_in_a_gap(snap_pump *p, const slice *s)
+{
+    int r = protect_dirty(p, s);
+    for (int tries = 0; r == -EAGAIN && tries < MOST_TRIES; tries++) {
+        bool any;
+        r = serve(p, &any);
+        if (!r)
+            r = protect_dirty(p, s);
+        if (r == -EAGAIN && !any)
+            uffd_poll(p->uffd, 1);
+    }
+    return r;
+}
+
+static int copy_dirty(snap_pump *p, slice *s)
+{
+    int r = survey(p, &s->w, s->start, s->end, s->seen); /* as it is now that it is protected */
+    for (size_t i = 0, copied = 0; !r && i < s->chunks; i++) {
+        uint64_t address = s->at + i * CHUNK;
+        chunk *c = s->dirty[i] ? ledger_chunk(p, s->w.space, address) : NULL;
+        if (!c || s->seen[i].bare)
+            continue;
+        c->want = (uint16_t)((c->want & ~s->seen[i].mask) | s->seen[i].want);
+        if (!c->want || (s->place[i] = take_place(p, false, false)) == NO_PLACE)
+            continue;
+        r = save_to_place(p, s->w.space, address, s->place[i]);
+        if (r) {
+            give_place(p, s->place[i]);
+            s->place[i] = NO_PLACE;
+            r = r == -EAGAIN ? 0 : r; /* unmapped meanwhile */
+        }
+        bool any;
+        if (!r && ++copied % SERVE_EVERY == 0)
+            r = serve(p, &any);
+    }
+    return r;
+}
+
+static bool is_disturbed(const snap_pump *p, uint64_t start, uint64_t end)
+{
+    for (size_t i = 0; i < p->disturbed.count; i++)
+        if (p->disturbed.at[i].start < end && p->disturbed.at[i].end > start)
+            return true;
+    return false;
+}
+
+/* A copy is kept when its pages were protected before it and still are after it. */
+static int keep_copies(snap_pump *p, slice *s)
+{
+    seen after[SLICE_CHUNKS];
+    uint64_t shift = s->w.start - s->w.at;
+    int r = survey(p, &s->w, s->start, s->end, after);
+    for (size_t i = 0; i < s->chunks; i++) {
+        uint64_t address = s->at + i * CHUNK;
+        p->round.left_chunks += s->dirty[i] && s->place[i] == NO_PLACE;
+        if (s->place[i] == NO_PLACE)
+            continue;
+        chunk *c = ledger_chunk(p, s->w.space, address);
+        bool good = !r && !after[i].bare && after[i].want == s->seen[i].want &&
+                    !is_disturbed(p, address + shift, address + shift + CHUNK);
+        if (!good) {
+            give_place(p, s->place[i]);
+            p->round.left_chunks++;
+            continue;
+        }
+        const snap_saved saved = {.address = address, .place = s->place[i], .space = s->w.space,
+                                  .pages = c->want};
+        uint64_t bytes = (uint64_t)__builtin_popcount(c->want) * PAGE;
+        pthread_mutex_lock(&p->lock);
+        int e = enqueue(p, &saved);
+        p->counters.sweep_chunks++;
+        p->counters.ahead_bytes += bytes;
+        pthread_mutex_unlock(&p->lock);
+        if (e)
+            return e;
+        c->state = SAVED;
+        p->round.copied_chunks++;
+        p->round.copied_bytes += bytes;
+    }
+    return r;
+}
+
+int ahead_slice(snap_pump *p)
+{
+    slice s;
+    bool found;
+    int r = next_slice(p, &s, &found);
+    if (r)
+        return r;
+    if (!found)
+        return 1;
+    int dirty = find_dirty(p, &s);
+    if (dirty < 0)
+        return dirty;
+    if (dirty) {
+        uint64_t most = p->slots - p->slots / 4;
+        if (free_places(p) < ((uint64_t)dirty < most ? (uint64_t)dirty : most))
+            return -ENOBUFS;
+        r = protect_in_a_gap(p, &s);
+        if (!r) {
+            p->disturbed.count = 0;
+            p->watching = true;
+            r = copy_dirty(p, &s);
+            p->watching = false;
+            int e = keep_copies(p, &s);
+            r = r ? r : e;
+        } else {
+            p->round.left_chunks += (uint64_t)dirty;
+            r = r == -ESRCH ? r : 0; /* ENOENT: unmapped meanwhile; EAGAIN: for the next round */
+        }
+    }
+    p->cursor = s.end;
+    return r;
+}

@@ -1,0 +1,180 @@
+/* The way of saved chunks to the store: places to keep them in, and who gets which when. */
+#define _GNU_SOURCE
+#include "pump_internal.h"
+
+#include <errno.h>
+#include <time.h>
+#include <unistd.h>
+
+int64_t take_place(snap_pump *p, bool urgent, bool no_spill)
+{
+    int64_t place = NO_PLACE;
+    uint64_t reserve = urgent ? 0 : p->slots / 4;
+    pthread_mutex_lock(&p->lock);
+    if (p->free_count > reserve) {
+        place = p->free_slots[--p->free_count];
+        uint64_t used = p->slots - p->free_count;
+        if (used > p->counters.peak_slots)
+            p->counters.peak_slots = used;
+    } else if (urgent && !no_spill && p->spill >= 0) {
+        uint64_t slot = p->free_spill.count ? p->free_spill.at[--p->free_spill.count] : p->spill_end++;
+        place = -(int64_t)slot - 1;
+        p->counters.spilled_chunks++;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return place;
+}
+
+uint64_t free_places(snap_pump *p)
+{
+    uint64_t reserve = p->slots / 4;
+    pthread_mutex_lock(&p->lock);
+    uint64_t count = p->free_count > reserve ? p->free_count - reserve : 0;
+    pthread_mutex_unlock(&p->lock);
+    return count;
+}
+
+/* Caller holds the lock. */
+static void put_back(snap_pump *p, int64_t place)
+{
+    if (place >= 0) {
+        p->free_slots[p->free_count++] = (uint32_t)place;
+    } else if (place != NO_PLACE) {
+        uint32_t *slot = VECTOR_PUSH(&p->free_spill);
+        if (slot) /* without memory the slot is only not used again */
+            *slot = (uint32_t)(-place - 1);
+    }
+}
+
+void give_place(snap_pump *p, int64_t place)
+{
+    pthread_mutex_lock(&p->lock);
+    put_back(p, place);
+    pthread_mutex_unlock(&p->lock);
+}
+
+int enqueue(snap_pump *p, const snap_saved *saved)
+{
+    chunk *c = ledger_chunk(p, saved->space, saved->address);
+    queued *entry = c ? VECTOR_PUSH(&p->queue) : NULL;
+    if (!entry)
+        return -ENOMEM;
+    c->kept = (uint16_t)saved->pages;
+    *entry = (queued){*saved, ++c->version};
+    p->counters.saved_bytes += (uint64_t)__builtin_popcount(saved->pages) * PAGE;
+    pthread_cond_signal(&p->ready);
+    return 0;
+}
+
+/* Whether an entry may be handed out now. A void one is dropped, one whose elder is still with a
+ * consumer has to wait for that. Caller holds the lock. */
+static bool hand_out(snap_pump *p, const queued *entry)
+{
+    chunk *c = ledger_chunk(p, entry->saved.space, entry->saved.address);
+    if (c->version != entry->version) {
+        put_back(p, entry->saved.place);
+        return false;
+    }
+    if (c->flying) {
+        queued *slot = VECTOR_PUSH(&p->waiting);
+        if (slot) {
+            *slot = *entry;
+            return false;
+        }
+    }
+    c->flying++;
+    return true;
+}
+
+static void wake(snap_pump *p)
+{
+    uint64_t one = 1;
+    (void)!write(p->wake, &one, sizeof one);
+}
+
+int snap_pump_next(snap_pump *p, snap_saved *out, int most, int timeout_ms)
+{
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += timeout_ms / 1000;
+    until.tv_nsec += (timeout_ms % 1000) * 1000000L;
+    if (until.tv_nsec >= 1000000000L) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000L;
+    }
+    int n = 0, waited = 0;
+    bool freed = false;
+    pthread_mutex_lock(&p->lock);
+    while (!n && waited != ETIMEDOUT) {
+        while (n < most && p->queue_head < p->queue.count) {
+            queued entry = p->queue.at[p->queue_head++];
+            if (hand_out(p, &entry))
+                out[n++] = entry.saved;
+            else
+                freed = true;
+        }
+        if (p->queue_head == p->queue.count)
+            p->queue_head = p->queue.count = 0;
+        if (n || (p->ended && !p->waiting.count))
+            break;
+        waited = pthread_cond_timedwait(&p->ready, &p->lock, &until);
+    }
+    if (!n && p->ended && !p->waiting.count && !p->queue.count)
+        n = -EPIPE;
+    pthread_mutex_unlock(&p->lock);
+    if (freed)
+        wake(p);
+    return n;
+}
+
+/* What waited for this chunk goes back into the queue. Caller holds the lock. */
+static int let_next(snap_pump *p, const snap_saved *done)
+{
+    size_t kept = 0;
+    int r = 0;
+    for (size_t i = 0; i < p->waiting.count; i++) {
+        queued entry = p->waiting.at[i];
+        bool same = entry.saved.space == done->space && entry.saved.address == done->address;
+        queued *slot = same ? VECTOR_PUSH(&p->queue) : NULL;
+        if (slot)
+            *slot = entry;
+        else
+            p->waiting.at[kept++] = entry;
+        if (same && !slot)
+            r = -ENOMEM;
+    }
+    p->waiting.count = kept;
+    return r;
+}
+
+int snap_pump_done(snap_pump *p, const snap_saved *saved, int count)
+{
+    int r = 0;
+    pthread_mutex_lock(&p->lock);
+    for (int i = 0; i < count; i++) {
+        put_back(p, saved[i].pages ? saved[i].place : NO_PLACE);
+        ledger_chunk(p, saved[i].space, saved[i].address)->flying--;
+        int e = p->waiting.count ? let_next(p, &saved[i]) : 0;
+        r = r ? r : e;
+    }
+    pthread_cond_broadcast(&p->ready);
+    pthread_mutex_unlock(&p->lock);
+    wake(p);
+    return r;
+}
+
+void snap_pump_end(snap_pump *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->ended = true;
+    pthread_cond_broadcast(&p->ready);
+    pthread_cond_broadcast(&p->told);
+    pthread_mutex_unlock(&p->lock);
+}
+
+void snap_pump_stats(snap_pump *p, snap_pump_counters *out)
+{
+    pthread_mutex_lock(&p->lock);
+    *out = p->counters;
+    pthread_mutex_unlock(&p->lock);
+}

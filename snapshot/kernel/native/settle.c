@@ -1,0 +1,194 @@
+/* T0: what is done while the target is stopped. Every page is looked at; a chunk whose copy is of a
+ * time since which all its pages were protected is done, and only the others are the remainder. */
+#define _GNU_SOURCE
+#include "pump_internal.h"
+#include "uffd.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+/* Enters what a window holds in [start, end), run-time addresses of one block. Bare pages: the copy
+ * of their chunk is worth nothing. */
+static int look_at(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, seen *found)
+{
+    int r = survey(p, w, start, end, found);
+    chunk *c = NULL;
+    for (size_t i = 0; !r && i < survey_chunks(w, start, end); i++) {
+        if (!found[i].want)
+            continue;
+        if (!c) {
+            c = ledger_make(p, w->space, (start - w->start + w->at) & ~(CHUNK - 1));
+            if (!c)
+                return -ENOMEM;
+        }
+        c[i].want |= found[i].want;
+        if (found[i].bare || !w->armed)
+            c[i].state = UNSAVED;
+    }
+    return r;
+}
+
+static int look(snap_pump *p, const snap_window *w, seen *found)
+{
+    int r = 0;
+    for (uint64_t start = w->start, end; !r && start < w->end; start = end) {
+        if (w->armed && w->object < 0) /* a reservation is mostly empty */
+            r = survey_first(p, w, start, &start);
+        if (r || start == w->end)
+            break;
+        end = start + BLOCK - (start - w->start + w->at) % BLOCK;
+        if (end > w->end)
+            end = w->end;
+        r = look_at(p, w, start, end, found);
+    }
+    return r;
+}
+
+/* Nothing of the chunk belongs to the image any more. */
+static int drop(snap_pump *p, uint32_t space, uint64_t address)
+{
+    const snap_saved none = {.address = address, .place = NO_PLACE, .space = space};
+    pthread_mutex_lock(&p->lock);
+    int r = enqueue(p, &none);
+    pthread_mutex_unlock(&p->lock);
+    return r;
+}
+
+/* What of the copies is good; counts the remainder. */
+static int judge(snap_pump *p)
+{
+    p->unsaved_chunks = 0;
+    for (size_t k = 0; k < p->blocks.count; k++) {
+        block *b = p->blocks.at[k];
+        for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
+            chunk *c = &b->chunks[i];
+            uint64_t bytes = (uint64_t)__builtin_popcount(c->want) * PAGE;
+            p->counters.wanted_bytes += bytes;
+            if (!c->want && c->kept) {
+                int r = drop(p, b->space, b->start + i * CHUNK);
+                if (r)
+                    return r;
+            }
+            if (!c->want || (c->state == SAVED && c->kept == c->want)) {
+                c->state = SAVED;
+                continue;
+            }
+            c->state = UNSAVED;
+            p->unsaved_chunks++;
+            p->counters.remainder_bytes += bytes;
+        }
+    }
+    return 0;
+}
+
+static int save_now(snap_pump *p, uint32_t space, uint64_t address, chunk *c)
+{
+    if (c->state != UNSAVED || !c->want)
+        return 0;
+    int r = save_stopped(p, space, address);
+    if (!r)
+        p->unsaved_chunks--;
+    return r;
+}
+
+static int save_all(snap_pump *p)
+{
+    for (size_t k = 0; k < p->blocks.count; k++) {
+        block *b = p->blocks.at[k];
+        for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
+            int r = save_now(p, b->space, b->start + i * CHUNK, &b->chunks[i]);
+            if (r)
+                return r;
+        }
+    }
+    return 0;
+}
+
+/* Chunks with pages in windows that cannot be armed. */
+static int save_unarmed(snap_pump *p)
+{
+    for (size_t k = 0; k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[k].is;
+        if (w->armed)
+            continue;
+        uint64_t end = w->at + (w->end - w->start);
+        for (uint64_t at = w->at & ~(CHUNK - 1); at < end; at += CHUNK) {
+            chunk *c = ledger_chunk(p, w->space, at);
+            int r = c ? save_now(p, w->space, at, c) : 0;
+            if (r)
+                return r;
+            if (!c)
+                at = (at & ~(BLOCK - 1)) + BLOCK - CHUNK;
+        }
+    }
+    return 0;
+}
+
+/* Arms the pages of w in [from, to), space addresses. */
+static int arm(snap_pump *p, const snap_window *w, uint64_t from, uint64_t to)
+{
+    uint64_t w_end = w->at + (w->end - w->start);
+    uint64_t low = from > w->at ? from : w->at, high = to < w_end ? to : w_end;
+    if (low >= high)
+        return 0;
+    return uffd_writeprotect(p->uffd, low - w->at + w->start, high - low, UFFDIO_WRITEPROTECT_MODE_WP);
+}
+
+/* Arms what is unsaved. What lies between two such chunks and is armed or empty may be armed once
+ * more: one call for all of it where the remainder is everything. */
+static int arm_unsaved(snap_pump *p)
+{
+    for (size_t k = 0; k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[k].is;
+        uint64_t end = w->at + (w->end - w->start), run = 0, run_end = 0;
+        if (!w->armed)
+            continue;
+        for (uint64_t at = w->at & ~(CHUNK - 1); at < end; at += CHUNK) {
+            const chunk *c = ledger_chunk(p, w->space, at);
+            if (!c) {
+                at = (at & ~(BLOCK - 1)) + BLOCK - CHUNK;
+                continue;
+            }
+            if (c->state != UNSAVED)
+                continue;
+            if (at != run_end) {
+                int r = arm(p, w, run, run_end);
+                if (r)
+                    return r;
+                run = at;
+            }
+            run_end = at + CHUNK;
+            p->counters.armed_bytes += (uint64_t)__builtin_popcount(c->want) * PAGE;
+        }
+        int r = arm(p, w, run, run_end);
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
+int snap_pump_settle(snap_pump *p, uint64_t most, int trust)
+{
+    if (p->counters.stale)
+        return -ESTALE;
+    seen *found = malloc(sizeof *found * BLOCK_CHUNKS);
+    int r = found ? 0 : -ENOMEM;
+    p->counters.wanted_bytes = p->counters.remainder_bytes = p->counters.armed_bytes = 0;
+    for (size_t k = 0; k < p->blocks.count; k++)
+        for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
+            p->blocks.at[k]->chunks[i].want = 0;
+            if (!trust)
+                p->blocks.at[k]->chunks[i].state = UNSAVED;
+        }
+    for (size_t k = 0; !r && k < p->windows.count; k++)
+        r = look(p, &p->windows.at[k].is, found);
+    free(found);
+    if (!r)
+        r = judge(p);
+    p->counters.armed_bytes = p->counters.wanted_bytes - p->counters.remainder_bytes;
+    if (!r)
+        r = p->counters.remainder_bytes <= most ? save_all(p) : save_unarmed(p);
+    if (!r && p->unsaved_chunks)
+        r = arm_unsaved(p);
+    return r;
+}
