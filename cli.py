@@ -96,6 +96,12 @@ def take(
             help="Copy what is left while it stands still: when memory was lost, always, never.",
         ),
     ] = Guards.auto,
+    stall: Annotated[
+        float,
+        typer.Option(
+            "--stall", metavar="SECONDS", min=1.0, help="Let go when nothing moves for so long."
+        ),
+    ] = 10.0,
     attempts: Annotated[
         int, typer.Option("--attempts", metavar="N", min=1, help="Instants tried at most.")
     ] = 3,
@@ -121,6 +127,7 @@ def take(
             progress=report,
             now=now,
             guard=guard.value,
+            stall=stall,
             attempts=attempts,
         )
     with image:

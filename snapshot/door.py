@@ -63,12 +63,14 @@ def door(command: Callable[..., int | None]) -> Callable[..., None]:
 
 @contextmanager
 def _termination() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Terminated; a SIGHUP that is ignored (nohup) stays ignored."""
+    """SIGTERM and SIGHUP raise Terminated; a SIGHUP that is ignored (nohup) stays ignored. Ctrl-Z
+    does nothing: a target might have to wait until somebody says `fg`. By a handler, which a
+    program that is started from here does not inherit."""
 
     def unwind(number: int, frame: FrameType | None) -> None:
         raise Terminated(number)
 
-    before = {}
+    before: dict[signal.Signals, Any] = {signal.SIGTSTP: signal.signal(signal.SIGTSTP, lambda *_: None)}
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, unwind)

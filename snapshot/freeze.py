@@ -94,6 +94,8 @@ class Frozen:
         self.restarted = 0
         """Threads whose system call would have returned EINTR but for `_restart_interrupted`."""
         self._late = 0
+        self._gone: set[int] = set()
+        """Threads that have ended, or are just ending, while they were ours."""
         self._remote: Remote | None = None
         self._earlier = earlier
         self._calls: dict[int, tuple[tuple[int, int], int]] = {}
@@ -157,6 +159,7 @@ class Frozen:
                 registers, gone = ptrace.registers_of(self.threads)
                 if not gone and count == len(self.threads):
                     return registers
+                self._gone.update(tracee.tid for tracee in gone)
                 self.threads = [tracee for tracee in self.threads if tracee not in gone]
             if time.monotonic() > began + timeout:
                 self._unstoppable(failed, timeout)
@@ -169,6 +172,7 @@ class Frozen:
                 began = time.monotonic()
                 continue
             self.threads += stopped
+            self._gone.update(failed)
             if self.pid in failed:
                 refusal.refused_for_good(self.pid)
                 if time.monotonic() > began + _EXEC_SECONDS:
@@ -229,6 +233,7 @@ class Frozen:
             pass  # it has ended: nothing is left to put back
         finally:
             ptrace.detach_all(self.threads)
+            ptrace.reap(sorted(self._gone))  # or they, and so their process, would never be gone
 
 
 def _ended(pidfd: int) -> bool:

@@ -21,9 +21,11 @@ from .errors import KernelError, SnapError, TakeError
 from .gate import Gate
 from .kernel._native import ffi, lib
 from .kernel.errnames import error_text
+from .kernel.watchdog import Watchdog
 from .regions import Plan
 from .store import RawChunk
 from .units import CHUNK, MIB, mib
+from .wrprotect import WriteProtection
 
 BATCH = 64
 """Chunks that a storing thread takes at once: one at a time costs 30 % (DESIGN section 6)."""
@@ -40,6 +42,7 @@ REASONS: dict[int, str] = {
     lib.SNAP_LOST_REMOVE: "memory was discarded (madvise) before it was saved",
     lib.SNAP_LOST_UNARMED: "memory lost its protection before it was saved",
     lib.SNAP_LOST_GONE: "the process ended, or called exec, before its memory was saved",
+    lib.SNAP_LOST_STALLED: "the store took nothing for so long that the process was let go",
 }
 
 
@@ -71,12 +74,12 @@ class Round(NamedTuple):
 class LostError(TakeError):
     """Bytes of T0 are gone for good: this T0 is impossible, another may work.
 
-    `gone`: the process ended, so no other will.
+    `final`: no other will (the process ended, the store stands still).
     """
 
-    def __init__(self, reason: str, *, gone: bool = False) -> None:
+    def __init__(self, reason: str, *, final: bool = False) -> None:
         super().__init__(reason, "snap take PID")
-        self.gone = gone
+        self.final = final
 
 
 class Staging:
@@ -99,10 +102,20 @@ class Staging:
 class Pump:
     """Saves the memory of one process. Use as a context manager; see native/pump.h for the order.
 
-    `spill`: directory for the file that takes what staging cannot hold.
+    `spill`: directory for the file that takes what staging cannot hold. `watchdog` is told that
+    the fault thread goes on; `stall`: seconds that a writer of the target waits at most for the
+    store to make room, before the take is given up.
     """
 
-    def __init__(self, pid: int, uffd: int, staging: Staging, spill: Path) -> None:
+    def __init__(
+        self,
+        pid: int,
+        protection: WriteProtection,
+        staging: Staging,
+        spill: Path,
+        watchdog: Watchdog,
+        stall: float,
+    ) -> None:
         self.pid = pid
         self.staging = staging
         self._fds: list[int] = []
@@ -110,6 +123,7 @@ class Pump:
         self._fds.append(self._spill)
         pagemap = self._open(f"/proc/{pid}/pagemap")
         memory = self._open(f"/proc/{pid}/mem")
+        uffd = protection.uffd.fd
         info = self._open(f"/proc/self/fdinfo/{uffd}")
         made = ffi.new("snap_pump **")
         self._buffer = ffi.from_buffer(staging.memory)
@@ -120,6 +134,9 @@ class Pump:
             "pump",
         )
         self._pump: Any = made[0]
+        self._protection = protection
+        self._watchdog = watchdog
+        lib.snap_pump_watch(self._pump, watchdog.handle, max(1, int(stall * 1000)))
         self._runner: threading.Thread | None = None
         self._storers: list[threading.Thread] = []
         self.storing = Gate()
@@ -149,19 +166,23 @@ class Pump:
 
     def round(self, report: Callable[[], None]) -> Round:
         """Protect and copy what has no good copy. `report` is called ten times a second."""
-        _check(lib.snap_pump_order_round(self._pump), "round")
-        done = self._await(report)
+        done = self._carried_out(lib.snap_pump_order_round, report)
         return Round(done.copied_bytes, done.left_chunks * CHUNK)
 
-    def _await(self, report: Callable[[], None]) -> Any:
+    def _carried_out(self, order: Callable[[Any], int], report: Callable[[], None]) -> Any:
+        """Gives an order and waits until it is done -> snap_pump_round."""
         done = ffi.new("snap_pump_round *")
-        while True:
+        result = order(self._pump)
+        while result == 0:
             result = lib.snap_pump_await(self._pump, AWAIT_MS, done)
-            if result == -errno.EPIPE:
-                self._ended()
             if result == 0:
                 return done
-            report()
+            if result == -errno.ETIMEDOUT:
+                report()
+                result = 0
+        if result == -errno.EPIPE:
+            self._ended()
+        return _check(result, "order to the fault thread")
 
     def _ended(self) -> NoReturn:
         """The fault thread has ended before its time."""
@@ -174,8 +195,7 @@ class Pump:
 
     def hold(self) -> None:
         """The fault thread answers what waits, and stands still until `release` or `go`."""
-        _check(lib.snap_pump_order_hold(self._pump), "hold")
-        self._await(lambda: None)
+        self._carried_out(lib.snap_pump_order_hold, lambda: None)
 
     def release(self) -> None:
         """The fault thread goes on, still ahead of T0."""
@@ -224,7 +244,7 @@ class Pump:
             reason = REASONS.get(raw.lost_reason, f"reason {raw.lost_reason}")
             raise LostError(
                 f"{reason} ({mib(raw.lost_bytes)} from {raw.lost_address:#x})",
-                gone=raw.lost_reason == lib.SNAP_LOST_GONE,
+                final=raw.lost_reason in (lib.SNAP_LOST_GONE, lib.SNAP_LOST_STALLED),
             )
         _check(self._result, f"saving the memory of process {self.pid}")
 
@@ -239,7 +259,12 @@ class Pump:
         return raw
 
     def _run(self) -> None:
-        self._result = lib.snap_pump_run(self._pump)
+        """The target is let go as soon as the fault thread ends: the store may still take long."""
+        try:
+            self._result = lib.snap_pump_run(self._pump)
+        finally:
+            self._protection.close()
+            self._watchdog.rest()
 
     def _store(self, sink: Callable[[Sequence[RawChunk]], None]) -> None:
         saved = ffi.new("snap_saved[]", BATCH)

@@ -25,6 +25,7 @@ from .freeze import Frozen, freeze
 from .hooks import Hooks
 from .image import Image
 from .kernel import procfs, vdso
+from .kernel.watchdog import Watchdog
 from .manifest import Host, Manifest, Process, TakeStats
 from .pump import MEMORY, LostError, Pump, Staging
 from .records import ProcessIdentity
@@ -37,6 +38,7 @@ from .wrprotect import WriteProtection
 
 ATTEMPTS = 3
 EVERYTHING = 1 << 62
+STALL = 10.0
 GATE_SECONDS = 0.05
 PROGRESS_SECONDS = 0.1
 
@@ -54,6 +56,7 @@ class _Take:
     hooks: Hooks
     progress: ProgressCallback | None
     now: bool
+    stall: float
     clock: Stopwatch = field(default_factory=Stopwatch)
     reasons: list[str] = field(default_factory=list)
 
@@ -83,6 +86,7 @@ def take(
     progress: ProgressCallback | None = None,
     now: bool = False,
     guard: Guard = "auto",
+    stall: float = STALL,
     attempts: int = ATTEMPTS,
 ) -> Image:
     """Take an image of the running process `pid` and return it, committed.
@@ -91,7 +95,9 @@ def take(
     is copied ahead, and T0 is when little is left to be copied. What is left may be lost, if the
     target unmaps it before it is saved. `guard`: "always" copies it while the target stands still,
     so that nothing can be lost; "auto" does so when another T0 has to be tried, at most `attempts`
-    times in all; "never" raises TakeError instead.
+    times in all; "never" raises TakeError instead. `stall`: seconds that the target waits at most
+    for a store that makes no progress (TakeError), or for this process, which is ended when it
+    stands still for so long.
     Raises TargetError, DeniedError, UnsupportedError (before anything is touched), StoreError,
     HookError (a hook failed before T0), TakeError. The target runs on in every case.
     """
@@ -104,7 +110,7 @@ def take(
         name = name or default_name(pid)
         staging = Staging(memory)
         stack.callback(staging.close)
-        job = _Take(pid, name, store, staging, hooks, progress, now)
+        job = _Take(pid, name, store, staging, hooks, progress, now, stall)
         with _reported(job):
             hooks.run("before-freeze", pid=pid, image=name)
             if guard == "never":
@@ -143,12 +149,14 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
     identity = ProcessIdentity(procfs.boot_id(), job.pid, procfs.stat(job.pid).start_ticks)
     with ExitStack() as stack:
         writer = stack.enter_context(job.store.begin(job.name, identity))
+        watchdog = stack.enter_context(Watchdog(job.pid, job.stall))
         objects = stack.enter_context(ExitStack())  # closed after the pump has ended
         try:
             with freeze(job.pid) as first:
                 protection = stack.enter_context(WriteProtection.create(first))
                 first.close_remote()
-                pump = Pump(job.pid, protection.uffd.fd, job.staging, job.store.path)
+                spill = job.store.path
+                pump = Pump(job.pid, protection, job.staging, spill, watchdog, job.stall)
                 ahead = Ahead(stack.enter_context(pump), objects, before)
                 pump.start()
                 copying = not ahead.direct_io and (bool(job.reasons) or not job.now)
@@ -163,7 +171,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
             _wait(job, pump)
         except LostError as error:
             log.info("%d: %s", job.pid, error.message)
-            if error.gone:
+            if error.final:
                 raise
             job.reasons.append(error.message)
             return False

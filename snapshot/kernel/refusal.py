@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -80,6 +81,8 @@ def _lasting(tid: int, fields: dict[str, str]) -> SnapError | None:
     if int(fields.get("Tgid", 0)) == os.getpid():
         return TargetError(f"{label} is this process itself: a tracer must be another process")
     tracer = int(fields.get("TracerPid", 0))
+    if tracer == threading.get_native_id() and fields.get("State", "").startswith(("Z", "X")):
+        return TargetError(f"{label} has ended", f"ps -p {tid}")
     if tracer:
         name = status(tracer).get("Name", "?")
         return TargetError(f"{label} is traced by {tracer} ({name}) already", f"ps -p {tracer}")

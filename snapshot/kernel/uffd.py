@@ -112,9 +112,9 @@ class Uffd:
     def close(self) -> None:
         """The last close of a userfaultfd releases everything and wakes all who wait: those who
         waited for a missing page then read zeros."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def __enter__(self) -> Uffd:
         return self

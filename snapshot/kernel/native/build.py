@@ -29,7 +29,22 @@ def declarations(header: str) -> str:
     return "\n".join(kept)
 
 
-headers = sorted(path for path in HERE.glob("*.h") if not path.stem.endswith("_internal"))
+def ordered(headers: list[Path]) -> list[Path]:
+    """Each after those that it includes."""
+    found: list[Path] = []
+
+    def add(header: Path) -> None:
+        for name in re.findall(r'#include "(.+)"', header.read_text()):
+            add(HERE / name)
+        if header not in found:
+            found.append(header)
+
+    for header in headers:
+        add(header)
+    return found
+
+
+headers = ordered(sorted(p for p in HERE.glob("*.h") if not p.stem.endswith("_internal")))
 ffibuilder = FFI()
 for header in headers:
     ffibuilder.cdef(declarations(header.read_text()))

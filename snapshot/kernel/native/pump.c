@@ -12,6 +12,7 @@
 
 #define LET_GO UINT64_C(0x1000000)       /* releasing more at once holds mmap_lock too long */
 #define PATIENCE_NS UINT64_C(10000000000) /* for the event that explains why a mark is gone */
+#define BEAT_MS 100                      /* the watchdog hears of us at least so often */
 #define SWEEP_POLL_CHUNKS 4              /* faults are looked for every 256 KiB of the sweep */
 
 /* ---- set up -------------------------------------------------------------------------------- */
@@ -46,6 +47,7 @@ int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spi
         p->free_slots[i] = (uint32_t)(slots - 1 - i); /* low slots first: they stay warm */
     p->free_count = slots;
     p->counters.stale = 1; /* nothing is planned */
+    p->stall_ns = UINT64_MAX;
     pthread_mutex_init(&p->lock, NULL);
     pthread_condattr_t attr;
     pthread_condattr_init(&attr);
@@ -55,6 +57,12 @@ int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spi
     pthread_condattr_destroy(&attr);
     *pump = p;
     return 0;
+}
+
+void snap_pump_watch(snap_pump *p, snap_watchdog *watchdog, int stall_ms)
+{
+    p->watchdog = watchdog;
+    p->stall_ns = (uint64_t)stall_ms * 1000000;
 }
 
 void snap_pump_free(snap_pump *p)
@@ -256,7 +264,7 @@ static int after_t0(snap_pump *p)
             r = sweep(p);
         if (r == -ENOBUFS) {
             p->stuck_since_ns = 0;
-            idle(p, true, p->tentative.count ? 1 : 100);
+            idle(p, true, p->tentative.count ? 1 : BEAT_MS);
             continue;
         }
         if (r && r != -EAGAIN)
@@ -302,11 +310,7 @@ int snap_pump_order_hold(snap_pump *p)
 int snap_pump_await(snap_pump *p, int timeout_ms, snap_pump_round *round)
 {
     struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += timeout_ms / 1000;
-    until.tv_nsec += (timeout_ms % 1000) * 1000000L;
-    until.tv_sec += until.tv_nsec / 1000000000L;
-    until.tv_nsec %= 1000000000L;
+    deadline(&until, timeout_ms);
     int waited = 0;
     pthread_mutex_lock(&p->lock);
     while (p->order != NO_ORDER && !p->ended && waited != ETIMEDOUT)
@@ -334,8 +338,12 @@ static int hold(snap_pump *p)
     p->released = false;
     p->order = NO_ORDER;
     pthread_cond_broadcast(&p->told);
-    while (!p->after_t0 && !p->released && !atomic_load(&p->stop))
-        pthread_cond_wait(&p->told, &p->lock);
+    while (!p->after_t0 && !p->released && !atomic_load(&p->stop)) {
+        struct timespec until;
+        deadline(&until, BEAT_MS);
+        pthread_cond_timedwait(&p->told, &p->lock, &until);
+        beat(p);
+    }
     p->held = false;
     pthread_mutex_unlock(&p->lock);
     return atomic_load(&p->stop) ? -ECANCELED : 0;
@@ -367,7 +375,7 @@ static int go_round(snap_pump *p)
     int r = ahead_slice(p);
     p->round_runs = r != 1;
     if (r == -ENOBUFS)
-        idle(p, true, 100);
+        idle(p, true, BEAT_MS);
     else if (r == 1)
         order_done(p);
     else
@@ -386,7 +394,7 @@ static int carry_out(snap_pump *p, int order)
         idle(p, false, 1);
         return 0;
     default:
-        idle(p, true, 1000);
+        idle(p, true, BEAT_MS);
         return 0;
     }
 }

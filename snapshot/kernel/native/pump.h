@@ -12,6 +12,8 @@
 #ifndef SNAP_PUMP_H
 #define SNAP_PUMP_H
 
+#include "watchdog.h"
+
 #include <stddef.h>
 #include <stdint.h>
 
@@ -21,6 +23,7 @@
 #define SNAP_LOST_REMOVE 2   /* discarded before it was saved, by a call that was not seen coming */
 #define SNAP_LOST_UNARMED 3  /* lost its protection without any event */
 #define SNAP_LOST_GONE 4     /* the process exited or called exec */
+#define SNAP_LOST_STALLED 5  /* none: the consumers took nothing for too long, and writers waited */
 
 typedef struct snap_pump snap_pump;
 
@@ -81,6 +84,9 @@ typedef struct {
 int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spill, void *staging,
                   uint64_t slots, snap_pump **pump);
 void snap_pump_free(snap_pump *pump);
+/* Before run. It beats the watchdog (may be NULL), and gives up when a writer of the target would have
+ * to wait for longer than stall_ms for the consumers to make room. */
+void snap_pump_watch(snap_pump *pump, snap_watchdog *watchdog, int stall_ms);
 
 /* All windows, in place of those planned before, and registers what will be armed. With the target
  * stopped, and the pump held or not yet run: to register a range that is not, or no longer, a whole

@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <time.h>
 
 #define PAGE UINT64_C(4096)
 #define CHUNK UINT64_C(65536)
@@ -81,6 +82,8 @@ struct snap_pump {
     int wake; /* eventfd: a slot came free, an order, or stop */
     uint8_t *staging;
     uint64_t slots;
+    snap_watchdog *watchdog;
+    uint64_t stall_ns;
     uint8_t *bounce; /* one chunk, on its way to the spill file */
 
     VECTOR(block *) blocks;     /* by (space, start); only run inserts, under the lock */
@@ -165,6 +168,8 @@ int ahead_slice(snap_pump *p);
 /* A staging slot, or for the urgent a slot of the spill file; NO_PLACE when there is none. */
 int64_t take_place(snap_pump *p, bool urgent, bool no_spill);
 void give_place(snap_pump *p, int64_t place);
+/* For pthread_cond_timedwait. */
+void deadline(struct timespec *until, int timeout_ms);
 /* Staging slots that the not urgent may take. */
 uint64_t free_places(snap_pump *p);
 /* Hands a copy to the consumers; it replaces those before it. Caller holds the lock. */
@@ -188,6 +193,8 @@ int save_forget(snap_pump *p, uint64_t start, uint64_t end);
  * only ones. */
 void save_last(snap_pump *p, uint64_t start, uint64_t end);
 uint64_t now_ns(void);
+/* Tells the watchdog that this thread goes on. */
+void beat(snap_pump *p);
 
 /* serve.c */
 /* Reads and answers messages that wait. *any: whether there was one. */

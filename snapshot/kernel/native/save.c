@@ -28,19 +28,28 @@ uint64_t now_ns(void)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+void beat(snap_pump *p)
+{
+    if (p->watchdog)
+        snap_watchdog_beat(p->watchdog);
+}
+
 /* A place whatever it takes: waits for the consumers when staging and spill are full. */
 static int urgent_place(snap_pump *p, bool no_spill, int64_t *place)
 {
-    bool stalled = false;
+    uint64_t since = 0;
     while ((*place = take_place(p, true, no_spill)) == NO_PLACE) {
         if (atomic_load(&p->stop))
             return -ECANCELED;
-        if (!stalled) {
-            stalled = true;
+        beat(p);
+        if (!since) {
+            since = now_ns();
             pthread_mutex_lock(&p->lock);
             p->counters.stalls++;
             pthread_mutex_unlock(&p->lock);
         }
+        if (now_ns() - since > p->stall_ns)
+            return lost(p, 0, 0, SNAP_LOST_STALLED);
         struct pollfd wake = {.fd = p->wake, .events = POLLIN};
         if (poll(&wake, 1, 100) > 0) {
             uint64_t count;

@@ -320,6 +320,7 @@ int serve(snap_pump *p, bool *any)
 {
     uffd_message messages[MESSAGES];
     *any = false;
+    beat(p);
     /* Bounded: a target that discards memory in a loop must not keep us from the rest. */
     for (int turn = 0; turn < MOST_TURNS; turn++) {
         int r = uffd_poll(p->uffd, 0);

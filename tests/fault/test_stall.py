@@ -1,0 +1,79 @@
+"""A snap that stands still, or whose store does, does not keep its target waiting for long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Snap, Spawn
+from tests.harness import processes
+from tests.harness.victims import BIN, Victim
+
+pytestmark = pytest.mark.live
+
+STALL = 1
+
+
+def nothing_watches() -> bool:
+    found = processes.descendants(os.getpid())
+    watching = [pid for pid in found if "snap-watchdog" in processes.command_line(pid)]
+    return all(processes.ended(pid) for pid in watching)
+
+
+def unharmed(victim: Victim) -> None:
+    victim.goes_on()
+    victim.verify()
+    status = Path(f"/proc/{victim.pid}/status").read_text()
+    assert "TracerPid:\t0" in status
+    assert " uw" not in Path(f"/proc/{victim.pid}/smaps").read_text()
+    processes.wait_until(nothing_watches, "the end of the watchdog")
+
+
+@pytest.mark.parametrize("stage", ["frozen", "resumed"])
+def test_snap_is_stopped(spawn: Spawn, snap: Snap, stage: str) -> None:
+    """SIGSTOP in the middle of a take: in the pause, and while writers wait for it."""
+    victim = spawn("writer", kind="anon", mib=64, threads=2)
+    hook = f"{stage}=kill -STOP $PPID"
+    ran = snap("take", victim.pid, "--now", "--stall", STALL, "--hook", hook, ok=False)
+    assert ran.code == -signal.SIGKILL
+    assert f"process {victim.pid} is not kept waiting" in ran.err
+    unharmed(victim)
+    assert snap.names() == []
+    snap("take", victim.pid, "--name", "next")
+    assert snap("verify", "next").json["ok"]
+
+
+def test_ctrl_z_does_not_stop_it(spawn: Spawn, snap: Snap) -> None:
+    victim = spawn("writer", kind="anon", mib=16)
+    for stage in ("frozen", "resumed"):
+        snap("take", victim.pid, "--name", stage, "--hook", f"{stage}=kill -TSTP $PPID")
+    unharmed(victim)
+
+
+def test_the_store_is_stuck(spawn: Spawn, snap: Snap, tmp_path: Path) -> None:
+    """Its disk does not answer, and there is no room to spill to: writers wait for a second,
+    then the take is given up."""
+    victim = spawn("writer", kind="anon", mib=96, threads=2)
+    snap("take", victim.pid, "--name", "first")  # makes the store
+    stuck = tmp_path / "stuck"
+    shim = ("env", f"LD_PRELOAD={BIN / 'stuckdisk.so'}", f"STUCK_DISK={stuck}")
+    words = [*shim, *snap.command, "take", str(victim.pid), "--store", str(snap.store), "--now"]
+    words += ["--memory", "4M", "--stall", str(STALL), "--hook", f"frozen=touch {stuck}"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        processes.wait_until(stuck.exists, "T0")
+        processes.wait_until(lambda: not armed(victim.pid), "the target being let go")
+        victim.goes_on()
+        stuck.unlink()  # the disk answers again: now it can undo what it wrote
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 8, error
+    assert "the store took nothing" in error
+    unharmed(victim)
+    assert snap.names() == ["first"]
+
+
+def armed(pid: int) -> bool:
+    return " uw" in Path(f"/proc/{pid}/smaps").read_text()
