@@ -30,7 +30,11 @@ app = typer.Typer(
 StoreOption = Annotated[
     Path | None,
     typer.Option(
-        "--store", metavar="DIR", envvar="SNAP_STORE", help="The store of images (else the user's)."
+        "--store",
+        metavar="DIR",
+        envvar="SNAP_STORE",
+        help="The store of images (else the user's).",
+        readable=False,  # a store that may not be read is a failure (6), not wrong usage (2)
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -349,7 +353,8 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
     ] = False,
     store: Annotated[
-        Path | None, typer.Option("--store", metavar="DIR", help="The same as after a command.")
+        Path | None,
+        typer.Option("--store", metavar="DIR", readable=False, help="The same as after a command."),
     ] = None,
 ) -> None:
     """Take a snapshot of a running Linux process, and bring the process back."""

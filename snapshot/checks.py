@@ -146,22 +146,27 @@ def _userfaultfd(sample: _Sample) -> list[Item]:
         lost = "everything: neither way to a userfaultfd is open"
         command = "sudo sysctl vm.unprivileged_userfaultfd=1"
         items.append(_item("userfaultfd", f"{call}; /dev/userfaultfd: {device}", lost, command))
+        absent = f"none to be asked: {call}"
     else:
+        absent = ""
         command = "sudo sysctl vm.unprivileged_userfaultfd=1"
         items.append(_optional("userfaultfd(2)", call, "the direct way to a userfaultfd", command))
         lost = "targets that lack CAP_SYS_PTRACE, unless vm.unprivileged_userfaultfd is 1"
         command = "sudo chmod 666 /dev/userfaultfd" if not root else "ls -l /dev/userfaultfd"
         items.append(_optional("/dev/userfaultfd", device, lost, command))
-    newer = "uname -r   (a kernel that has it is needed)"
-    absent = [name for name in wrprotect.NEEDED if name not in have]
-    items.append(_item("userfaultfd features, take", _lacks(absent), "takes", newer))
-    absent = [name for name in uffd.names(lazy.EVENTS) if name not in have]
-    items.append(_optional("userfaultfd features, lazy", _lacks(absent), "restore --lazy", newer))
+    # A user who may not have a userfaultfd learns nothing of the kernel: a newer one is no help.
+    newer = command if absent else "uname -r   (a kernel that has it is needed)"
+    lacks = absent or _lacks([name for name in wrprotect.NEEDED if name not in have])
+    items.append(_item("userfaultfd features, take", lacks, "takes", newer))
+    lacks = absent or _lacks([name for name in uffd.names(lazy.EVENTS) if name not in have])
+    items.append(_optional("userfaultfd features, lazy", lacks, "restore --lazy", newer))
     memory = "takes of processes with shared memory"
+    denied = "CAP_SYS_PTRACE" in results["missing"]
+    lazily = "sudo snap restore IMAGE --lazy" if denied else newer
     items += [
         _item("write-protect, private memory", results["wp_private"], "takes", newer),
         _item("write-protect, shared memory", results["wp_shared"], memory, newer),
-        _optional("missing faults", results["missing"], "restore --lazy", newer),
+        _optional("missing faults", results["missing"], "restore --lazy", lazily),
     ]
     return items
 

@@ -31,7 +31,7 @@ def check_trust(path: Path) -> None:
     store that others may write to, or that is somebody else's."""
     try:
         if not path.is_dir():
-            raise no_store(path)
+            raise no_store(path, foreign=path.exists())
         for place in (path, path / DATA):
             if place.exists():
                 _check_place(place)
@@ -84,8 +84,13 @@ def made(path: Path) -> Iterator[Path | None]:
 
 
 def _check_empty(path: Path) -> None:
-    """A store whose making was cut short counts as empty."""
-    foreign = {entry.name for entry in path.iterdir()} - {DATA, LOCK, lease.DIRECTORY, _NEW}
-    if foreign or ((path / DATA).exists() and (path / DATA).stat().st_size):
+    if is_foreign(path):
         message = f"{path} is neither a store of snap nor empty"
-        raise StoreError(message, "snap --store NEW_DIRECTORY list")
+        raise StoreError(message, "snap --store NEW_DIRECTORY take PID")
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether something is in the directory without a store that is not ours; a store whose making
+    was cut short counts as empty."""
+    others = {entry.name for entry in path.iterdir()} - {DATA, LOCK, lease.DIRECTORY, _NEW}
+    return bool(others) or ((path / DATA).exists() and (path / DATA).stat().st_size > 0)

@@ -303,11 +303,12 @@ def open_environment(path: Path, map_bytes: int = MAP_BYTES, create: bool = Fals
         return environment
 
 
-def no_store(path: Path) -> StoreError:
-    return StoreError(
-        f"there is no store of snap in {path}",
-        f"the first take makes one: snap --store {path} take PID",
-    )
+def no_store(path: Path, *, foreign: bool = False) -> StoreError:
+    """`foreign`: something else is there, in which no take would make a store either."""
+    message = f"there is no store of snap in {path}"
+    if foreign:
+        return StoreError(f"{message}, and it is not empty", "snap --store DIR list")
+    return StoreError(message, f"the first take makes one: snap --store {path} take PID")
 
 
 @contextmanager
@@ -316,7 +317,7 @@ def _none_missing(path: Path) -> Iterator[None]:
     try:
         yield
     except lmdb.NotFoundError:
-        raise no_store(path) from None
+        raise no_store(path, foreign=True) from None
 
 
 def is_lmdb(path: Path) -> bool:

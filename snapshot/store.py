@@ -74,7 +74,7 @@ class Store:
             _create(path, map_bytes)
         directory.check_trust(path)
         if not is_lmdb(path / DATA):
-            raise no_store(path)
+            raise no_store(path, foreign=directory.is_foreign(path))
         store = cls(open_environment(path, map_bytes))
         store._check_format()
         return store
@@ -290,7 +290,7 @@ class Store:
             value = transaction.get(FORMAT_KEY, db=self._environment.databases["meta"])
             found = None if value is None else bytes(value)
         if found is None or not found.startswith(FORMAT.rpartition(b" ")[0]):
-            raise no_store(self.path)
+            raise no_store(self.path, foreign=True)
         if found != FORMAT:
             raise StoreError(
                 f"{self.path} is a {found.decode(errors='replace')}; this snap reads "

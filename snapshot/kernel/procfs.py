@@ -329,11 +329,14 @@ def mapped_path(pid: int, line: maps_text.Line) -> MappedPath:
         actual = os.stat(path(pid, name))
     except OSError as error:
         fail(error, pid, name)
-    root = os.fsencode(path(pid, "root"))
-    if _same_file(root + printed, actual):
+    # The kernel prints names as seen from our own root (which tells of a chroot); of a mount that
+    # cannot be reached from there, as seen from the target's.
+    roots = (b"", os.fsencode(path(pid, "root")))
+    if any(_same_file(root + printed, actual) for root in roots):
         return MappedPath(printed, True, actual)
     bare = printed.removesuffix(maps_text.DELETED)
-    return MappedPath(bare, bare != printed and _same_file(root + bare, actual), actual)
+    named = bare != printed and any(_same_file(root + bare, actual) for root in roots)
+    return MappedPath(bare, named, actual)
 
 
 def _same_file(name: bytes, actual: os.stat_result) -> bool:

@@ -81,7 +81,7 @@ def missing(memory: mmap.mmap) -> str:
     address = _address(memory)
     read: list[bytes] = []
     with Uffd.open() as handle:
-        handle.api(0)
+        handle.api(FEATURES["EVENT_FORK"])  # only with CAP_SYS_PTRACE, and no lazy restore without
         handle.register(address, PAGE, uffd.MISSING)
 
         def touch() -> None:

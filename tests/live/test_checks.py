@@ -151,6 +151,35 @@ def test_without_capabilities_it_is_4_and_says_why() -> None:
     assert f"sudo snap take {target.pid}" in items["permission"]["command"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give up privileges: sudo make test")
+def test_without_a_userfaultfd_nothing_is_said_of_the_kernel(tmp_path: Path) -> None:
+    """Neither CAP_SYS_PTRACE nor /dev/userfaultfd: it is the user who lacks something."""
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
+        pytest.skip("everybody may use userfaultfd(2) here")
+    closed = tmp_path / "closed"
+    closed.touch(0o000)
+    mount = f'mount --bind {closed} /dev/userfaultfd && exec "$@"'
+    hide = ("unshare", "-m", "sh", "-c", mount)
+    _, answer = check(prefix=(*hide, "sh", "setpriv", "--bounding-set=-all", "--inh-caps=-all"))
+    items = {item["item"]: item for item in answer["items"]}
+    assert items["userfaultfd"]["state"] == "missing"
+    for name in ("userfaultfd features, take", "userfaultfd features, lazy", "missing faults"):
+        assert "EPERM" in items[name]["detail"] or "not permitted" in items[name]["detail"]
+        assert "uname" not in items[name]["command"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give up privileges: sudo make test")
+def test_a_lazy_restore_needs_the_right_to_follow_forks() -> None:
+    """/dev/userfaultfd alone gives takes, but no EVENT_FORK."""
+    _, answer = check(prefix=("setpriv", "--bounding-set=-all", "--inh-caps=-all"))
+    items = {item["item"]: item for item in answer["items"]}
+    if items.get("/dev/userfaultfd", {}).get("state") != "ok":
+        pytest.skip("no /dev/userfaultfd here")
+    assert items["missing faults"]["state"] == "degraded"
+    assert "CAP_SYS_PTRACE" in items["missing faults"]["detail"]
+    assert items["missing faults"]["command"].startswith("sudo snap restore")
+
+
 def test_what_a_target_has_that_cannot_be_taken_is_listed() -> None:
     """A pidfd: nothing that a take could handle."""
     script = (

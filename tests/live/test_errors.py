@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Ran, Reap, Snap, Spawn
+from tests.conftest import ROOT, Ran, Reap, Snap, Spawn
 from tests.harness import processes
 from tests.harness.processes import wait_until
 from tests.harness.victims import Victim
@@ -151,6 +151,25 @@ def test_no_store(snap: Snap, tmp_path: Path) -> None:
     one_error(snap("list", store=nowhere, ok=False), 6, str(nowhere))
     one_error(snap("restore", "image", store=nowhere, ok=False), 6, str(nowhere))
     assert not nowhere.exists()
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv: apt install util-linux")
+def test_a_store_that_may_not_be_read(snap: Snap, victim: Victim) -> None:
+    """A failure of the store (6), not wrong usage (2)."""
+    snap("take", victim.pid)
+    os.chown(snap.store, 65534, -1)
+    try:
+        prefix = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+        done = subprocess.run(
+            [*prefix, sys.executable, ROOT / "cli.py", "list", "--store", snap.store],
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.chown(snap.store, 0, -1)
+    assert done.returncode == 6, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -145,3 +145,33 @@ def test_mapped_path(tmp_path: Path, name: str, unlinked: bool) -> None:
     assert found.path == os.fsencode(file)
     assert found.named is not unlinked
     assert found.stat.st_ino == inode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="chroot and map_files need root: run as root")
+def test_mapped_path_in_a_chroot(tmp_path: Path) -> None:
+    """The kernel prints it as seen from our root, and it has its name."""
+    file = tmp_path / "mapped"
+    file.write_bytes(b"x" * 4096)
+    inode = file.stat().st_ino
+    ready, child_ready = os.pipe()
+    go, child_go = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(child_go)
+        with file.open("rb") as opened:
+            area = mmap.mmap(opened.fileno(), 4096, prot=mmap.PROT_READ)
+        os.chroot(tmp_path)
+        os.write(child_ready, b"x")
+        os.read(go, 1)
+        area.close()
+        os._exit(0)
+    os.read(ready, 1)
+    try:
+        (line,) = [one for one in procfs.maps(pid) if one.inode == inode]
+        found = procfs.mapped_path(pid, line)
+    finally:
+        for fd in (ready, child_ready, go, child_go):
+            os.close(fd)
+        os.waitpid(pid, 0)
+    assert found.path == os.fsencode(file)
+    assert found.named

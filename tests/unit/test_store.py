@@ -467,8 +467,9 @@ def test_what_is_no_store(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=r"no store|cannot make a store"):
             Store.open(tmp_path / "file", create=create)
     (tmp_path / "data.mdb").write_bytes(b"something else" * 1000)
-    with pytest.raises(StoreError, match="there is no store of snap in"):
+    with pytest.raises(StoreError, match="there is no store of snap in") as caught:
         Store.open(tmp_path)
+    assert "the first take makes one" not in caught.value.hint, "no take would"
     with pytest.raises(StoreError, match="is neither a store of snap nor empty"):
         Store.open(tmp_path, create=True)
     assert (tmp_path / "data.mdb").read_bytes().startswith(b"something else")
