@@ -20,7 +20,7 @@ from typing import Any, Literal
 from .errors import DeniedError, SnapError, StoreError, TargetError, UnsupportedError
 from .kernel import probes, procfs, uffd, yama
 from .kernel.selftest import PATTERN
-from .units import MIB, mib
+from .units import MIB, count, mib
 
 State = Literal["ok", "degraded", "missing"]
 STAGING = 256 * MIB
@@ -259,8 +259,8 @@ def _target(pid: int) -> list[Item]:
         status = procfs.status(pid)  # "permission" below says why
     except SnapError as error:
         return [Item(name, "missing", error.message, "the take", error.hint, error.exit_code)]
-    threads, resident = status["Threads"].strip(), mib(status.number("VmRSS") * 1024)
-    found = Item(name, "ok", f"{status['Name']}, {threads} threads, {resident} resident")
+    threads, resident = count(int(status["Threads"]), "thread"), mib(status.number("VmRSS") * 1024)
+    found = Item(name, "ok", f"{status['Name']}, {threads}, {resident} resident")
     denied = probes.open_memory(pid)
     if denied:
         detail, command = f"{denied}{_why_denied(status)}", f"sudo snap take {pid}"

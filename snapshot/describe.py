@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .manifest import OBJECT_SPACE, Manifest, Mapping, Process, TakeStats
 from .stats import microseconds
-from .units import CHUNK, align_down, mib
+from .units import CHUNK, align_down, count, mib
 
 if TYPE_CHECKING:
     from .image import Image
@@ -52,7 +52,7 @@ def counted(labels: Sequence[str]) -> str:
     """One line for people: `tcp 127.0.0.1:7777, pipe:[628155] (20 times)`."""
     counts = Counter(labels)
     return ", ".join(
-        label if count == 1 else f"{label} ({count} times)" for label, count in counts.items()
+        label if times == 1 else f"{label} ({times} times)" for label, times in counts.items()
     )
 
 
@@ -152,7 +152,7 @@ def summary(manifest: Manifest) -> list[str]:
     stats = manifest.stats
     process = manifest.processes[0]
     lines = [
-        f"took {text(process.comm)} (pid {process.pid}, {stats.threads} threads): "
+        f"took {text(process.comm)} (pid {process.pid}, {count(stats.threads, 'thread')}): "
         f"{mib(stats.saved_bytes)} in {stats.seconds:.2f} s, {mib(stats.stored_bytes)} stored; "
         f"it stood still for {microseconds(stats.pause_us)}"
     ]

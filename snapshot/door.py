@@ -70,7 +70,8 @@ def _termination() -> Iterator[None]:
     def unwind(number: int, frame: FrameType | None) -> None:
         raise Terminated(number)
 
-    before: dict[signal.Signals, Any] = {signal.SIGTSTP: signal.signal(signal.SIGTSTP, lambda *_: None)}
+    before: dict[signal.Signals, Any] = {}
+    before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, lambda *_: None)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, unwind)

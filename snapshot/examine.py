@@ -42,7 +42,7 @@ def target(pid: int) -> None:
     status = procfs.status(pid)
     comm = procfs.comm(pid).decode("utf-8", "replace")
     if status.state in "ZX":
-        raise TargetError(f"process {pid} ({comm}) is a zombie: its memory is gone", "ps -p PID")
+        raise TargetError(f"process {pid} ({comm}) is a zombie: its memory is gone", f"ps -p {pid}")
     if status.kernel_thread:
         raise TargetError(f"{pid} ({comm}) is a kernel thread: it has no memory of its own", "ps")
     if status.number("Tgid") != pid:

@@ -87,7 +87,7 @@ class Hooks:
         for stage, command in commands:
             check_stage(stage)
             call = _Command(command, frozen_limit)
-            label, hint = f"--hook {stage}={command}", f"SNAP_PID=PID sh -c {quote(command)}"
+            label, hint = f"{stage}={command}", f"SNAP_PID=PID sh -c {quote(command)}"
             self._entries.append(_Entry(label, frozenset({stage}), call, hint))
 
     def wants(self, stage: str) -> bool:

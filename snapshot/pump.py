@@ -87,7 +87,13 @@ class Staging:
 
     def __init__(self, size: int) -> None:
         self.slots = max(size, MEMORY_LEAST) // CHUNK
-        self.memory = mmap.mmap(-1, self.slots * CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        try:
+            self.memory = mmap.mmap(-1, self.slots * CHUNK, flags=flags)
+        except (OSError, OverflowError, ValueError):
+            raise KernelError(
+                f"{mib(size)} of staging memory are not to be had", "snap take PID --memory 256M"
+            ) from None
         # A fork (a hook's command) must not make every slot copy-on-write.
         self.memory.madvise(mmap.MADV_DONTFORK)
         # What the pause copies goes to the low slots: touched now, it costs no faults then.

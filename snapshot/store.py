@@ -6,6 +6,7 @@ out. What takes put before that is named in `takes` and is rubbish once their le
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,6 +42,17 @@ from .units import mib
 from .writer import ImageWriter, RawChunk
 
 __all__ = ["ImageInfo", "ImageWriter", "ProcessIdentity", "RawChunk", "Store"]
+
+
+NEWEST = "latest"
+"""Not the name of an image: it stands for the newest."""
+
+
+def check_name(name: str) -> None:
+    """StoreError when an image cannot be called so: it could not be named on a command line."""
+    odd = not name or "\0" in name or name.startswith("-") or name == NEWEST
+    if odd or len(name.encode()) > 255:
+        raise StoreError(f"{name!r} cannot name an image", "snap take PID --name NAME")
 
 
 class ImageInfo(NamedTuple):
@@ -79,14 +91,20 @@ class Store:
         store._check_format()
         return store
 
+    def free_name(self, name: str) -> str:
+        """`name`, or when an image has it `name-2`, `name-3`, …"""
+        with self._environment.read() as transaction:
+            taken = self._environment.databases["images"]
+            names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+            return next(n for n in names if transaction.get(n.encode(), db=taken) is None)
+
     def begin(self, name: str, like: ProcessIdentity | None = None) -> ImageWriter:
         """A new image, after removing what dead takes left. `like` names its process: chunks equal
         to those of its newest image, at the same address, are shared with that.
 
         StoreError when an image of the name exists or is being taken.
         """
-        if not name or "\0" in name or len(name.encode()) > 255:
-            raise StoreError(f"{name!r} cannot name an image", "snap take PID --name NAME")
+        check_name(name)
         sweep.clear_dead(self._environment)
         held: list[lease.Lease] = []
 
@@ -142,7 +160,7 @@ class Store:
         names = [info.image for info in infos]
         if name in names:
             return name
-        if name == "latest" and names:
+        if name == NEWEST and names:
             return names[-1]
         matching = [known for known in names if name and known.startswith(name)]
         if len(matching) == 1:

@@ -32,7 +32,7 @@ from .records import ProcessIdentity
 from .regions import Plan
 from .resources import Gathered, descriptors, gather
 from .stats import Progress, ProgressCallback, Stopwatch
-from .store import Store
+from .store import Store, check_name
 from .writer import ImageWriter
 from .wrprotect import WriteProtection
 
@@ -107,7 +107,8 @@ def take(
             store = Store.open(store, create=True)
             stack.callback(store.close)
         examine.target(pid)
-        name = name or default_name(pid)
+        name = name or store.free_name(default_name(pid))
+        check_name(name)
         staging = Staging(memory)
         stack.callback(staging.close)
         job = _Take(pid, name, store, staging, hooks, progress, now, stall)

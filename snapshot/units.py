@@ -31,3 +31,8 @@ def mib(size: int) -> str:
     if size < GIB:
         return f"{size / MIB:.1f} MiB"
     return f"{size / GIB:.2f} GiB"
+
+
+def count(number: int, thing: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"

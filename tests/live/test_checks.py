@@ -81,7 +81,7 @@ def test_a_live_target(tmp_path: Path) -> None:
         code, answer = check(target.pid, "--store", tmp_path / "store")
         assert _untouched(target.pid) == before
     items = {item["item"]: item for item in answer["items"]}
-    assert items[f"process {target.pid}"]["detail"].startswith("cat, 1 threads")
+    assert items[f"process {target.pid}"]["detail"].startswith("cat, 1 thread, ")
     if code == 0:
         assert items["permission"]["state"] == "ok"
         assert items["mappings and descriptors"]["state"] == "ok"

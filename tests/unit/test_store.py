@@ -292,9 +292,17 @@ def test_names(store: Store) -> None:
     assert caught.value.hint == "snap rm cat"
     with store.begin("dog"), pytest.raises(StoreError, match="named dog is being taken by process"):
         store.begin("dog")
-    for bad in ("", "a\0b", "x" * 256):
+    for bad in ("", "a\0b", "x" * 256, "latest", "-x"):
         with pytest.raises(StoreError, match="cannot name an image"):
             store.begin(bad)
+
+
+def test_a_made_up_name_is_free(store: Store) -> None:
+    assert store.free_name("cat") == "cat"
+    for expected in ("cat", "cat-2", "cat-3"):
+        name = store.free_name("cat")
+        assert name == expected
+        take(store, name, {})
 
 
 def test_two_takes_of_one_name_and_the_second_commit(store: Store) -> None:
