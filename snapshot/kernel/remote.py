@@ -49,14 +49,20 @@ from . import arch_x86_64 as arch
 from ._native import ffi, lib
 from .arch_x86_64 import NR
 from .errnames import error_name
-from .ptrace import SUSPEND_SECCOMP, Tracee, reap
+from .ptrace import EXITKILL, SUSPEND_SECCOMP, Tracee, reap
 from .refusal import status, stop_name
 
 SCRATCH_SIZE = 64 * 1024
 CALL_TIMEOUT = 10.0
 """Seconds that a batch gets."""
 CALL_BYTES = 64
-_SIGNALS_IGNORED = re.compile(rb"^SigIgn:\s*(\w+)", re.MULTILINE)
+_SIGNALS = re.compile(rb"^(SigIgn|SigCgt):\s*(\w+)", re.MULTILINE)
+_IGNORED_BY_DEFAULT = sum(1 << n - 1 for n in (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD))
+_JOB_CONTROL = sum(
+    1 << n - 1
+    for n in (signal.SIGCONT, signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+)
+_VDSO_MAX = 1 << 20
 _SIGTRAP_BIT = 1 << (signal.SIGTRAP - 1)
 _MAP_FIXED = 0x10
 _MAP_FIXED_NOREPLACE = 0x100000
@@ -80,6 +86,10 @@ class Remote:
     [data, data + data_size) for the caller.
     """
 
+    die_at = 0
+    """For tests: the n-th point between two steps of an injection at which this process kills
+    itself."""
+
     def __init__(
         self, tracee: Tracee, size: int = SCRATCH_SIZE, timeout: float = CALL_TIMEOUT
     ) -> None:
@@ -93,6 +103,8 @@ class Remote:
         self._at: Any = None
         self._maker: Remote | None = None  # whose scratch it is, if not our own
         self._loop_allowed = False
+        self._guard = 0  # where the way home lies in the target, 0: there is none
+        self._caught = self._ignored = 0
 
     @property
     def data(self) -> int:
@@ -108,25 +120,37 @@ class Remote:
         Raises UnsupportedError when the target has no `syscall` instruction to borrow, DeniedError
         when a seccomp filter of it cannot be suspended, KernelError when mmap fails.
         """
-        self._prepare(find_syscall(self.tracee))
+        instruction, room = find_room(self.tracee)
+        if room and not self.tracee.options & EXITKILL:
+            self._guard = room
+            self._caught, self._ignored = dispositions(self.tracee.tid)
+        self._prepare(instruction)
+        self._at.undo = self.scratch_size if self._guard else 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         if hint is not None:
             flags |= _MAP_FIXED_NOREPLACE
-        args = (hint or 0, self.scratch_size, _PROT_RWX, flags, arch.NO_SYSCALL, 0)
+        protection = mmap.PROT_READ | mmap.PROT_WRITE if self._guard else _PROT_RWX
+        args = (hint or 0, self.scratch_size, protection, flags, arch.NO_SYSCALL, 0)
         try:
             address = self.batch([Call(NR.mmap, args)])[0]
-            refused = -address in (errno.EACCES, errno.EPERM, errno.ENOTSUP)
+            self._at.undo = 0
+            refused = not self._guard and -address in (errno.EACCES, errno.EPERM, errno.ENOTSUP)
             if refused:  # nothing may be writable and executable at once (SELinux, PR_SET_MDWE)
                 args = (*args[:2], mmap.PROT_READ | mmap.PROT_WRITE, *args[3:])
                 address = self.batch([Call(NR.mmap, args)])[0]
             self.scratch = _checked(self.tracee.tid, NR.mmap, args, address)
             if hint is not None and self.scratch != hint:  # before Linux 4.17 the flag is unknown
                 raise KernelError(f"mmap at {hint:#x} went to {self.scratch:#x}", "uname -r")
-            self._loop_allowed = self._place_loop(refused) and not ignores_sigtrap(self.tracee.tid)
+            if self._guard:
+                self._at.scratch, self._at.scratch_size = self.scratch, self.scratch_size
+                self._loop_allowed = True
+            else:
+                _, ignored = dispositions(self.tracee.tid, every=True)
+                self._loop_allowed = self._place_loop(refused) and not ignored & _SIGTRAP_BIT
         except BaseException:
             self.close()
             raise
-        self._at.loop = self.scratch
+        self._at.loop = self._guard or self.scratch
         self._at.array = self.scratch + PAGE
 
     def _place_loop(self, separate: bool) -> bool:
@@ -147,6 +171,11 @@ class Remote:
         at.stop = self.tracee.stop
         at.instruction = instruction
         at.timeout_us = int(self.timeout * 1e6)
+        maker = self._maker or self
+        at.guard, at.caught, at.ignored = maker._guard, maker._caught, maker._ignored
+        if self._maker is not None and maker._guard:
+            at.scratch, at.scratch_size = maker.scratch, maker.scratch_size
+        at.die_at = self.die_at
 
     def close(self) -> None:
         """Unmaps the scratch. The thread stands in an event stop, everything its own."""
@@ -156,10 +185,13 @@ class Remote:
             lib.snap_give_back(self._at)
             self._loop_allowed = False
             scratch, self.scratch = self.scratch, 0
+            self._at.scratch = 0
             if scratch:
                 self.call(NR.munmap, scratch, self.scratch_size)
+            lib.snap_guard_wipe(self._at)
         finally:
             self._at = None
+            self._guard = 0
 
     def renew(self) -> None:
         """Finds another `syscall` instruction: after the vdso was unmapped or put elsewhere, which
@@ -205,7 +237,7 @@ class Remote:
     def _may_use_loop(self, calls: Sequence[Call]) -> bool:
         """Not with SIGTRAP ignored, nor with a call that has it ignored from now on."""
         maker = self._maker or self
-        for call in calls if maker._loop_allowed else ():
+        for call in calls if maker._loop_allowed and not maker._guard else ():
             if call.nr == NR.rt_sigaction and call.args[0] == signal.SIGTRAP and call.args[1]:
                 handler = int.from_bytes(self.get(call.args[1], 8), "little")
                 maker._loop_allowed = handler != signal.SIG_IGN
@@ -288,10 +320,47 @@ def suspend_seccomp(tracee: Tracee) -> None:
         )
 
 
-def ignores_sigtrap(pid: int) -> bool:
+def dispositions(pid: int, every: bool = False) -> tuple[int, int]:
+    """Signals with a handler, and those that the process ignores and that may be sent to it
+    without any effect (`every`: all that it says it ignores), bit n-1 for signal n."""
     with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
-        found = _SIGNALS_IGNORED.search(file.readall())
-    return bool(found and int(found[1], 16) & _SIGTRAP_BIT)
+        found = dict(_SIGNALS.findall(file.readall()))
+    caught, ignored = int(found[b"SigCgt"], 16), int(found[b"SigIgn"], 16)
+    if every:
+        return caught, ignored
+    return caught, (ignored | _IGNORED_BY_DEFAULT) & ~caught & ~_JOB_CONTROL
+
+
+def find_room(tracee: Tracee) -> tuple[int, int]:
+    """Addresses of a `syscall` instruction and, in the padding behind the vdso, of room for the
+    guard (0: there is none)."""
+    tid = tracee.tid
+    try:
+        with open(f"/proc/{tid}/auxv", "rb", buffering=0) as file:
+            auxv = file.readall()
+        with open(f"/proc/{tid}/maps", "rb", buffering=0) as maps:
+            words = struct.iter_unpack("QQ", auxv[: len(auxv) & ~15])
+            vdso = next((value for key, value in words if key == arch.AT_SYSINFO_EHDR), 0)
+            end = _executable_end(maps.fileno(), vdso) if vdso else 0
+        data = tracee.read(vdso, min(end - vdso, _VDSO_MAX)) if end else b""
+    except OSError as error:
+        raise TargetError(f"process {tid}: {error.strerror}", f"ps -p {tid}") from None
+    found = data.find(arch.SYSCALL_INSTRUCTION)
+    if found < 0 or not data.startswith(b"\x7fELF"):
+        return find_syscall(tracee), 0
+    return vdso + found, vdso + room if (room := _padding(data)) else 0
+
+
+def _padding(vdso: bytes) -> int:
+    """Offset of zeros at the end that hold the guard, or of a guard that was left by one who died;
+    0: there is no such place."""
+    length = ffi.new("uint64_t *")
+    code = lib.snap_guard_code(length)
+    left = vdso.find(bytes(ffi.buffer(code, length[0])))
+    if left >= 0:
+        return left
+    start = align_up(len(vdso.rstrip(b"\0")) + 8, 16)
+    return start if start + lib.snap_guard_size() <= len(vdso) else 0
 
 
 def find_syscall(tracee: Tracee) -> int:
