@@ -2,7 +2,7 @@
 
 How: room for data (the *scratch*) is mapped in the target by a call made through a `syscall`
 instruction, with system call stops. From then on a loop runs whole arrays of calls for one round
-trip. The loop lies in the *guard*: 632 bytes of code and data that are written into the padding
+trip. The loop lies in the *guard*: 656 bytes of code and data that are written into the padding
 behind the vdso, where nothing of the target is, and that are zeros again when the scratch is closed
 (the page stays a private copy: 4 KiB). The loop tells of its end with a signal that the target
 ignores; where it ignores none, or catches all, every call is made with system call stops.

@@ -24,7 +24,7 @@ POINTS = 64
 RANDOM_KILLS = 1000 if os.environ.get("SNAP_STRESS") else 40
 
 DYING = f"""
-import sys
+import os, sys
 sys.path.insert(0, {ROOT!r})
 from snapshot.freeze import freeze
 from snapshot.kernel.arch_x86_64 import NR
@@ -32,6 +32,9 @@ from snapshot.kernel.remote import Call, Remote
 pid, Remote.die_at = int(sys.argv[1]), int(sys.argv[2])
 with freeze(pid) as frozen:
     frozen.remote.batch([Call(NR.getpid)] * 3)
+    if len(sys.argv) > 3:
+        os.kill(pid, int(sys.argv[3]))
+        frozen.remote.batch([Call(NR.getpid)] * 3)
     frozen.remote.on(frozen.threads[-1]).batch([Call(NR.getpid)] * 3)
 """
 
@@ -50,9 +53,11 @@ while True:
 """
 
 
-def die(pid: int, point: int) -> bool:
-    """Whether the tracer passed so many points, and died at that one."""
-    ended = subprocess.run([sys.executable, "-c", DYING, str(pid), str(point)], check=False)
+def die(pid: int, point: int, *send: int) -> bool:
+    """Whether the tracer passed so many points, and died at that one. `send`: a signal that it
+    sends between two batches."""
+    command = [sys.executable, "-c", DYING, str(pid), str(point), *map(str, send)]
+    ended = subprocess.run(command, check=False)
     assert ended.returncode in (0, -signal.SIGKILL)
     return ended.returncode != 0
 
@@ -140,3 +145,19 @@ def test_death_at_random_instants() -> None:
             wait_until(lambda: victim.get("count") > count + 4, f"it runs on after {kill}")  # noqa: B023
             assert victim.get("bad") == 0, kill
             settles(victim.pid, before, kill)
+
+
+@pytest.mark.parametrize("mode", ["pause", "poll", "pipe_read", "semop"])
+def test_a_signal_that_came_meanwhile_interrupts(mode: str) -> None:
+    """Its handler runs and the call returns EINTR, or starts again (SA_RESTART: pipe_read), at
+    whatever point of the batch after the signal the tracer dies. (open and each batch pass 9.)"""
+    for point in range(19, 28):
+        with Victim(BLOCKED, mode) as victim:
+            wait_until(lambda: victim.system_call() >= 0, "the call sleeps")
+            die(victim.pid, point, signal.SIGUSR1)
+            if mode == "pipe_read":
+                wait_until(lambda: victim.system_call() == NR.read, "it reads")
+                assert victim.get("returned") == 0
+            else:
+                wait_until(lambda: victim.get("returned"), f"EINTR after {point}", 5)
+                assert (victim.get("result"), victim.get("error")) == (-1, 4)

@@ -18,7 +18,7 @@ _Static_assert(offsetof(snap_home, deliverable) == 176, "DELIVERABLE");
 _Static_assert(offsetof(snap_home, quiet) == 184, "QUIET");
 _Static_assert(offsetof(snap_home, scratch) == 192, "SCRATCH");
 _Static_assert(offsetof(snap_home, undo) == 208, "UNDO");
-_Static_assert(sizeof(snap_home) == 216 && 416 + 216 <= SNAP_GUARD_MAX, "the record");
+_Static_assert(sizeof(snap_home) == 216 && 440 + 216 <= SNAP_GUARD_MAX, "the record");
 
 /* Only rip-relative loads, no store but into the scratch: the code page need not be writable. No
    stack either: signals that arrive once the mask is back find rsp where it belongs. */
@@ -42,6 +42,14 @@ __asm__(
     "   mov " AT("208") ", %rsi\n test %rsi, %rsi\n jz snap_guard_leave\n"
     "   mov %rax, %rdi\n mov $11, %eax\n syscall\n" /* EINVAL when the call had failed */
     "   jmp snap_guard_go\n"
+
+    /* Parked: registers that say "interrupted system call" at the second label. The kernel goes on
+       there with EINTR when a handler runs, two bytes before it when the call is to be made again. */
+    "   jmp snap_guard_leave\n"
+    "snap_guard_parked_at:\n"
+    "   mov $1, %r13d\n"
+    "   mov " AT("192") ", %rbx\n test %rbx, %rbx\n jz snap_guard_go\n"
+    "   jmp 2f\n"
 
     "snap_guard_leave:\n"
     "   xor %r13d, %r13d\n"
@@ -72,11 +80,11 @@ __asm__(
     "   jmp *%r14\n"
     "4: mov " AT("96") ", %r14\n mov " AT("128") ", %rax\n jmp *" AT("136") "\n"
     "5: mov " AT("96") ", %r14\n mov " AT("144") ", %rax\n jmp *" AT("152") "\n"
-    ".org snap_guard_begin + 416, 0xcc\n" /* an error when the code is longer */
+    ".org snap_guard_begin + 440, 0xcc\n" /* an error when the code is longer */
     "snap_guard_record:\n"
     ".popsection\n");
 
-extern const unsigned char snap_guard_begin[], snap_guard_call_at[], snap_guard_leave[],
+extern const unsigned char snap_guard_begin[], snap_guard_call_at[], snap_guard_parked_at[],
     snap_guard_told_at[], snap_guard_record[];
 
 #define RESTART_SYSCALL 219
@@ -96,11 +104,6 @@ uint64_t snap_guard_size(void)
 uint64_t snap_guard_call(void)
 {
     return (uint64_t)(snap_guard_call_at - snap_guard_begin);
-}
-
-uint64_t snap_guard_parked(void)
-{
-    return (uint64_t)(snap_guard_leave - snap_guard_begin);
 }
 
 uint64_t snap_guard_told(void)
@@ -137,4 +140,15 @@ void snap_guard_home(snap_home *home, const void *registers, uint64_t abort_ip)
     home->rip = home->rip_eintr = abort_ip ? abort_ip : regs->rip;
     home->by_flags = 0;
     restart(home, regs);
+}
+
+void snap_guard_park(void *registers, uint64_t guard)
+{
+    struct user_regs_struct *regs = registers;
+    regs->rip = guard + (uint64_t)(snap_guard_parked_at - snap_guard_begin);
+    regs->eflags &= ~0x500ull; /* no single step, strings forward */
+    if (regs->orig_rax == (unsigned long long)-1 || !snap_arch_is_restart((int64_t)regs->rax)) {
+        regs->orig_rax = (unsigned long long)-1;
+        regs->rip -= 2;
+    }
 }

@@ -28,13 +28,15 @@ typedef struct {
 const unsigned char *snap_guard_code(uint64_t *size);
 /* Bytes of code and record, a multiple of 8. */
 uint64_t snap_guard_size(void);
-/* Offsets into the code: where one call is made (rax, rdi, … set, nothing else); where a thread
-   stands that made none yet; where it stands when the quiet signal arrives. */
+/* Offsets into the code: where one call is made (rax, rdi, … set, nothing else); where the thread
+   stands when the quiet signal arrives. */
 uint64_t snap_guard_call(void);
-uint64_t snap_guard_parked(void);
 uint64_t snap_guard_told(void);
 /* Fills in what the thread has of its own: SNAP_REGISTERS_SIZE bytes of struct user_regs_struct.
    `abort_ip`: where a restartable sequence that the thread is in must go on, 0: it is in none. */
 void snap_guard_home(snap_home *home, const void *registers, uint64_t abort_ip);
+/* Turns the thread's own registers into those with which it would go home at once, whatever its
+   signal mask: also through the handler of a signal that is pending. */
+void snap_guard_park(void *registers, uint64_t guard);
 
 #endif

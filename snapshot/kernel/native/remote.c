@@ -67,6 +67,14 @@ int snap_guard_wipe(snap_injection *at)
     return at->guard ? snap_write_code(at->tid, at->guard, zeros, snap_guard_size()) : 0;
 }
 
+static int park(snap_injection *at)
+{
+    unsigned char parked[SNAP_REGISTERS_SIZE];
+    memcpy(parked, at->registers, sizeof parked);
+    snap_guard_park(parked, at->guard);
+    return snap_set_registers(at->tid, parked, sizeof parked);
+}
+
 /* Remembers what the thread has and blocks its signals. With a guard the registers come first: from
    then on the thread would go home by itself, whatever its mask. */
 static int borrow(snap_injection *at)
@@ -92,13 +100,10 @@ static int borrow(snap_injection *at)
     if (at->guard && candidates)
         at->quiet = (uint64_t)__builtin_ctzll(candidates) + 1;
     if (at->guard) {
-        unsigned char parked[SNAP_REGISTERS_SIZE];
-        memcpy(parked, at->registers, sizeof parked);
-        snap_arch_enter_loop(parked, at->guard + snap_guard_parked(), at->array, 0);
         result = put_guard(at);
         point(at);
         if (result == 0)
-            result = snap_set_registers(at->tid, parked, sizeof parked);
+            result = park(at);
         if (result < 0)
             return result;
     }
@@ -113,9 +118,8 @@ static int borrow(snap_injection *at)
 /* The registers come last, and carry a guarded thread home until then. */
 static int put_back(snap_injection *at)
 {
-    int result = 0;
-    if (!at->guard)
-        result = snap_set_registers(at->tid, at->registers, sizeof at->registers);
+    int result = at->guard ? park(at)
+                           : snap_set_registers(at->tid, at->registers, sizeof at->registers);
     if (result == 0 && at->critical_section)
         result = snap_write_memory(at->tid, at->rseq_address + RSEQ_CS_OFFSET,
                                    &at->critical_section, sizeof at->critical_section);
