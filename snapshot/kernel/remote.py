@@ -1,68 +1,82 @@
 """System calls made inside another, stopped process, and memory there to make them with.
 
-How: one page of code and room for data (the *scratch*) is mapped in the target by a call made
-through a `syscall` instruction that the target has already (in its vdso), with system call stops:
-not a byte of the target is patched. From then on a loop in the scratch runs whole arrays of calls
-for one round trip and ends in int3. Where SIGTRAP is ignored int3 would reset that for good
-(force_sig_info_to_task; the same where it is blocked, hence the mask below), so there every call
-goes through the vdso's instruction.
+How: room for data (the *scratch*) is mapped in the target by a call made through a `syscall`
+instruction, with system call stops. From then on a loop runs whole arrays of calls for one round
+trip. The loop lies in the *guard*: 656 bytes of code and data that are written into the padding
+behind the vdso, where nothing of the target is, and that are zeros again when the scratch is closed
+(the page stays a private copy: 4 KiB). The loop tells of its end with a signal that the target
+ignores; where it ignores none, or catches all, every call is made with system call stops.
 
-Signals are blocked while calls are made (all but SIGTRAP in the loop) and stay queued. A SIGTRAP
-that somebody sends, or that was queued already, is put back into the queue, siginfo and all, and
-the rest of the batch is made without the loop. SIGSTOP takes effect: the process is a stopped one
-when it is let go. A restartable sequence (rseq) that the thread was in is noted before and written
-back after, for the kernel clears it on the way; it then aborts as it must.
+Where there is no vdso, or no room behind it, and in a process that dies with us anyway (EXITKILL:
+one that is being rebuilt), there is no guard: calls go through the target's own `syscall`
+instruction, the loop lies in the scratch and ends in int3. Where SIGTRAP is ignored int3 would
+reset that for good (force_sig_info_to_task; the same where it is blocked, hence the mask below):
+then without the loop.
+
+Signals are blocked while calls are made (all but the one that ends the loop) and stay queued. A
+SIGTRAP that somebody sends to a process without a guard, or that was queued already, is put back
+into the queue, siginfo and all, and the rest of the batch is made without the loop. SIGSTOP takes
+effect: the process is a stopped one when it is let go. A restartable sequence (rseq) that the
+thread was in is noted before and written back after, for the kernel clears it on the way; it then
+aborts as it must.
 
 The thread's own registers are put back in an event stop, where the kernel's restart of interrupted
 system calls works, unless an injected call sleeps interruptibly with a restart block of its own
 (nanosleep, futex with timeout, poll): do not inject those into a live target.
 
-Windows
--------
-If this process is killed (SIGKILL) the kernel detaches and the target runs on from the registers it
-has at that instant. It is harmed in these windows only, each inside ONE C call (snap_inject):
- 1. `open`: from the registers set for mmap to those put back (2 system call stops, 20-150 us). The
-    thread would return from `syscall` into the vdso with wrong registers.
- 2. each `batch`: from the loop's registers set to those put back after its trap (10-60 us). The
-    thread would get a fatal SIGTRAP, or go on with its signals blocked.
- 3. `close`: munmap through the vdso, as window 1.
-Between the calls the thread has its own registers and mask, and stands in an event stop or in the
-loop's trap with the signal taken from it (waitpid clears it, kernel/exit.c wait_task_stopped): a
-death of the tracer is harmless there but for the scratch, mapped from `open` to `close`.
+If this process is killed
+-------------------------
+The kernel detaches (SIGKILL is enough) and the thread runs on from the registers that it has at
+that instant. With a guard these are its own, or lead home: the rest of the batch is made, the
+scratch is unmapped, signal mask, flags and registers are put back by the guard's code, an
+interrupted system call is made again, or returns EINTR if a handler is about to run
+(guard_x86_64.c). So the registers are changed before the mask, and put back after it. What can be
+left: the scratch, when we die between two calls; what a batch had made and a later one would have
+undone (a descriptor); the guard's bytes, which nothing runs and the next one takes over.
+
+Not covered:
+ 1. No guard (no vdso): `open` and `close` for 2 system call stops (20-150 us), each batch from the
+    loop's registers to those put back (10-60 us).
+ 2. A seccomp filter that kills: it is no longer suspended, and meets the rest of the batch.
+ 3. A signal that arrives in the few instructions between the guard's look at what is pending and
+    the end of the mask: an interrupted call is then made again after its handler, as if the signal
+    had come just before the call. The same while `open` makes its mapping.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
-import os
 import re
 import signal
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..errors import DeniedError, KernelError, TargetError, UnsupportedError
+from ..errors import DeniedError, KernelError, TargetError
 from ..units import PAGE, align_up
 from . import arch_x86_64 as arch
 from ._native import ffi, lib
 from .arch_x86_64 import NR
 from .errnames import error_name
-from .ptrace import SUSPEND_SECCOMP, Tracee, reap
+from .ptrace import EXITKILL, SUSPEND_SECCOMP, Tracee, reap
 from .refusal import status, stop_name
+from .room import find_room, find_syscall
 
 SCRATCH_SIZE = 64 * 1024
 CALL_TIMEOUT = 10.0
 """Seconds that a batch gets."""
 CALL_BYTES = 64
-_SIGNALS_IGNORED = re.compile(rb"^SigIgn:\s*(\w+)", re.MULTILINE)
+_SIGNALS = re.compile(rb"^(SigIgn|SigCgt):\s*(\w+)", re.MULTILINE)
+_IGNORED_BY_DEFAULT = sum(1 << n - 1 for n in (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD))
+_JOB_CONTROL = sum(
+    1 << n - 1
+    for n in (signal.SIGCONT, signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+)
 _SIGTRAP_BIT = 1 << (signal.SIGTRAP - 1)
 _MAP_FIXED = 0x10
 _MAP_FIXED_NOREPLACE = 0x100000
 _PROT_RWX = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
-_PROCMAP_QUERY = 0xC0686611  # _IOWR('f', 17, struct procmap_query), Linux 6.11
-_PROCMAP_EXECUTABLE = 0x4
 _MAX_ERRNO = 4095
 
 
@@ -80,6 +94,10 @@ class Remote:
     [data, data + data_size) for the caller.
     """
 
+    die_at = 0
+    """For tests: the n-th point between two steps of an injection at which this process kills
+    itself."""
+
     def __init__(
         self, tracee: Tracee, size: int = SCRATCH_SIZE, timeout: float = CALL_TIMEOUT
     ) -> None:
@@ -93,6 +111,8 @@ class Remote:
         self._at: Any = None
         self._maker: Remote | None = None  # whose scratch it is, if not our own
         self._loop_allowed = False
+        self._guard = 0  # where the way home lies in the target, 0: there is none
+        self._caught = self._ignored = 0
 
     @property
     def data(self) -> int:
@@ -108,25 +128,37 @@ class Remote:
         Raises UnsupportedError when the target has no `syscall` instruction to borrow, DeniedError
         when a seccomp filter of it cannot be suspended, KernelError when mmap fails.
         """
-        self._prepare(find_syscall(self.tracee))
+        instruction, room = find_room(self.tracee)
+        if room and not self.tracee.options & EXITKILL:
+            self._guard = room
+            self._caught, self._ignored = dispositions(self.tracee.tid)
+        self._prepare(instruction)
+        self._at.undo = self.scratch_size if self._guard else 0
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         if hint is not None:
             flags |= _MAP_FIXED_NOREPLACE
-        args = (hint or 0, self.scratch_size, _PROT_RWX, flags, arch.NO_SYSCALL, 0)
+        protection = mmap.PROT_READ | mmap.PROT_WRITE if self._guard else _PROT_RWX
+        args = (hint or 0, self.scratch_size, protection, flags, arch.NO_SYSCALL, 0)
         try:
             address = self.batch([Call(NR.mmap, args)])[0]
-            refused = -address in (errno.EACCES, errno.EPERM, errno.ENOTSUP)
+            self._at.undo = 0
+            refused = not self._guard and -address in (errno.EACCES, errno.EPERM, errno.ENOTSUP)
             if refused:  # nothing may be writable and executable at once (SELinux, PR_SET_MDWE)
                 args = (*args[:2], mmap.PROT_READ | mmap.PROT_WRITE, *args[3:])
                 address = self.batch([Call(NR.mmap, args)])[0]
             self.scratch = _checked(self.tracee.tid, NR.mmap, args, address)
             if hint is not None and self.scratch != hint:  # before Linux 4.17 the flag is unknown
                 raise KernelError(f"mmap at {hint:#x} went to {self.scratch:#x}", "uname -r")
-            self._loop_allowed = self._place_loop(refused) and not ignores_sigtrap(self.tracee.tid)
+            if self._guard:
+                self._at.scratch, self._at.scratch_size = self.scratch, self.scratch_size
+                self._loop_allowed = True
+            else:
+                _, ignored = dispositions(self.tracee.tid, every=True)
+                self._loop_allowed = self._place_loop(refused) and not ignored & _SIGTRAP_BIT
         except BaseException:
             self.close()
             raise
-        self._at.loop = self.scratch
+        self._at.loop = self._guard or self.scratch
         self._at.array = self.scratch + PAGE
 
     def _place_loop(self, separate: bool) -> bool:
@@ -147,6 +179,11 @@ class Remote:
         at.stop = self.tracee.stop
         at.instruction = instruction
         at.timeout_us = int(self.timeout * 1e6)
+        maker = self._maker or self
+        at.guard, at.caught, at.ignored = maker._guard, maker._caught, maker._ignored
+        if self._maker is not None and maker._guard:
+            at.scratch, at.scratch_size = maker.scratch, maker.scratch_size
+        at.die_at = self.die_at
 
     def close(self) -> None:
         """Unmaps the scratch. The thread stands in an event stop, everything its own."""
@@ -156,10 +193,13 @@ class Remote:
             lib.snap_give_back(self._at)
             self._loop_allowed = False
             scratch, self.scratch = self.scratch, 0
+            self._at.scratch = 0
             if scratch:
                 self.call(NR.munmap, scratch, self.scratch_size)
+            lib.snap_guard_wipe(self._at)
         finally:
             self._at = None
+            self._guard = 0
 
     def renew(self) -> None:
         """Finds another `syscall` instruction: after the vdso was unmapped or put elsewhere, which
@@ -205,7 +245,7 @@ class Remote:
     def _may_use_loop(self, calls: Sequence[Call]) -> bool:
         """Not with SIGTRAP ignored, nor with a call that has it ignored from now on."""
         maker = self._maker or self
-        for call in calls if maker._loop_allowed else ():
+        for call in calls if maker._loop_allowed and not maker._guard else ():
             if call.nr == NR.rt_sigaction and call.args[0] == signal.SIGTRAP and call.args[1]:
                 handler = int.from_bytes(self.get(call.args[1], 8), "little")
                 maker._loop_allowed = handler != signal.SIG_IGN
@@ -288,71 +328,12 @@ def suspend_seccomp(tracee: Tracee) -> None:
         )
 
 
-def ignores_sigtrap(pid: int) -> bool:
+def dispositions(pid: int, every: bool = False) -> tuple[int, int]:
+    """Signals with a handler, and those that the process ignores and that may be sent to it
+    without any effect (`every`: all that it says it ignores), bit n-1 for signal n."""
     with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
-        found = _SIGNALS_IGNORED.search(file.readall())
-    return bool(found and int(found[1], 16) & _SIGTRAP_BIT)
-
-
-def find_syscall(tracee: Tracee) -> int:
-    """Address of a `syscall` instruction in executable memory of the target: in its vdso, which
-    the auxiliary vector names, or else in any executable mapping."""
-    tid = tracee.tid
-    try:
-        with open(f"/proc/{tid}/auxv", "rb", buffering=0) as file:
-            auxv = file.readall()
-        with open(f"/proc/{tid}/maps", "rb", buffering=0) as maps:
-            words = struct.iter_unpack("QQ", auxv[: len(auxv) & ~15])
-            vdso = next((value for key, value in words if key == arch.AT_SYSINFO_EHDR), 0)
-            end = _executable_end(maps.fileno(), vdso) if vdso else 0
-            if end and (found := _scan(tracee, vdso, end)):
-                return found
-            ranges = _executable_ranges(maps.readall())
-    except OSError as error:
-        raise TargetError(f"process {tid}: {error.strerror}", f"ps -p {tid}") from None
-    if not ranges and not os.path.exists(f"/proc/{tid}/exe"):
-        raise TargetError(f"process {tid} has ended", f"ps -p {tid}")
-    for start, stop in ranges:
-        if found := _scan(tracee, start, stop):
-            return found
-    raise UnsupportedError(
-        f"process {tid} has no `syscall` instruction to borrow",
-        [f"{len(ranges)} executable mappings, vdso at {vdso:#x}"],
-        f"cat /proc/{tid}/maps",
-    )
-
-
-def _executable_end(maps: int, address: int) -> int:
-    """End of the executable mapping that starts at or holds `address`; 0 if there is none, or the
-    kernel cannot tell (PROCMAP_QUERY, Linux 6.11: one mapping without reading all of maps)."""
-    query = bytearray(struct.pack("13Q", 13 * 8, _PROCMAP_EXECUTABLE, address, *([0] * 10)))
-    try:
-        fcntl.ioctl(maps, _PROCMAP_QUERY, query)
-    except OSError:
-        return 0
-    end: int = struct.unpack_from("13Q", query)[4]
-    return end
-
-
-def _executable_ranges(text: bytes) -> list[tuple[int, int]]:
-    """Executable mappings of a /proc/PID/maps, the vdso first, vsyscall left out."""
-    found: list[tuple[int, int]] = []
-    for line in text.splitlines():
-        fields = line.split(None, 5)
-        name = fields[5] if len(fields) > 5 else b""
-        if fields[1][2:3] != b"x" or name == b"[vsyscall]":
-            continue
-        start, _, end = fields[0].partition(b"-")
-        found.insert(0 if name == b"[vdso]" else len(found), (int(start, 16), int(end, 16)))
-    return found
-
-
-def _scan(tracee: Tracee, start: int, end: int) -> int:
-    """Address of the first `syscall` instruction of [start, end); 0 when there is none."""
-    step = 1 << 20
-    for address in range(start, end, step):
-        length = min(step + 1, end - address)  # one more: an instruction across the seam
-        offset = tracee.read(address, length).find(arch.SYSCALL_INSTRUCTION)
-        if offset >= 0:
-            return address + offset
-    return 0
+        found = dict(_SIGNALS.findall(file.readall()))
+    caught, ignored = int(found[b"SigCgt"], 16), int(found[b"SigIgn"], 16)
+    if every:
+        return caught, ignored
+    return caught, (ignored | _IGNORED_BY_DEFAULT) & ~caught & ~_JOB_CONTROL

@@ -19,7 +19,8 @@ from snapshot.errors import DeniedError, KernelError, TargetError
 from snapshot.freeze import freeze
 from snapshot.kernel import ptrace, refusal
 from snapshot.kernel.arch_x86_64 import NR, Registers
-from snapshot.kernel.remote import Call, Remote, find_syscall
+from snapshot.kernel.remote import Call, Remote
+from snapshot.kernel.room import find_syscall
 from snapshot.units import PAGE
 
 from ..live.freezing import Victim, proc_state, wait_until

@@ -329,3 +329,8 @@ int snap_write_memory(int tid, uint64_t address, const void *bytes, size_t lengt
         return -errno;
     return through_proc_mem(tid, address, (void *)bytes, length, 1);
 }
+
+int snap_write_code(int tid, uint64_t address, const void *bytes, size_t length)
+{
+    return through_proc_mem(tid, address, (void *)bytes, length, 1);
+}

@@ -81,5 +81,7 @@ int snap_get_rseq(int tid, snap_rseq *out);
    on /proc/TID/mem for memory that the process itself may not read or write. */
 int snap_read_memory(int tid, uint64_t address, void *bytes, size_t length);
 int snap_write_memory(int tid, uint64_t address, const void *bytes, size_t length);
+/* The same where it surely may not be written by the process itself. */
+int snap_write_code(int tid, uint64_t address, const void *bytes, size_t length);
 
 #endif

@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #define SIGNAL_BIT(signal) (1ull << ((signal) - 1))
 #define RSEQ_CS_OFFSET 8 /* struct rseq: cpu_id_start, cpu_id, then rseq_cs */
@@ -16,7 +17,66 @@ static int64_t now_us(void)
     return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
 }
 
-/* Remembers what the thread has and blocks its signals. */
+/* Between two steps of which each changes something in the target. */
+static void point(snap_injection *at)
+{
+    if (at->die_at && ++at->passed == at->die_at)
+        kill(getpid(), SIGKILL);
+}
+
+/* Where the restartable sequence that the thread stands in has it abort; 0: it stands in none. */
+static int abort_address(snap_injection *at, uint64_t *address)
+{
+    struct {
+        uint32_t version, flags;
+        uint64_t start, length, abort;
+    } section;
+    *address = 0;
+    if (!at->critical_section)
+        return 0;
+    int result = snap_read_memory(at->tid, at->critical_section, &section, sizeof section);
+    if (result == 0 && snap_arch_rip(at->registers) - section.start < section.length)
+        *address = section.abort;
+    return result == -EFAULT ? 0 : result;
+}
+
+/* The code and the way home of this thread; nothing runs there before it is complete. */
+static int put_guard(snap_injection *at)
+{
+    unsigned char bytes[SNAP_GUARD_MAX];
+    uint64_t size, abort_ip;
+    const unsigned char *code = snap_guard_code(&size);
+    int result = abort_address(at, &abort_ip);
+    if (result < 0)
+        return result;
+    snap_home home = {.signal_mask = at->signal_mask,
+                      .deliverable = at->caught & ~at->signal_mask,
+                      .quiet = at->quiet,
+                      .scratch = at->scratch,
+                      .scratch_size = at->scratch_size,
+                      .undo = at->undo};
+    snap_guard_home(&home, at->registers, abort_ip);
+    memcpy(bytes, code, size);
+    memcpy(bytes + size, &home, sizeof home);
+    return snap_write_code(at->tid, at->guard, bytes, snap_guard_size());
+}
+
+int snap_guard_wipe(snap_injection *at)
+{
+    static const unsigned char zeros[SNAP_GUARD_MAX];
+    return at->guard ? snap_write_code(at->tid, at->guard, zeros, snap_guard_size()) : 0;
+}
+
+static int park(snap_injection *at)
+{
+    unsigned char parked[SNAP_REGISTERS_SIZE];
+    memcpy(parked, at->registers, sizeof parked);
+    snap_guard_park(parked, at->guard);
+    return snap_set_registers(at->tid, parked, sizeof parked);
+}
+
+/* Remembers what the thread has and blocks its signals. With a guard the registers come first: from
+   then on the thread would go home by itself, whatever its mask. */
 static int borrow(snap_injection *at)
 {
     int result = snap_get_registers(at->tid, at->registers, sizeof at->registers);
@@ -35,20 +95,43 @@ static int borrow(snap_injection *at)
             return result;
     }
     at->event_stop = at->stop;
+    at->quiet = 0;
+    uint64_t candidates = at->ignored & ~at->signal_mask;
+    if (at->guard && candidates)
+        at->quiet = (uint64_t)__builtin_ctzll(candidates) + 1;
+    if (at->guard) {
+        result = put_guard(at);
+        point(at);
+        if (result == 0)
+            result = park(at);
+        if (result < 0)
+            return result;
+    }
+    point(at);
     at->borrowed = 1;
-    return snap_set_signal_mask(at->tid, at->use_loop ? ~SIGNAL_BIT(SIGTRAP) : ~0ull);
+    uint64_t open = at->guard ? at->quiet : SIGTRAP;
+    result = snap_set_signal_mask(at->tid, at->use_loop && open ? ~SIGNAL_BIT(open) : ~0ull);
+    point(at);
+    return result;
 }
 
+/* The registers come last, and carry a guarded thread home until then. */
 static int put_back(snap_injection *at)
 {
-    int result = snap_set_registers(at->tid, at->registers, sizeof at->registers);
+    int result = at->guard ? park(at)
+                           : snap_set_registers(at->tid, at->registers, sizeof at->registers);
     if (result == 0 && at->critical_section)
         result = snap_write_memory(at->tid, at->rseq_address + RSEQ_CS_OFFSET,
                                    &at->critical_section, sizeof at->critical_section);
+    point(at);
     if (result == 0)
         result = snap_set_signal_mask(at->tid, at->signal_mask);
+    point(at);
+    if (result == 0 && at->guard)
+        result = snap_set_registers(at->tid, at->registers, sizeof at->registers);
     if (result == 0)
         at->borrowed = 0;
+    point(at);
     return result;
 }
 
@@ -104,6 +187,14 @@ static int put_off_trap(snap_injection *at)
     return result < 0 ? result : snap_halt(at->tid, at->timeout_us, &at->stop);
 }
 
+/* Has the thread told us that its calls are made? */
+static int at_the_end(snap_injection *at)
+{
+    unsigned char registers[SNAP_REGISTERS_SIZE];
+    return snap_get_registers(at->tid, registers, sizeof registers) == 0 &&
+           snap_arch_rip(registers) == at->guard + snap_guard_told();
+}
+
 /* Runs until the loop's trap. Returns how many calls are complete, their results in `calls`: all,
    or fewer when somebody sent a SIGTRAP, which is put off. *trapped: the thread stands in our own
    trap, the signal taken from it. */
@@ -116,21 +207,32 @@ static int run_loop(snap_injection *at, snap_call *calls, int count, int64_t dea
     int result = snap_write_memory(at->tid, at->array, calls, (size_t)count * sizeof *calls);
     if (result == 0)
         result = snap_set_registers(at->tid, registers, sizeof registers);
+    int told = at->guard ? (int)at->quiet : SIGTRAP;
     int signal = 0;
     while (result == 0) {
+        point(at);
         result = snap_resume(at->tid, SNAP_RESUME_CONT, signal == SIGSTOP ? SIGSTOP : 0);
+        point(at);
         if (result == 0)
             result = wait_until(at, deadline);
+        point(at);
         /* Group stops, stops left over from an earlier interrupt, SIGSTOP: on we go. The process is
            a stopped one then, and stays so when it is let go. */
         signal = result == 0 ? snap_stop_signal(at->stop) : 0;
-        if (signal && signal != SIGSTOP)
-            break;
+        if (signal && signal != SIGSTOP && !(at->guard && signal == told && !at_the_end(at)))
+            break; /* (the quiet signal from outside is ignored, as the target would) */
     }
     if (result < 0)
         return result;
-    if (signal != SIGTRAP)
+    if (signal != told)
         return -EFAULT;
+    if (at->guard) {
+        *trapped = 1;
+        result = snap_take_signal(at->tid);
+        if (result == 0)
+            result = snap_read_memory(at->tid, at->array, calls, (size_t)count * sizeof *calls);
+        return result < 0 ? result : count;
+    }
 
     int64_t last;
     int stored;
@@ -174,12 +276,16 @@ static int step_call(snap_injection *at, snap_call *call, int64_t deadline)
     unsigned char registers[SNAP_REGISTERS_SIZE];
     do {
         memcpy(registers, at->registers, sizeof registers);
-        snap_arch_enter_syscall(registers, at->instruction, call);
+        uint64_t instruction = at->guard ? at->guard + snap_guard_call() : at->instruction;
+        snap_arch_enter_syscall(registers, instruction, call);
         int result = snap_set_registers(at->tid, registers, sizeof registers);
+        point(at);
         if (result == 0)
             result = step_syscall(at, deadline); /* the entry */
+        point(at);
         if (result == 0)
             result = step_syscall(at, deadline); /* the exit */
+        point(at);
         if (result == 0)
             result = snap_get_registers(at->tid, registers, sizeof registers);
         if (result < 0)
@@ -195,7 +301,7 @@ int snap_inject(snap_injection *at, snap_call *calls, int count)
     int result = borrow(at);
     int complete = 0;
     int trapped = 0;
-    if (result == 0 && at->use_loop && count > 0) {
+    if (result == 0 && at->use_loop && (!at->guard || at->quiet) && count > 0) {
         result = run_loop(at, calls, count, deadline, &trapped);
         complete = result < 0 ? count : result;
     }

@@ -8,6 +8,7 @@
 #ifndef SNAP_REMOTE_H
 #define SNAP_REMOTE_H
 #include "arch_x86_64.h"
+#include "guard_x86_64.h"
 #include "ptrace.h"
 
 typedef struct {
@@ -25,7 +26,21 @@ typedef struct {
     uint64_t rseq_address;
     uint64_t critical_section;
     unsigned char registers[216]; /* SNAP_REGISTERS_SIZE */
+    /* With a guard the thread goes home by itself if we die (guard_x86_64.h). */
+    uint64_t guard;        /* where its code lies in the target; 0: there is none */
+    uint64_t scratch;      /* mapping that it unmaps then; 0: there is none */
+    uint64_t scratch_size;
+    uint64_t undo;         /* the size of what the one call of the next batch maps, or 0 */
+    uint64_t quiet;        /* … chosen for this batch; 0: none, so there is no loop */
+    uint64_t caught;       /* signals of the process that have a handler */
+    uint64_t ignored;      /* signals that it ignores, and that may be sent for the loop's end */
+    /* For tests: the process kills itself (SIGKILL) when it passes the die_at-th point. */
+    int die_at;
+    int passed;
 } snap_injection;
+
+/* Where the guard lies between two batches the bytes are dead; this makes them zeros again. */
+int snap_guard_wipe(snap_injection *at);
 
 /* Makes the calls in order and stores their results. Returns 0; -ETIMEDOUT when one of them did not
    return in time (it was interrupted); -EFAULT when the thread got a signal of its own making

@@ -1,0 +1,154 @@
+#include "guard_x86_64.h"
+
+#include <stddef.h>
+#include <string.h>
+#include <sys/user.h>
+
+#include "arch_x86_64.h"
+
+/* The record's fields as the assembler below sees them. */
+#define AT(field) "snap_guard_record + " field "(%rip)"
+_Static_assert(offsetof(snap_home, rsp) == 112, "RSP");
+_Static_assert(offsetof(snap_home, eflags) == 120, "EFLAGS");
+_Static_assert(offsetof(snap_home, rax) == 128, "RAX");
+_Static_assert(offsetof(snap_home, rax_eintr) == 144, "RAX_EINTR");
+_Static_assert(offsetof(snap_home, by_flags) == 160, "BY_FLAGS");
+_Static_assert(offsetof(snap_home, signal_mask) == 168, "MASK");
+_Static_assert(offsetof(snap_home, deliverable) == 176, "DELIVERABLE");
+_Static_assert(offsetof(snap_home, quiet) == 184, "QUIET");
+_Static_assert(offsetof(snap_home, scratch) == 192, "SCRATCH");
+_Static_assert(offsetof(snap_home, undo) == 208, "UNDO");
+_Static_assert(sizeof(snap_home) == 216 && 440 + 216 <= SNAP_GUARD_MAX, "the record");
+
+/* Only rip-relative loads, no store but into the scratch: the code page need not be writable. No
+   stack either: signals that arrive once the mask is back find rsp where it belongs. */
+__asm__(
+    ".pushsection .rodata\n"
+    ".balign 8\n"
+    "snap_guard_begin:\n" /* the loop: byte for byte that of arch_x86_64.c */
+    "1: mov (%rbx), %rax\n mov 8(%rbx), %rdi\n mov 16(%rbx), %rsi\n mov 24(%rbx), %rdx\n"
+    "   mov 32(%rbx), %r10\n mov 40(%rbx), %r8\n mov 48(%rbx), %r9\n"
+    "   syscall\n"
+    "   mov %rax, 56(%rbx)\n add $64, %rbx\n dec %ebp\n jnz 1b\n"
+    /* tkill(gettid(), quiet): a tracer sees it, without one it is ignored. */
+    "   mov $186, %eax\n syscall\n"
+    "   mov %eax, %edi\n mov " AT("184") ", %esi\n mov $200, %eax\n syscall\n"
+    "snap_guard_told_at:\n"
+    "   jmp snap_guard_leave\n"
+
+    "snap_guard_call_at:\n"
+    "   syscall\n"
+    "   xor %r13d, %r13d\n"
+    "   mov " AT("208") ", %rsi\n test %rsi, %rsi\n jz snap_guard_leave\n"
+    "   mov %rax, %rdi\n mov $11, %eax\n syscall\n" /* EINVAL when the call had failed */
+    "   jmp snap_guard_go\n"
+
+    /* Parked: registers that say "interrupted system call" at the second label. The kernel goes on
+       there with EINTR when a handler runs, two bytes before it when the call is to be made again. */
+    "   jmp snap_guard_leave\n"
+    "snap_guard_parked_at:\n"
+    "   mov $1, %r13d\n"
+    "   mov " AT("192") ", %rbx\n test %rbx, %rbx\n jz snap_guard_go\n"
+    "   jmp 2f\n"
+
+    "snap_guard_leave:\n"
+    "   xor %r13d, %r13d\n"
+    "   mov " AT("192") ", %rbx\n test %rbx, %rbx\n jz snap_guard_go\n"
+    /* rt_sigpending: will a handler run before an interrupted call could be made again? */
+    "   mov %rbx, %rdi\n mov $8, %esi\n mov $127, %eax\n syscall\n"
+    "   test %eax, %eax\n jnz 2f\n"
+    "   mov (%rbx), %rax\n and " AT("176") ", %rax\n jz 2f\n"
+    "   inc %r13d\n"
+    "   cmpl $0, " AT("160") "\n je 2f\n"
+    "   bsf %rax, %rdi\n inc %edi\n xor %esi, %esi\n mov %rbx, %rdx\n mov $8, %r10d\n"
+    "   mov $13, %eax\n syscall\n" /* rt_sigaction: its flags */
+    "   testl $0x10000000, 8(%rbx)\n jz 2f\n"
+    "   xor %r13d, %r13d\n"
+    "2: mov %rbx, %rdi\n mov " AT("200") ", %rsi\n mov $11, %eax\n syscall\n" /* munmap */
+
+    "snap_guard_go:\n"
+    "   lea 4f(%rip), %r14\n test %r13d, %r13d\n jz 3f\n lea 5f(%rip), %r14\n"
+    "3: lea " AT("120") ", %rsp\n popfq\n mov " AT("112") ", %rsp\n"
+    /* From here on nothing that changes flags. rt_sigprocmask(SIG_SETMASK): */
+    "   mov $2, %edi\n lea " AT("168") ", %rsi\n mov $0, %edx\n mov $8, %r10d\n mov $14, %eax\n"
+    "   syscall\n"
+    "   mov " AT("0") ", %rbx\n mov " AT("8") ", %rbp\n mov " AT("16") ", %rcx\n"
+    "   mov " AT("24") ", %rdx\n mov " AT("32") ", %rsi\n mov " AT("40") ", %rdi\n"
+    "   mov " AT("48") ", %r8\n mov " AT("56") ", %r9\n mov " AT("64") ", %r10\n"
+    "   mov " AT("72") ", %r11\n mov " AT("80") ", %r12\n mov " AT("88") ", %r13\n"
+    "   mov " AT("104") ", %r15\n"
+    "   jmp *%r14\n"
+    "4: mov " AT("96") ", %r14\n mov " AT("128") ", %rax\n jmp *" AT("136") "\n"
+    "5: mov " AT("96") ", %r14\n mov " AT("144") ", %rax\n jmp *" AT("152") "\n"
+    ".org snap_guard_begin + 440, 0xcc\n" /* an error when the code is longer */
+    "snap_guard_record:\n"
+    ".popsection\n");
+
+extern const unsigned char snap_guard_begin[], snap_guard_call_at[], snap_guard_parked_at[],
+    snap_guard_told_at[], snap_guard_record[];
+
+#define RESTART_SYSCALL 219
+#define TRAP_FLAG 0x100ull
+
+const unsigned char *snap_guard_code(uint64_t *size)
+{
+    *size = (uint64_t)(snap_guard_record - snap_guard_begin);
+    return snap_guard_begin;
+}
+
+uint64_t snap_guard_size(void)
+{
+    return (uint64_t)(snap_guard_record - snap_guard_begin) + sizeof(snap_home);
+}
+
+uint64_t snap_guard_call(void)
+{
+    return (uint64_t)(snap_guard_call_at - snap_guard_begin);
+}
+
+uint64_t snap_guard_told(void)
+{
+    return (uint64_t)(snap_guard_told_at - snap_guard_begin);
+}
+
+/* What arch_do_signal_or_restart (arch/x86/kernel/signal.c) makes of an interrupted system call. */
+static void restart(snap_home *home, const struct user_regs_struct *regs)
+{
+    int64_t result = (int64_t)regs->rax;
+    if (regs->orig_rax == (unsigned long long)-1 || !snap_arch_is_restart(result))
+        return;
+    home->rax = result == -516 ? RESTART_SYSCALL : regs->orig_rax;
+    home->rip = regs->rip - 2;
+    home->by_flags = result == -512;
+    if (result == -513) { /* ERESTARTNOINTR: whatever handler runs */
+        home->rax_eintr = home->rax;
+        home->rip_eintr = home->rip;
+    } else {
+        home->rax_eintr = (uint64_t)-4;
+    }
+}
+
+void snap_guard_home(snap_home *home, const void *registers, uint64_t abort_ip)
+{
+    const struct user_regs_struct *regs = registers;
+    home->rbx = regs->rbx, home->rbp = regs->rbp, home->rcx = regs->rcx, home->rdx = regs->rdx;
+    home->rsi = regs->rsi, home->rdi = regs->rdi, home->r8 = regs->r8, home->r9 = regs->r9;
+    home->r10 = regs->r10, home->r11 = regs->r11, home->r12 = regs->r12, home->r13 = regs->r13;
+    home->r14 = regs->r14, home->r15 = regs->r15, home->rsp = regs->rsp;
+    home->eflags = regs->eflags & ~TRAP_FLAG;
+    home->rax = home->rax_eintr = regs->rax;
+    home->rip = home->rip_eintr = abort_ip ? abort_ip : regs->rip;
+    home->by_flags = 0;
+    restart(home, regs);
+}
+
+void snap_guard_park(void *registers, uint64_t guard)
+{
+    struct user_regs_struct *regs = registers;
+    regs->rip = guard + (uint64_t)(snap_guard_parked_at - snap_guard_begin);
+    regs->eflags &= ~0x500ull; /* no single step, strings forward */
+    if (regs->orig_rax == (unsigned long long)-1 || !snap_arch_is_restart((int64_t)regs->rax)) {
+        regs->orig_rax = (unsigned long long)-1;
+        regs->rip -= 2;
+    }
+}

@@ -1,0 +1,42 @@
+/*
+ * The way home of a borrowed thread: code and a record of its registers that lie in the target while
+ * a call is being made inside it. If the tracer dies, the thread finishes the calls and goes home by
+ * itself. x86-64 only.
+ */
+#ifndef SNAP_GUARD_X86_64_H
+#define SNAP_GUARD_X86_64_H
+#include <stdint.h>
+
+#define SNAP_GUARD_MAX 1024 /* at least snap_guard_size() */
+
+/* Read-only for the code: the page may be one that the target cannot write. */
+typedef struct {
+    uint64_t rbx, rbp, rcx, rdx, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15, rsp, eflags;
+    uint64_t rax, rip;         /* an interrupted system call is made again */
+    uint64_t rax_eintr, rip_eintr; /* … or fails with EINTR, as a handler is about to run */
+    uint64_t by_flags;         /* 1: SA_RESTART of the handler decides between the two */
+    uint64_t signal_mask;
+    uint64_t deliverable;      /* signals that have a handler and are not blocked */
+    uint64_t quiet;            /* number of the signal that tells the tracer of the loop's end */
+    uint64_t scratch;          /* unmapped on the way, 0: there is none */
+    uint64_t scratch_size;
+    uint64_t undo;             /* size of a mapping that the single call makes, 0: it makes none */
+} snap_home;
+
+/* The code, `*size` bytes; the record follows it at the next multiple of 8. The loop of
+   snap_arch_loop stands at its start. */
+const unsigned char *snap_guard_code(uint64_t *size);
+/* Bytes of code and record, a multiple of 8. */
+uint64_t snap_guard_size(void);
+/* Offsets into the code: where one call is made (rax, rdi, … set, nothing else); where the thread
+   stands when the quiet signal arrives. */
+uint64_t snap_guard_call(void);
+uint64_t snap_guard_told(void);
+/* Fills in what the thread has of its own: SNAP_REGISTERS_SIZE bytes of struct user_regs_struct.
+   `abort_ip`: where a restartable sequence that the thread is in must go on, 0: it is in none. */
+void snap_guard_home(snap_home *home, const void *registers, uint64_t abort_ip);
+/* Turns the thread's own registers into those with which it would go home at once, whatever its
+   signal mask: also through the handler of a signal that is pending. */
+void snap_guard_park(void *registers, uint64_t guard);
+
+#endif

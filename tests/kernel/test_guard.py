@@ -1,0 +1,163 @@
+"""The tracer dies (SIGKILL) at every point of an injection: the thread goes home by itself."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from snapshot.kernel.arch_x86_64 import NR
+
+from ..live.freezing import Victim, proc_state, wait_until
+from ..live.test_freeze import BLOCKED, REGISTERS, TIMED_OUT, WOKEN
+from .test_remote import DIFFICULT
+
+ROOT = str(Path(__file__).parents[2])
+POINTS = 64
+"""More than one open, two batches and one close pass."""
+RANDOM_KILLS = 1000 if os.environ.get("SNAP_STRESS") else 40
+
+DYING = f"""
+import os, sys
+sys.path.insert(0, {ROOT!r})
+from snapshot.freeze import freeze
+from snapshot.kernel.arch_x86_64 import NR
+from snapshot.kernel.remote import Call, Remote
+pid, Remote.die_at = int(sys.argv[1]), int(sys.argv[2])
+with freeze(pid) as frozen:
+    frozen.remote.batch([Call(NR.getpid)] * 3)
+    if len(sys.argv) > 3:
+        os.kill(pid, int(sys.argv[3]))
+        frozen.remote.batch([Call(NR.getpid)] * 3)
+    frozen.remote.on(frozen.threads[-1]).batch([Call(NR.getpid)] * 3)
+"""
+
+# A child of this process makes takes in an endless loop until it is killed from outside.
+LOOPING = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+from snapshot.freeze import freeze
+from snapshot.kernel.arch_x86_64 import NR
+from snapshot.kernel.remote import Call
+print("on", flush=True)
+while True:
+    with freeze(int(sys.argv[1])) as frozen:
+        for thread in frozen.threads:
+            frozen.remote.on(thread).batch([Call(NR.getpid)] * 20)
+"""
+
+
+def die(pid: int, point: int, *send: int) -> bool:
+    """Whether the tracer passed so many points, and died at that one. `send`: a signal that it
+    sends between two batches."""
+    command = [sys.executable, "-c", DYING, str(pid), str(point), *map(str, send)]
+    ended = subprocess.run(command, check=False)
+    assert ended.returncode in (0, -signal.SIGKILL)
+    return ended.returncode != 0
+
+
+def without_maps(pid: int) -> dict[str, object]:
+    state = proc_state(pid)
+    del state["maps"], state["vmflags"]
+    return state
+
+
+def settles(pid: int, before: dict[str, object], when: int) -> None:
+    """The thread needs a moment to get home."""
+    deadline = time.monotonic() + 5
+    while without_maps(pid) != before and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert without_maps(pid) == before, when
+
+
+@pytest.mark.parametrize("how", ["plain", "busy", "ignored", "blocked", "pending"])
+def test_death_at_every_point(how: str) -> None:
+    with Victim(DIFFICULT, how) as victim:
+        before = None
+        for point in range(1, POINTS):
+            wait_until(lambda: how == "busy" or victim.system_call() == NR.read, "it reads")
+            before = before or without_maps(victim.pid)
+            died = die(victim.pid, point)
+            wait_until(lambda: how == "busy" or victim.system_call() == NR.read, "it reads again")
+            assert victim.alive, point
+            settles(victim.pid, before, point)
+            if not died:
+                break
+        assert not died, "POINTS is too small"
+        assert point > 20
+        assert (victim.get("bad"), victim.get("result")) == (0, 0)
+
+
+def test_registers_after_death_at_every_point() -> None:
+    with Victim(REGISTERS) as victim:
+        for point in range(1, POINTS):
+            died = die(victim.pid, point)
+            count = victim.get("count")
+            wait_until(lambda: victim.get("count") > count + 8, f"it runs on after {point}")  # noqa: B023
+            assert victim.get("bad") == 0, point
+            if not died:
+                break
+
+
+@pytest.mark.parametrize("mode", ["epoll_wait", "poll", "futex", "sigsuspend", "pause", "semop"])
+def test_blocked_calls_sleep_on(mode: str) -> None:
+    with Victim(BLOCKED, mode) as victim:
+        for point in range(1, POINTS):
+            wait_until(lambda: victim.system_call() >= 0, "the call sleeps")
+            if not die(victim.pid, point):
+                break
+            assert victim.get("returned") == 0, (point, os.strerror(victim.get("error")))
+        victim.wake()
+        wait_until(lambda: victim.get("returned"), "the call came back")
+        assert (victim.get("result"), victim.get("error")) == WOKEN[mode]
+
+
+@pytest.mark.parametrize("mode", ["nanosleep", "poll_timed_out", "futex_timed_out"])
+def test_timeouts_are_kept(mode: str) -> None:
+    with Victim(BLOCKED, mode, "3000") as victim:
+        for point in range(7, 16):
+            die(victim.pid, point)
+        wait_until(lambda: victim.get("returned"), "the call came back")
+        assert (victim.get("result"), victim.get("error")) == TIMED_OUT[mode]
+        assert 3_000_000 <= victim.get("elapsed_us") < 4_000_000
+
+
+@pytest.mark.live
+def test_death_at_random_instants() -> None:
+    chance = random.Random(int(os.environ.get("SNAP_SEED", "1")))
+    with Victim(REGISTERS) as victim:
+        before = without_maps(victim.pid)
+        for kill in range(RANDOM_KILLS):
+            with subprocess.Popen(
+                [sys.executable, "-c", LOOPING, str(victim.pid)], stdout=subprocess.PIPE
+            ) as tracer:
+                assert tracer.stdout is not None
+                tracer.stdout.readline()
+                time.sleep(chance.uniform(0.002, 0.02))
+                tracer.kill()
+            count = victim.get("count")
+            wait_until(lambda: victim.get("count") > count + 4, f"it runs on after {kill}")  # noqa: B023
+            assert victim.get("bad") == 0, kill
+            settles(victim.pid, before, kill)
+
+
+@pytest.mark.parametrize("mode", ["pause", "poll", "pipe_read", "semop"])
+def test_a_signal_that_came_meanwhile_interrupts(mode: str) -> None:
+    """Its handler runs and the call returns EINTR, or starts again (SA_RESTART: pipe_read), at
+    whatever point of the batch after the signal the tracer dies. (open and each batch pass 9.)"""
+    for point in range(19, 28):
+        with Victim(BLOCKED, mode) as victim:
+            wait_until(lambda: victim.system_call() >= 0, "the call sleeps")
+            die(victim.pid, point, signal.SIGUSR1)
+            if mode == "pipe_read":
+                wait_until(lambda: victim.system_call() == NR.read, "it reads")
+                assert victim.get("returned") == 0
+            else:
+                wait_until(lambda: victim.get("returned"), f"EINTR after {point}", 5)
+                assert (victim.get("result"), victim.get("error")) == (-1, 4)
