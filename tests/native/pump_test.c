@@ -17,6 +17,7 @@
 #include <signal.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -244,13 +245,15 @@ static void copy_ahead(snap_pump *pump, int rounds)
 {
     snap_pump_round round;
     for (int i = 0; i < rounds; i++) {
-        if (i % 2 == 0) {
+        bool plan = i % 2 == 0;
+        if (plan) {
             park();
             hold_and_plan(pump);
-            snap_pump_release(pump);
-            unpark();
+            snap_pump_release(pump); /* an order right behind it must be taken */
         }
         CHECK(!snap_pump_order_round(pump));
+        if (plan)
+            unpark();
         await(pump, &round);
     }
 }

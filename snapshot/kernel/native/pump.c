@@ -288,7 +288,8 @@ static int after_t0(snap_pump *p)
 static int give_order(snap_pump *p, int order)
 {
     pthread_mutex_lock(&p->lock);
-    int r = p->ended ? -EPIPE : p->order != NO_ORDER || p->held ? -EBUSY : 0;
+    bool standing = p->held && !p->released; /* a release that it has not heard of yet counts */
+    int r = p->ended ? -EPIPE : p->order != NO_ORDER || standing ? -EBUSY : 0;
     if (!r)
         p->order = order;
     pthread_mutex_unlock(&p->lock);
