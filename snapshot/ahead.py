@@ -15,7 +15,6 @@ from .errors import DeniedError
 from .examine import Examination
 from .maps import Line
 from .pump import LostError, Pump
-from .resources import descriptors
 from .resources.memfd import SharedMemory
 from .units import MIB
 
@@ -34,8 +33,6 @@ class Ahead:
         self.pump = pump
         self.examination = examination
         self.rounds = 0
-        self.direct_io = descriptors.direct_io(pump.pid)
-        """A device may write to memory that it was given before that was protected."""
         self._objects: dict[int, int] = {}
         self._stack = stack
 

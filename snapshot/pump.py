@@ -83,9 +83,12 @@ class LostError(TakeError):
 
 
 class Staging:
-    """The fixed memory that saved chunks wait in: `slots` of 64 KiB, shared with no child."""
+    """The fixed memory that saved chunks wait in: `slots` of 64 KiB, shared with no child.
 
-    def __init__(self, size: int) -> None:
+    `spill`: directory for the file, without a name, that takes what the memory cannot hold.
+    """
+
+    def __init__(self, size: int, spill: Path) -> None:
         self.slots = max(size, MEMORY_LEAST) // CHUNK
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         try:
@@ -99,8 +102,10 @@ class Staging:
         # What the pause copies goes to the low slots: touched now, it costs no faults then.
         self.memory.madvise(MADV_POPULATE_WRITE, 0, min(len(self.memory), TOUCHED))
         self.view = memoryview(self.memory)
+        self.spill = os.open(spill, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
     def close(self) -> None:
+        os.close(self.spill)
         self.view.release()
         self.memory.close()
 
@@ -108,9 +113,8 @@ class Staging:
 class Pump:
     """Saves the memory of one process. Use as a context manager; see native/pump.h for the order.
 
-    `spill`: directory for the file that takes what staging cannot hold. `watchdog` is told that
-    the fault thread goes on; `stall`: seconds that a writer of the target waits at most for the
-    store to make room, before the take is given up.
+    `watchdog` is told that the fault thread goes on; `stall`: seconds that a writer of the target
+    waits at most for the store to make room, before the take is given up.
     """
 
     def __init__(
@@ -118,15 +122,12 @@ class Pump:
         pid: int,
         protection: WriteProtection,
         staging: Staging,
-        spill: Path,
         watchdog: Watchdog,
         stall: float,
     ) -> None:
         self.pid = pid
         self.staging = staging
         self._fds: list[int] = []
-        self._spill = os.open(spill, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        self._fds.append(self._spill)
         pagemap = self._open(f"/proc/{pid}/pagemap")
         memory = self._open(f"/proc/{pid}/mem")
         uffd = protection.uffd.fd
@@ -135,7 +136,7 @@ class Pump:
         self._buffer = ffi.from_buffer(staging.memory)
         _check(
             lib.snap_pump_new(
-                pid, uffd, info, pagemap, memory, self._spill, self._buffer, staging.slots, made
+                pid, uffd, info, pagemap, memory, staging.spill, self._buffer, staging.slots, made
             ),
             "pump",
         )
@@ -297,7 +298,7 @@ class Pump:
         elif place >= 0:
             data = self.staging.view[place * CHUNK : (place + 1) * CHUNK]
         else:
-            data = memoryview(os.pread(self._spill, CHUNK, (-place - 1) * CHUNK))
+            data = memoryview(os.pread(self.staging.spill, CHUNK, (-place - 1) * CHUNK))
             if len(data) != CHUNK:
                 raise KernelError(f"the spill file gave {len(data)} of {CHUNK} bytes", "df -h")
         return RawChunk(saved.space, saved.address, saved.pages, data)

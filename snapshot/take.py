@@ -109,7 +109,7 @@ def take(
         examine.target(pid)
         name = name or store.free_name(default_name(pid))
         check_name(name)
-        staging = Staging(memory)
+        staging = Staging(memory, store.path)
         stack.callback(staging.close)
         job = _Take(pid, name, store, staging, hooks, progress, now, stall)
         with _reported(job):
@@ -152,15 +152,15 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
         writer = stack.enter_context(job.store.begin(job.name, identity))
         watchdog = stack.enter_context(Watchdog(job.pid, job.stall))
         objects = stack.enter_context(ExitStack())  # closed after the pump has ended
+        # A device writes past the page tables to memory that it was given before.
+        copying = (bool(job.reasons) or not job.now) and not descriptors.direct_io(job.pid)
         try:
             with freeze(job.pid) as first:
                 protection = stack.enter_context(WriteProtection.create(first))
                 first.close_remote()
-                spill = job.store.path
-                pump = Pump(job.pid, protection, job.staging, spill, watchdog, job.stall)
+                pump = Pump(job.pid, protection, job.staging, watchdog, job.stall)
                 ahead = Ahead(stack.enter_context(pump), objects, before)
                 pump.start()
-                copying = not ahead.direct_io and (bool(job.reasons) or not job.now)
                 if copying:
                     ahead.plan()
                     pump.release()
