@@ -42,8 +42,9 @@ class Ahead:
         while self.rounds < ROUNDS:
             done = self.pump.round(report)
             self.rounds += 1
-            dirty = done.copied_bytes + done.left_bytes
-            if dirty <= REMAINDER or (before is not None and dirty > before * SHRINKS):
+            dirty = done.copied + done.left
+            few = done.written + done.left <= REMAINDER
+            if few or (before is not None and dirty > before * SHRINKS):
                 return
             before = dirty
 

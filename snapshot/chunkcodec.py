@@ -81,6 +81,19 @@ def examine(present: int, data: memoryview) -> Content:
     return Content(present, nonzero, _digest(present, nonzero, payload), payload)
 
 
+def patched(chunk: Chunk, present: int, patch: int, data: memoryview) -> Content:
+    """The pages `present`: those in `patch` from the CHUNK bytes of `data`, the others of `chunk`.
+
+    ValueError when `chunk` lacks one of them."""
+    if present & ~patch & ~chunk.present:
+        raise ValueError(f"pages {present & ~patch & ~chunk.present:#06x} are nowhere")
+    merged = bytearray(chunk.data)
+    for page, where in enumerate(_PAGES):
+        if patch >> page & 1:
+            merged[where] = data[where]
+    return examine(present, memoryview(merged))
+
+
 def encode(contents: Sequence[Content]) -> list[bytes]:
     """The values of many chunks at once: zstd with the GIL released for all of them together."""
     full = [content.payload for content in contents if content.payload]

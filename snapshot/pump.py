@@ -65,10 +65,12 @@ class Counters(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What a round ahead of T0 did. Bytes; `left_bytes` changed while they were copied."""
+    """What a round ahead of T0 did, in bytes. `written`: pages that had been written since they
+    were protected; `left`: chunks that changed while they were copied."""
 
-    copied_bytes: int
-    left_bytes: int
+    copied: int
+    written: int
+    left: int
 
 
 class LostError(TakeError):
@@ -174,7 +176,7 @@ class Pump:
     def round(self, report: Callable[[], None]) -> Round:
         """Protect and copy what has no good copy. `report` is called ten times a second."""
         done = self._carried_out(lib.snap_pump_order_round, report)
-        return Round(done.copied_bytes, done.left_chunks * CHUNK)
+        return Round(done.copied_bytes, done.written_bytes, done.left_chunks * CHUNK)
 
     def _carried_out(self, order: Callable[[Any], int], report: Callable[[], None]) -> Any:
         """Gives an order and waits until it is done -> snap_pump_round."""
@@ -301,7 +303,8 @@ class Pump:
             data = memoryview(os.pread(self.staging.spill, CHUNK, (-place - 1) * CHUNK))
             if len(data) != CHUNK:
                 raise KernelError(f"the spill file gave {len(data)} of {CHUNK} bytes", "df -h")
-        return RawChunk(saved.space, saved.address, saved.pages, data)
+        patch = saved.patch & ~lib.SNAP_PATCH if saved.patch else None
+        return RawChunk(saved.space, saved.address, saved.pages, data, patch)
 
     def __enter__(self) -> Pump:
         return self

@@ -47,6 +47,8 @@ class RawChunk(NamedTuple):
     address: int
     pages: int  # bit i: the page at address + i * PAGE belongs to the image
     data: memoryview
+    patch: int | None = None
+    """Only these of the pages are in `data`; the others are those of the chunk put before."""
 
 
 class _Pending(NamedTuple):
@@ -143,28 +145,40 @@ class ImageWriter:
                 old, freed = self._replaced(transaction, before)
                 content, same = None, None
                 if chunk.pages:
-                    content = self._examined(chunk)
+                    content = self._examined(transaction, chunk, before)
                     same = self._same(transaction, chunk.space, chunk.address, content.digest)
                 gained = (content.present.bit_count() if content else 0) - old
                 pending.append(_Pending(key, before, same, None, content, gained, freed))
         return pending
 
-    @staticmethod
-    def _examined(chunk: RawChunk) -> Content:
+    def _examined(
+        self, transaction: Transaction, chunk: RawChunk, before: bytes | None
+    ) -> Content:
         if len(chunk.data) != CHUNK or chunk.address % CHUNK:
             raise ValueError(f"not a chunk: {len(chunk.data)} bytes at {chunk.address:#x}")
-        return chunkcodec.examine(chunk.pages, chunk.data)
+        if chunk.patch is None:
+            return chunkcodec.examine(chunk.pages, chunk.data)
+        if before is None:
+            raise ValueError(f"a patch of nothing at {chunk.address:#x}")
+        old, _ = chunkcodec.decode(self._value(transaction, before))
+        return chunkcodec.patched(old, chunk.pages, chunk.patch, chunk.data)
 
     def _replaced(self, transaction: Transaction, index_value: bytes | None) -> tuple[int, int]:
         """Of the chunk of an earlier put: how many pages it has, and how many bytes of its own."""
         if index_value is None:
             return 0, 0
+        value = self._value(transaction, index_value)
+        own = INDEX_VALUE.unpack(index_value)[0] >= self._first_sequence
+        return chunkcodec.pages_of(value).bit_count(), len(value) if own else 0
+
+    def _value(self, transaction: Transaction, index_value: bytes) -> memoryview:
         sequence, its_digest = INDEX_VALUE.unpack(index_value)
-        value = transaction.get(NUMBER.pack(sequence), db=self._environment.databases["chunks"])
+        value: memoryview | None = transaction.get(
+            NUMBER.pack(sequence), db=self._environment.databases["chunks"]
+        )
         if value is None or chunkcodec.digest_of(value) != its_digest:
             raise DamagedError(f"chunk {sequence} of the unfinished image {self.name} is lost")
-        own = sequence >= self._first_sequence
-        return chunkcodec.pages_of(value).bit_count(), len(value) if own else 0
+        return value
 
     def _same(
         self, transaction: Transaction, space: int, address: int, digest: bytes

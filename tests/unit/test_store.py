@@ -187,6 +187,32 @@ def test_taking_a_chunk_out_again(store: Store) -> None:
     assert entries(store)["chunks"] == 1
 
 
+def test_patching_a_chunk(store: Store) -> None:
+    """Pages that were written again; the others stay, but for those that are gone."""
+    writer = store.begin("one")
+    writer.put([raw(b"a" * CHUNK, pages=0b0111)])
+    patch = memoryview(b"b" * CHUNK)
+    writer.put([RawChunk(0, BASE, 0b1011, patch, 0b1001)])
+    assert writer.saved_bytes == 3 * 4096
+    writer.commit(manifest("one"))
+    chunk = store.image("one").chunk(0, BASE)
+    assert chunk
+    assert chunk.present == chunk.nonzero == 0b1011
+    assert chunk.data == b"".join(c * 4096 for c in (b"b", b"a", b"\0", b"b")) + bytes(12 * 4096)
+    assert entries(store)["chunks"] == 1
+
+
+@pytest.mark.parametrize("first", [0, 0b0001])
+def test_a_patch_that_does_not_fit(store: Store, first: int) -> None:
+    """Of a page that is neither in it nor in what it patches."""
+    writer = store.begin("one")
+    if first:
+        writer.put([raw(b"a" * CHUNK, pages=first)])
+    with pytest.raises(ValueError, match=r"nowhere|nothing"):
+        writer.put([RawChunk(0, BASE, 0b0110, memoryview(bytes(CHUNK)), 0b0010)])
+    writer.abort()
+
+
 def test_taking_out_what_another_image_has_too(store: Store) -> None:
     take(store, "first", {0: b"a" * CHUNK})
     writer = store.begin("second", SELF)

@@ -74,6 +74,7 @@ static int find_dirty(snap_pump *p, slice *s)
         s->dirty[i] = c->want && (now->bare || c->state != SAVED || c->kept != c->want);
         if (s->dirty[i])
             c->state = UNSAVED;
+        p->round.written_bytes += (uint64_t)__builtin_popcount(now->bare) * PAGE;
         count += s->dirty[i];
     }
     return count;

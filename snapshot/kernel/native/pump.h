@@ -46,7 +46,10 @@ typedef struct {
     uint32_t space;
     uint32_t pages;   /* bitmap: page i belongs to the image; the others are zeros here. 0: nothing
                          of the chunk belongs to the image any more, and there is no place */
+    uint32_t patch;   /* 0: all pages are here. SNAP_PATCH and a bitmap: only these are, the others
+                         are those of the chunk that was handed out before */
 } snap_saved;
+#define SNAP_PATCH 65536
 
 typedef struct {
     uint64_t armed_bytes;   /* pages that were protected at T0 */
@@ -74,6 +77,7 @@ typedef struct {
 typedef struct {
     uint64_t copied_chunks;
     uint64_t copied_bytes;
+    uint64_t written_bytes; /* pages that were not protected: written since the round before */
     uint64_t left_chunks; /* that changed while they were copied, or could not be protected */
 } snap_pump_round;
 

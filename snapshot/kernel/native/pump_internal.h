@@ -26,6 +26,7 @@ enum { UNSAVED = 0, TENTATIVE = 1, SAVED = 2 };
 typedef struct {
     uint16_t want;    /* pages that hold something: as last seen, from T0 on as they were then */
     uint16_t kept;    /* pages of the newest copy that was handed on */
+    uint16_t bare;    /* pages of which there is no good copy, at T0 */
     uint16_t version; /* of that copy; under the lock */
     uint8_t state;
     uint8_t flying;   /* copies that are with the consumers; under the lock */
@@ -182,7 +183,8 @@ int save_to_place(snap_pump *p, uint32_t space, uint64_t address, int64_t place)
  * staging, then the spill file, then waits; else -ENOBUFS when staging runs low. -EAGAIN: it is
  * not as it was at T0 just now, an event will tell; -ESRCH: the address space is gone. */
 int save_chunk(snap_pump *p, uint32_t space, uint64_t address, bool urgent);
-/* The same while the target is stopped: nothing can have changed, it is published at once. */
+/* The same while the target is stopped: nothing can have changed, it is published at once. Only its
+ * bare pages, if there is a good copy of the others. */
 int save_stopped(snap_pump *p, uint32_t space, uint64_t address);
 /* A release succeeded: no change of the address space is unread, the tentative copies are T0. */
 int save_publish(snap_pump *p);

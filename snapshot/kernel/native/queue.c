@@ -59,9 +59,11 @@ int enqueue(snap_pump *p, const snap_saved *saved)
     queued *entry = c ? VECTOR_PUSH(&p->queue) : NULL;
     if (!entry)
         return -ENOMEM;
+    uint32_t copied = saved->patch ? saved->patch & ~SNAP_PATCH : saved->pages;
     c->kept = (uint16_t)saved->pages;
-    *entry = (queued){*saved, ++c->version};
-    p->counters.saved_bytes += (uint64_t)__builtin_popcount(saved->pages) * PAGE;
+    /* A patch does not make void what it patches. */
+    *entry = (queued){*saved, saved->patch ? c->version : ++c->version};
+    p->counters.saved_bytes += (uint64_t)__builtin_popcount(copied) * PAGE;
     pthread_cond_signal(&p->ready);
     return 0;
 }

@@ -191,11 +191,10 @@ int save_to_place(snap_pump *p, uint32_t space, uint64_t address, int64_t place)
                       &high);
 }
 
-/* Copies into a place of its own, which *t describes. */
-static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, bool urgent, bool check,
-                         tentative *t)
+/* Copies the pages `want` into a place of its own, which *t describes. */
+static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t want, bool urgent,
+                         bool check, tentative *t)
 {
-    uint16_t want = ledger_chunk(p, space, address)->want;
     bool no_spill = false;
     for (;;) {
         int64_t place = NO_PLACE;
@@ -229,12 +228,13 @@ int save_chunk(snap_pump *p, uint32_t space, uint64_t address, bool urgent)
     tentative *t = VECTOR_PUSH(&p->tentative);
     if (!t)
         return -ENOMEM;
-    int r = copy_to_place(p, space, address, urgent, true, t);
+    chunk *c = ledger_chunk(p, space, address);
+    int r = copy_to_place(p, space, address, c->want, urgent, true, t);
     if (r) {
         p->tentative.count--;
         return r;
     }
-    ledger_chunk(p, space, address)->state = TENTATIVE;
+    c->state = TENTATIVE;
     p->unsaved_chunks--;
     pthread_mutex_lock(&p->lock);
     if (urgent)
@@ -248,12 +248,16 @@ int save_chunk(snap_pump *p, uint32_t space, uint64_t address, bool urgent)
 int save_stopped(snap_pump *p, uint32_t space, uint64_t address)
 {
     tentative t;
-    int r = copy_to_place(p, space, address, true, false, &t);
+    chunk *c = ledger_chunk(p, space, address);
+    bool patch = c->bare != c->want;
+    int r = copy_to_place(p, space, address, c->bare, true, false, &t);
     if (r)
         return r;
-    ledger_chunk(p, space, address)->state = SAVED;
+    c->state = SAVED;
+    t.saved.pages = c->want;
+    t.saved.patch = patch ? SNAP_PATCH | c->bare : 0;
     pthread_mutex_lock(&p->lock);
-    p->counters.stopped_bytes += (uint64_t)__builtin_popcount(t.saved.pages) * PAGE;
+    p->counters.stopped_bytes += (uint64_t)__builtin_popcount(c->bare) * PAGE;
     r = enqueue(p, &t.saved);
     pthread_mutex_unlock(&p->lock);
     return r;

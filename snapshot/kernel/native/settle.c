@@ -7,8 +7,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
-/* Enters what a window holds in [start, end), run-time addresses of one block. Bare pages: the copy
- * of their chunk is worth nothing. */
+/* Enters what a window holds in [start, end), run-time addresses of one block. */
 static int look_at(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, seen *found)
 {
     int r = survey(p, w, start, end, found);
@@ -22,8 +21,7 @@ static int look_at(snap_pump *p, const snap_window *w, uint64_t start, uint64_t 
                 return -ENOMEM;
         }
         c[i].want |= found[i].want;
-        if (found[i].bare || !w->armed)
-            c[i].state = UNSAVED;
+        c[i].bare |= w->armed ? found[i].bare : found[i].want;
     }
     return r;
 }
@@ -54,7 +52,8 @@ static int drop(snap_pump *p, uint32_t space, uint64_t address)
     return r;
 }
 
-/* What of the copies is good; counts the remainder. */
+/* What of the copies is good: what was copied and has been protected ever since. Counts the
+ * remainder. */
 static int judge(snap_pump *p)
 {
     p->unsaved_chunks = 0;
@@ -62,20 +61,18 @@ static int judge(snap_pump *p)
         block *b = p->blocks.at[k];
         for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
             chunk *c = &b->chunks[i];
-            uint64_t bytes = (uint64_t)__builtin_popcount(c->want) * PAGE;
-            p->counters.wanted_bytes += bytes;
+            p->counters.wanted_bytes += (uint64_t)__builtin_popcount(c->want) * PAGE;
             if (!c->want && c->kept) {
                 int r = drop(p, b->space, b->start + i * CHUNK);
                 if (r)
                     return r;
             }
-            if (!c->want || (c->state == SAVED && c->kept == c->want)) {
-                c->state = SAVED;
-                continue;
-            }
-            c->state = UNSAVED;
-            p->unsaved_chunks++;
-            p->counters.remainder_bytes += bytes;
+            if (c->state != SAVED || !(c->kept & c->want))
+                c->bare = c->want;
+            c->bare |= (uint16_t)(c->want & ~c->kept);
+            c->state = c->want && (c->bare || c->kept != c->want) ? UNSAVED : SAVED;
+            p->unsaved_chunks += c->state == UNSAVED;
+            p->counters.remainder_bytes += (uint64_t)__builtin_popcount(c->bare) * PAGE;
         }
     }
     return 0;
@@ -176,7 +173,7 @@ int snap_pump_settle(snap_pump *p, uint64_t most, int trust)
     p->counters.wanted_bytes = p->counters.remainder_bytes = p->counters.armed_bytes = 0;
     for (size_t k = 0; k < p->blocks.count; k++)
         for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
-            p->blocks.at[k]->chunks[i].want = 0;
+            p->blocks.at[k]->chunks[i].want = p->blocks.at[k]->chunks[i].bare = 0;
             if (!trust)
                 p->blocks.at[k]->chunks[i].state = UNSAVED;
         }
