@@ -184,7 +184,7 @@ class TakeStats(Record, frozen=True):
 
     threads: int = 0
     regions: int = 0
-    pause_us: int = 0  # all stops together: from the first thread stopped to the last let go
+    pause_us: int = 0  # all stops of all attempts: from the first thread stopped to the last let go
     longest_stop_us: int = 0
     armed_bytes: int = 0
     rounds: int = 0  # of copying ahead of T0

@@ -59,6 +59,7 @@ class _Take:
     stall: float
     clock: Stopwatch = field(default_factory=Stopwatch)
     reasons: list[str] = field(default_factory=list)
+    stops_us: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -69,7 +70,6 @@ class _Instant:
     process: Process
     plan: Plan
     gathered: Gathered
-    pause_us: int
     stages_us: dict[str, int]
 
 
@@ -164,6 +164,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                 if copying:
                     ahead.plan()
                     pump.release()
+            job.stops_us.append(first.stopped_us)
             pump.store(writer.put, os.cpu_count() or 1)
             if copying:
                 ahead.copy(lambda: _report(job, pump, "copying ahead"))
@@ -176,7 +177,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                 raise
             job.reasons.append(error.message)
             return False
-        stats = _stats(job, ahead, guarded, instant, [first.stopped_us, instant.pause_us], writer)
+        stats = _stats(job, ahead, guarded, instant, writer)
         writer.commit(_manifest(job, instant, stats))
     return True
 
@@ -203,10 +204,11 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int) -> _Instant:
         with clock.stage("hooks"):
             job.hooks.run("frozen", pid=job.pid, image=job.name)
         pump.go()
+    job.stops_us.append(frozen.stopped_us)
     pump.storing.open()
     plan = ahead.examination.plan
     process = gathered.process(0, mappings=tuple(plan.mappings), files=files, descriptors=table)
-    return _Instant(taken_at, process, plan, gathered, frozen.stopped_us, clock.stages_us)
+    return _Instant(taken_at, process, plan, gathered, clock.stages_us)
 
 
 def _wait(job: _Take, pump: Pump) -> None:
@@ -229,15 +231,14 @@ def _stats(
     ahead: Ahead,
     guarded: bool,
     instant: _Instant,
-    stops: list[int],
     writer: ImageWriter,
 ) -> TakeStats:
     done = ahead.pump.counters()
     return TakeStats(
         threads=len(instant.process.threads),
         regions=len(instant.plan.windows),
-        pause_us=sum(stops),
-        longest_stop_us=max(stops),
+        pause_us=sum(job.stops_us),
+        longest_stop_us=max(job.stops_us),
         armed_bytes=done.armed_bytes,
         rounds=ahead.rounds,
         ahead_bytes=done.ahead_bytes,
