@@ -7,6 +7,8 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#define GAP STEP /* between two chunks that are armed in one call */
+
 /* Enters what a window holds in [start, end), run-time addresses of one block. */
 static int look_at(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, seen *found)
 {
@@ -131,8 +133,8 @@ static int arm(snap_pump *p, const snap_window *w, uint64_t from, uint64_t to)
     return uffd_writeprotect(p->uffd, low - w->at + w->start, high - low, UFFDIO_WRITEPROTECT_MODE_WP);
 }
 
-/* Arms what is unsaved. What lies between two such chunks and is armed or empty may be armed once
- * more: one call for all of it where the remainder is everything. */
+/* Arms what is unsaved. What lies between two such chunks is saved or empty and may be armed as well:
+ * a call costs more than passing over some pages. */
 static int arm_unsaved(snap_pump *p)
 {
     for (size_t k = 0; k < p->windows.count; k++) {
@@ -140,15 +142,16 @@ static int arm_unsaved(snap_pump *p)
         uint64_t end = w->at + (w->end - w->start), run = 0, run_end = 0;
         if (!w->armed)
             continue;
+        const chunk *c = NULL;
         for (uint64_t at = w->at & ~(CHUNK - 1); at < end; at += CHUNK) {
-            const chunk *c = ledger_chunk(p, w->space, at);
+            c = c && at % BLOCK ? c + 1 : ledger_chunk(p, w->space, at);
             if (!c) {
                 at = (at & ~(BLOCK - 1)) + BLOCK - CHUNK;
                 continue;
             }
             if (c->state != UNSAVED)
                 continue;
-            if (at != run_end) {
+            if (!run_end || at > run_end + GAP) {
                 int r = arm(p, w, run, run_end);
                 if (r)
                     return r;
