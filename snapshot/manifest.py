@@ -51,7 +51,6 @@ class Mapping(Record, frozen=True):
     vm_flags: tuple[str, ...] = ()  # smaps VmFlags, e.g. ("rd", "wr", "mr", "mw", "me", "ac")
     object: int | None = None  # SharedObject.id for kind "shared"
     file: int | None = None  # MappedFile.id for kind "file"
-    populated: int = 0  # bytes of it in the image (pages present at T0, zeros included)
 
     @property
     def size(self) -> int:

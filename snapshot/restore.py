@@ -129,7 +129,7 @@ class _Restore:
 
     def fill(self, process: Process, remote: Remote, ctx: Context) -> None:
         """rebuild.Memory for an eager restore, with progress."""
-        total = sum(mapping.populated for mapping in fill.private(process))
+        total = self._image.manifest.stats.saved_bytes
 
         def filled(done: int) -> None:
             if self._progress is not None:
