@@ -13,12 +13,12 @@ import errno
 import os
 import socket
 import struct
-from types import TracebackType
 
 from .errors import DeniedError, KernelError
 from .freeze import Frozen
 from .kernel import pidfd
 from .kernel.arch_x86_64 import NR
+from .kernel.closing import Closing
 from .kernel.errnames import error_name
 from .kernel.remote import Call
 from .kernel.uffd import FEATURES, Uffd
@@ -30,7 +30,7 @@ USERFAULTFD_IOC_NEW = 0xAA00  # _IO(0xAA, 0), include/uapi/linux/userfaultfd.h
 SOCKET_FLAGS = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
 
 
-class WriteProtection:
+class WriteProtection(Closing):
     """A target's userfaultfd, handshake done. `close` (or the end of the process) ends it."""
 
     def __init__(self, uffd: Uffd) -> None:
@@ -65,17 +65,6 @@ class WriteProtection:
 
     def close(self) -> None:
         self.uffd.close()
-
-    def __enter__(self) -> WriteProtection:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _fetch(frozen: Frozen, remote_fd: int) -> int:

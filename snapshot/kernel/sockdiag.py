@@ -10,9 +10,9 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from types import TracebackType
 from typing import NamedTuple
 
+from .closing import Closing
 from .errnames import error_name
 
 NETLINK_SOCK_DIAG = 4
@@ -55,7 +55,7 @@ class UnixSocket(NamedTuple):
     shutdown: int  # bit 0: nothing will be received, bit 1: nothing can be sent
 
 
-class Diag:
+class Diag(Closing):
     """One netlink socket; closed at the end of a `with`."""
 
     def __init__(self) -> None:
@@ -63,17 +63,6 @@ class Diag:
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG
         )
         self._sequence = 0
-
-    def __enter__(self) -> Diag:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self._socket.close()

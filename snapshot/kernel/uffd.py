@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from ..errors import DeniedError, KernelError, UnsupportedError
 from ._native import ffi, lib
+from .closing import Closing
 from .errnames import error_text
 
 MESSAGE_BYTES = 32
@@ -88,7 +88,7 @@ def available() -> int:
         return probe.api(0)
 
 
-class Uffd:
+class Uffd(Closing):
     """A userfaultfd: `fd` is ours to close."""
 
     def __init__(self, fd: int) -> None:
@@ -115,17 +115,6 @@ class Uffd:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Uffd:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def api(self, features: int) -> int:
         """The handshake, once in the life of a userfaultfd. -> all features of the kernel.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from ..errors import KernelError
 from ._native import ffi, lib
+from .closing import Closing
 from .errnames import error_text
 
 
-class Watchdog:
+class Watchdog(Closing):
     """Kills this process (SIGKILL) when nobody has called `beat` for `seconds`; a context manager.
 
     The kernel lets the target go then: the last close of its userfaultfd and the end of its tracer.
@@ -31,13 +31,5 @@ class Watchdog:
         """The target does not wait for this process any more, until the next beat."""
         lib.snap_watchdog_rest(self.handle)
 
-    def __enter__(self) -> Watchdog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         lib.snap_watchdog_stop(self.handle)
