@@ -250,6 +250,7 @@ def test_a_signal_that_comes_while_stopped_still_interrupts(mode: str) -> None:
 # All general and SSE registers hold known values while a counter in the red zone runs down.
 REGISTERS = r"""
 #define SIXTEEN "0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15"
+static volatile int turned[4];
 static void *spin(void *arg)
 {
     uint64_t in[15], out[15];
@@ -286,7 +287,8 @@ static void *spin(void *arg)
         if (memcmp(in, out, sizeof in) || memcmp(xmm, back, sizeof xmm))
             __atomic_fetch_add((int64_t *)&page->bad, 1, __ATOMIC_RELAXED);
         __atomic_fetch_add((int64_t *)&page->count, 1, __ATOMIC_RELAXED);
-        page->ready = 1;
+        turned[(long)arg] = 1; /* a thread that is just being made has its signals blocked */
+        page->ready = turned[0] && turned[1] && turned[2] && turned[3];
     }
 }
 int main(int argc, char **argv)
