@@ -36,7 +36,7 @@ class Damage(NamedTuple):
     """One thing that `verify` found."""
 
     image: str
-    space: int | None  # a process index, or OBJECT_SPACE + id; None: the manifest
+    space: int | None  # a process index, or OBJECT_SPACE + id; None: the manifest, or the store
     address: int | None  # of a chunk; None: the index of the whole space
     reason: str
 
@@ -155,6 +155,11 @@ class Image:
 
         `progress` is called with the chunks checked and those to check.
         """
+        try:
+            self._environment.check()
+        except DamagedError as error:
+            yield Damage(self.name, None, None, error.message)
+            return  # LMDB cannot be let at it
         try:
             _ = self.manifest
         except DamagedError as error:
