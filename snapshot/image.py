@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 
 import zstandard
 
-from . import chunkcodec, index
+from . import chunkcodec, index, plausible
 from . import manifest as manifests
 from .chunkcodec import Chunk
 from .environment import Environment, Transaction
@@ -78,7 +78,9 @@ class Image:
             data = self._unpack(packed)
         if digest(data) != self._record.manifest:
             raise self._damaged("the manifest does not match its checksum")
-        return manifests.decode(data)
+        manifest = manifests.decode(data)
+        plausible.check(manifest)
+        return manifest
 
     @property
     def mappings(self) -> tuple[Mapping, ...]:
@@ -298,10 +300,11 @@ class Image:
 
     def _unpack(self, packed: memoryview) -> bytes:
         try:
-            if zstandard.frame_content_size(packed) > manifests.MAX_BYTES:
-                raise self._damaged("the manifest is too large")
+            said = zstandard.frame_content_size(packed)
+            if not 0 <= said <= manifests.MAX_BYTES:
+                raise self._damaged(f"the manifest is said to have {said} bytes")
             return zstandard.ZstdDecompressor().decompress(
-                packed, max_output_size=manifests.MAX_BYTES
+                packed, max_output_size=said
             )
         except zstandard.ZstdError as error:
             raise self._damaged(f"the manifest is not a zstd frame: {error}") from None

@@ -37,7 +37,7 @@ def check_head(data: Path) -> None:
 
 
 def check_trees(data: Path, fd: int, read: Callable[[], Any], deep: bool = False) -> None:
-    """Before LMDB walks the trees. `read` gives a read transaction of `data`, which is open as `fd`;
+    """Before LMDB walks the trees. `read` gives a read transaction of `data`, open as `fd`;
     `deep` looks at the first page of every long value too: before anything is removed."""
     for _ in range(_TRIES):
         with read() as transaction:  # its pages stay as they are
