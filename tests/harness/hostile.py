@@ -1,7 +1,7 @@
 """Images that somebody made up to harm who restores them: made, and read by all our readers.
 
-Everything here has right checksums: they stop nobody who makes an image himself. A reader may answer
-or raise SnapError; anything else is a defect (fuzz.py runs them).
+Everything here has right checksums: whoever makes an image makes them too. A reader may
+answer or raise SnapError; anything else is a defect (fuzz.py runs them).
 """
 
 from __future__ import annotations
