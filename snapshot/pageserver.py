@@ -207,7 +207,7 @@ def give_up(journal: Any, plan: Plan, reason: str) -> NoReturn:
             with suppress(OSError):
                 signal.pidfd_send_signal(plan.pidfd, signal.SIGKILL)
         for pid in victims:
-            say(plan, f"killed its child {pid}")
+            say(plan, f"killed its child {pid}: {reason}")
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
     else:

@@ -79,7 +79,8 @@ class Service:
         self._server.take_over()
 
     def _add(self) -> None:
-        self._server.add(Uffd(self.plan.uffd), Missing.of(self.plan.ranges))
+        # The plan's own stays open: by it a child is known that has outlived the process.
+        self._server.add(Uffd(os.dup(self.plan.uffd)), Missing.of(self.plan.ranges))
         if not self.plan.running:
             self._server.hold = True
             self._server.watch(self.plan.control, self._let_go)
