@@ -20,21 +20,29 @@ from .pageserver import Plan
 
 
 def start(journal: Any, guardian: int) -> int:
-    """A new keeper, which ends the one before. -> its pid."""
-    before = journal.keeper
+    """A new keeper in the place of the one before, on record when this returns. -> its pid."""
+    if journal.keeper >= 0:  # there are never two that would take over
+        _end(journal.keeper)
+        os.close(journal.keeper)
+        journal.keeper = -1
     watched = os.pidfd_open(guardian)
+    begun, tell = os.pipe()
     pid = twin()
     if pid == 0:
-        keep(journal, watched, before)
+        keep(journal, watched, tell)
+    ended = os.pidfd_open(pid)
+    with suppress(InterruptedError):
+        select.select([begun, ended], [], [])
+    for fd in (begun, tell, ended):
+        os.close(fd)
     return pid
 
 
-def keep(journal: Any, guardian: int, before: int) -> NoReturn:
+def keep(journal: Any, guardian: int, tell: int) -> NoReturn:
     pageserver.name(b"snap-keeper")
     journal.keeper = os.pidfd_open(os.getpid())
-    if before >= 0:  # there are never two that would take over
-        _end(before)
-        os.close(before)
+    with suppress(OSError):  # who made us may be gone
+        os.write(tell, b"!")
     _await(guardian)
     _await(journal.server)
     # They may have made others in their last moments: none of those begins from here on (each says
@@ -46,7 +54,7 @@ def keep(journal: Any, guardian: int, before: int) -> NoReturn:
     if journal.state != RUNNING or not pageserver.needed(journal, plan):
         os._exit(0)
     pageserver.say(plan, "guardian and page server ended before all pages were in; starting others")
-    journal.keeper = journal.server = -1
+    journal.keeper = -1
     pageserver.resume(journal, plan)
 
 

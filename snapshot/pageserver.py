@@ -70,7 +70,7 @@ def tell(plan: Plan, event: str, **more: Any) -> None:
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """`--start SOCKET STORE IMAGE SPACE`, or `--resume JOURNAL` after a server was lost."""
+    """`--start SOCKET STORE IMAGE SPACE`, or `--resume JOURNAL TURN` after a server was lost."""
     if arguments[0] == "--start" and os.fork():
         os._exit(0)  # nobody's child: a program that restores need not wait for it
     from . import keeper
@@ -86,6 +86,8 @@ def main(arguments: list[str]) -> NoReturn:
     else:
         journal = Journal(int(arguments[1]))
         os.set_inheritable(journal.fd, False)
+        if journal.turn != int(arguments[2]):  # the keeper has taken over meanwhile
+            os._exit(0)
     plan = Plan(journal.plan)
     try:
         keeper.start(journal, os.getpid())  # first: it holds all from before the server begins
@@ -134,13 +136,19 @@ def guard(journal: Any, server: int) -> NoReturn:
 
 def resume(journal: Any, plan: Plan) -> NoReturn:
     """This process becomes a fresh guardian with the descriptors that matter."""
+    from . import keeper
+
     journal.server = journal.guardian = -1
+    if not alive(journal.keeper):  # nobody else holds what must not be closed, and exec takes long
+        journal.keeper = -1
+        keeper.start(journal, os.getpid())
     wanted = [journal.fd, plan.control, plan.uffd, plan.pidfd, journal.keeper]
     wanted += journal.forked()
     for fd in wanted:
         with suppress(OSError):
             os.set_inheritable(fd, True)
-    command = [sys.executable, "-m", "snapshot.pageserver", "--resume", str(journal.fd)]
+    command = [sys.executable, "-m", "snapshot.pageserver", "--resume"]
+    command += [str(journal.fd), str(journal.turn)]
     try:
         os.execv(sys.executable, command)
     except OSError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -230,7 +230,8 @@ def read_index(data: bytes) -> None:
         assert entry.address == address
 
 
-READERS = (read_manifest, read_record, read_state, read_chunk, read_index)
+Reader = Callable[[bytes], None]
+READERS: tuple[Reader, ...] = (read_manifest, read_record, read_state, read_chunk, read_index)
 
 
 def read_any(data: bytes) -> None:
