@@ -109,6 +109,11 @@ class Image:
         return self._environment.path
 
     @property
+    def lease_descriptor(self) -> int:
+        """Nobody can remove the image while this is open anywhere."""
+        return self._lease.handle
+
+    @property
     def saved_bytes(self) -> int:
         return self._record.saved_bytes
 

@@ -22,6 +22,7 @@ class Lease:
     """A held lock; a forked child holds it too, until both have closed it."""
 
     def __init__(self, handle: int) -> None:
+        self.handle = handle  # a descriptor: whoever inherits it holds the lease too
         self._close = weakref.finalize(self, os.close, handle)
 
     def release(self) -> None:

@@ -43,6 +43,7 @@ class Plan:
         self.control: int = fields["control"]  # to `snap restore`, as long as that lives
         self.uffd: int = fields.get("uffd", -1)
         self.pidfd: int = fields.get("pidfd", -1)
+        self.lease: int = fields.get("lease", -1)  # of the image, while there is no server too
         self.pid: int = fields.get("pid", 0)
         self.duplicate: int = fields.get("duplicate", -1)  # its number in the restored process
         self.running: bool = fields.get("running", False)  # `snap restore` has let it go
@@ -142,7 +143,7 @@ def resume(journal: Any, plan: Plan) -> NoReturn:
     if not alive(journal.keeper):  # nobody else holds what must not be closed, and exec takes long
         journal.keeper = -1
         keeper.start(journal, os.getpid())
-    wanted = [journal.fd, plan.control, plan.uffd, plan.pidfd, journal.keeper]
+    wanted = [journal.fd, plan.control, plan.uffd, plan.pidfd, plan.lease, journal.keeper]
     wanted += journal.forked()
     for fd in wanted:
         with suppress(OSError):

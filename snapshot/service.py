@@ -39,6 +39,10 @@ class Service:
         self.journal = journal
         self.plan = plan
         self.image = Store.open(Path(plan.store)).image(plan.image)
+        before, plan.lease = plan.lease, self.image.lease_descriptor
+        journal.set_plan(plan.fields())
+        if before >= 0:
+            os.close(before)
         self.image.addresses(plan.space)  # reads and verifies the index now, not at the first fault
         self._guardian = -1
         self._patience = time.monotonic() + PATIENCE

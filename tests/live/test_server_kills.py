@@ -12,6 +12,7 @@ import pytest
 from snapshot import service
 from snapshot.image import Image
 from snapshot.restore import restore
+from tests.harness.processes import command_line, descendants, threads
 from tests.harness.seeds import seeded
 from tests.live.server_kills import COMMANDS, kill_some
 from tests.live.servers import await_end
@@ -53,6 +54,11 @@ def life(place: tuple[Path, Image], command: str, kills: int, random_name: str) 
             said = said if said == "orphan ok" else lazy.answer(60)
         assert said == ("orphan ok" if command == "orphan" else "ok")
         return found
+    except TimeoutError as error:  # a thread that nobody serves
+        log = (directory / "store" / "pageserver.log").read_text().splitlines()
+        mine = [line for line in log if f" {lazy.pid}: " in line]
+        held = [f"{pid} {command_line(pid)}" for pid in descendants(os.getpid())]
+        raise AssertionError("\n".join([str(error), threads(lazy.pid), *held, *mine])) from None
     finally:
         lazy.end()
         await_end()
