@@ -10,14 +10,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from random import Random
 
-from tests.harness.processes import wait_until
+from tests.harness.processes import state, wait_until
 from tests.live.servers import servers
 
 WHO = ("server", "guardian", "both", "both", "keeper and server")
 COMMANDS = ("all", "all", "fork", "orphan", "threads", "dontneed", "free", "move", "grow", "unmap",
             "brk", "protect", "write")  # fmt: skip
+ALL = ("snap-pages", "snap-guardian", "snap-keeper")
 LONGEST = 0.25
 """Seconds between two kills, at most."""
+
+
+def living(name: str) -> list[int]:
+    """Without those that were killed and that nobody has waited for yet."""
+    return [pid for pid in servers(name) if state(pid) not in ("Z", "X", "")]
 
 
 def victims(who: str, random: Random) -> list[int]:
@@ -29,7 +35,7 @@ def victims(who: str, random: Random) -> list[int]:
         "keeper and server": ["snap-keeper", "snap-pages"],
     }[who]
     random.shuffle(names)
-    return [pid for name in names for pid in servers(name)]
+    return [pid for name in names for pid in living(name)]
 
 
 def kill_some(
@@ -44,7 +50,7 @@ def kill_some(
         who = random.choice(WHO)
         if "keeper" in who:  # not while the third is alone already: with nobody left it hangs
             with suppress(TimeoutError):
-                wait_until(lambda: complete() or len(servers()) == 3, "all three")
+                wait_until(lambda: complete() or all(map(living, ALL)), "all three")
         hit = 0
         for pid in victims(who, random):
             with suppress(ProcessLookupError):
@@ -54,5 +60,5 @@ def kill_some(
             found[who] += 1
         if "keeper" in who:
             with suppress(TimeoutError):
-                wait_until(lambda: complete() or bool(servers("snap-keeper")), "a keeper")
+                wait_until(lambda: complete() or bool(living("snap-keeper")), "a keeper")
     return found

@@ -125,3 +125,12 @@ def test_pages_that_are_not_meant_do_not_count() -> None:
 def test_filled_but_not_present() -> None:
     with pytest.raises(DamagedError, match="pages 0x0002 are filled but not present"):
         chunkcodec.decode(HEADER.pack(1, 2, RAW, bytes(16)))
+
+
+@pytest.mark.parametrize("at", [5, 6, 7])
+def test_reserved_bytes_are_zero(at: int) -> None:
+    """No checksum covers them, so a flipped bit would go unseen."""
+    value = bytearray(value_of(b"\xaa" * CHUNK))
+    value[at] ^= 1
+    with pytest.raises(DamagedError, match="reserved bytes"):
+        chunkcodec.decode(bytes(value))
