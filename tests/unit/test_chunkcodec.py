@@ -79,7 +79,7 @@ def test_a_value_tells_its_pages(data: bytes, present: int) -> None:
 @given(chunks, bitmaps, st.data())
 def test_any_flipped_bit_is_noticed(data: bytes, present: int, draw: st.DataObject) -> None:
     value = bytearray(value_of(data, present))
-    at = draw.draw(st.integers(0, len(value) - 1).filter(lambda at: at not in range(5, 8)))
+    at = draw.draw(st.integers(0, len(value) - 1))
     value[at] ^= 1 << draw.draw(st.integers(0, 7))
     try:
         chunk, _ = chunkcodec.decode(bytes(value))
