@@ -39,9 +39,8 @@ STARTING, RUNNING, DONE, FAILED = range(4)
 """`Journal.state`: before the plan is known; pages are missing; all are in; given up."""
 
 _HEAD = struct.Struct("<B3xIQQQ")  # MARK or GONE, client, count, 0, 0
-_STATE, _TAIL, _FILLED, _STARTS, _PLAN, _SERVER, _KEEPER, _TURN, _BEFORE, _GUARDIAN = range(
-    0, 80, 8
-)
+_STATE, _TAIL, _FILLED, _STARTS, _PLAN = range(0, 40, 8)
+_SERVER, _KEEPER, _TURN, _BEFORE, _GUARDIAN, _KEEPERS = range(40, 88, 8)
 _U64 = struct.Struct("<Q")
 
 
@@ -124,6 +123,15 @@ class Journal:
     @keeper.setter
     def keeper(self, value: int) -> None:
         self._set(_KEEPER, value + 1)
+
+    @property
+    def keepers(self) -> int:
+        """Counts the keepers: only the last one may take over."""
+        return self._get(_KEEPERS)
+
+    @keepers.setter
+    def keepers(self, value: int) -> None:
+        self._set(_KEEPERS, value)
 
     @property
     def turn(self) -> int:

@@ -21,6 +21,7 @@ from .pageserver import Plan
 
 def start(journal: Any, guardian: int) -> int:
     """A new keeper in the place of the one before, on record when this returns. -> its pid."""
+    journal.keepers = number = journal.keepers + 1
     if journal.keeper >= 0:  # there are never two that would take over
         _end(journal.keeper)
         os.close(journal.keeper)
@@ -29,7 +30,7 @@ def start(journal: Any, guardian: int) -> int:
     begun, tell = os.pipe()
     pid = twin()
     if pid == 0:
-        keep(journal, watched, tell)
+        keep(journal, watched, tell, number)
     ended = os.pidfd_open(pid)
     with suppress(InterruptedError):
         select.select([begun, ended], [], [])
@@ -38,13 +39,17 @@ def start(journal: Any, guardian: int) -> int:
     return pid
 
 
-def keep(journal: Any, guardian: int, tell: int) -> NoReturn:
+def keep(journal: Any, guardian: int, tell: int, number: int) -> NoReturn:
     pageserver.name(b"snap-keeper")
     journal.keeper = os.pidfd_open(os.getpid())
+    if journal.keepers != number:  # a server made us that was killed; the guardian made another
+        os._exit(0)
     with suppress(OSError):  # who made us may be gone
         os.write(tell, b"!")
     _await(guardian)
     _await(journal.server)
+    if journal.keepers != number:
+        os._exit(0)
     # They may have made others in their last moments: none of those begins from here on (each says
     # that it is there and then looks at `turn`), and what has begun is ended.
     journal.turn += 1
