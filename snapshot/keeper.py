@@ -24,8 +24,7 @@ def start(journal: Any, guardian: int) -> int:
     journal.keepers = number = journal.keepers + 1
     if journal.keeper >= 0:  # there are never two that would take over
         _end(journal.keeper)
-        os.close(journal.keeper)
-        journal.keeper = -1
+        journal.keeper = -1  # not closed: a number on record may be of an earlier table
     watched = os.pidfd_open(guardian)
     begun, tell = os.pipe()
     pid = twin()
@@ -41,7 +40,9 @@ def start(journal: Any, guardian: int) -> int:
 
 def keep(journal: Any, guardian: int, tell: int, number: int) -> NoReturn:
     pageserver.name(b"snap-keeper")
-    journal.keeper = os.pidfd_open(os.getpid())
+    own = os.pidfd_open(os.getpid())
+    if journal.keepers == number:
+        journal.keeper = own
     if journal.keepers != number:  # a server made us that was killed; the guardian made another
         os._exit(0)
     with suppress(OSError):  # who made us may be gone
@@ -67,7 +68,7 @@ def _end(pidfd: int) -> None:
     if pidfd >= 0 and pageserver.alive(pidfd):
         with suppress(OSError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        _await(pidfd)
+            _await(pidfd)
 
 
 def _await(pidfd: int) -> None:

@@ -71,7 +71,7 @@ def tell(plan: Plan, event: str, **more: Any) -> None:
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """`--start SOCKET STORE IMAGE SPACE`, or `--resume JOURNAL TURN` after a server was lost."""
+    """`--start SOCKET STORE IMAGE SPACE`; `--resume JOURNAL TURN KEEPER` after one was lost."""
     if arguments[0] == "--start" and os.fork():
         os._exit(0)  # nobody's child: a program that restores need not wait for it
     from . import keeper
@@ -89,6 +89,9 @@ def main(arguments: list[str]) -> NoReturn:
         os.set_inheritable(journal.fd, False)
         if journal.turn != int(arguments[2]):  # the keeper has taken over meanwhile
             os._exit(0)
+        # Descriptors of this table, whatever somebody of the former one has noted meanwhile.
+        journal.server = journal.guardian = -1
+        journal.keeper = int(arguments[3])
     plan = Plan(journal.plan)
     try:
         keeper.start(journal, os.getpid())  # first: it holds all from before the server begins
@@ -104,7 +107,9 @@ def start_server(journal: Any) -> int:
     turn = journal.turn
     pid = twin()
     if pid == 0:
-        journal.server = os.pidfd_open(os.getpid())
+        own = os.pidfd_open(os.getpid())
+        if journal.turn == turn:
+            journal.server = own
         if journal.turn != turn:  # our guardian was killed, and the keeper has taken over
             os._exit(1)
         serve(journal)
@@ -143,13 +148,14 @@ def resume(journal: Any, plan: Plan) -> NoReturn:
     if not alive(journal.keeper):  # nobody else holds what must not be closed, and exec takes long
         journal.keeper = -1
         keeper.start(journal, os.getpid())
-    wanted = [journal.fd, plan.control, plan.uffd, plan.pidfd, plan.lease, journal.keeper]
+    kept = journal.keeper
+    wanted = [journal.fd, plan.control, plan.uffd, plan.pidfd, plan.lease, kept]
     wanted += journal.forked()
     for fd in wanted:
         with suppress(OSError):
             os.set_inheritable(fd, True)
     command = [sys.executable, "-m", "snapshot.pageserver", "--resume"]
-    command += [str(journal.fd), str(journal.turn)]
+    command += [str(journal.fd), str(journal.turn), str(kept)]
     try:
         os.execv(sys.executable, command)
     except OSError as error:

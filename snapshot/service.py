@@ -161,7 +161,9 @@ class Service:
         turn = self.journal.turn
         pid = twin()
         if pid == 0:
-            self.journal.guardian = os.pidfd_open(os.getpid())
+            own = os.pidfd_open(os.getpid())
+            if self.journal.turn == turn:
+                self.journal.guardian = own
             if self.journal.turn != turn:  # the keeper has taken over
                 os._exit(0)
             pageserver.guard(self.journal, server)
