@@ -26,6 +26,7 @@ from .units import ALL_PAGES, CHUNK, PAGE, PAGES_PER_CHUNK
 
 HEADER = struct.Struct(">HHB3x16s")
 MAX_BYTES = HEADER.size + CHUNK
+_RESERVED = slice(5, 8)
 RAW, ZSTD = 0, 1
 DIGEST_BYTES = 16
 LEVEL = -1
@@ -139,6 +140,8 @@ def _header(value: Bytes) -> tuple[int, int, int, bytes]:
     if not HEADER.size <= len(value) <= MAX_BYTES:  # before a byte is touched: LMDB's word only
         raise DamagedError(f"a chunk of {len(value)} bytes")
     present, nonzero, codec, digest = HEADER.unpack_from(value)
+    if value[_RESERVED] != b"\0\0\0":
+        raise DamagedError(f"reserved bytes that are not zero: {bytes(value[_RESERVED]).hex()}")
     if nonzero & ~present:
         raise DamagedError(f"pages {nonzero & ~present:#06x} are filled but not present")
     return present, nonzero, codec, digest

@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import lease
@@ -32,24 +33,38 @@ def check_trust(path: Path) -> None:
     try:
         if not path.is_dir():
             raise no_store(path, foreign=path.exists())
-        for place in (path, path / DATA):
-            if place.exists():
-                _check_place(place)
+        _check_way(path.resolve())
+        _check_place(path, path.stat())
+        for name in (DATA, LOCK, lease.DIRECTORY):
+            place = path / name
+            with suppress(FileNotFoundError):
+                _check_place(place, place.lstat())
     except OSError as error:
         message = f"cannot open the store {path}: {error.strerror}"
         raise StoreError(message, f"ls -ld {path}") from None
 
 
-def _check_place(place: Path) -> None:
-    stat = place.stat()
-    if stat.st_uid != os.geteuid():
+def _check_way(path: Path) -> None:
+    """Whoever can rename a directory on the way can put another store in the place of this one."""
+    for above in path.parents:
+        mode = above.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            message = f"everybody may write to {above}, on the way to the store {path}"
+            raise StoreError(message, f"chmod o-w {above}")
+
+
+def _check_place(place: Path, found: os.stat_result) -> None:
+    if stat.S_ISLNK(found.st_mode):
+        message = f"{place} is a symbolic link; the files of a store are in its directory"
+        raise StoreError(message, f"ls -l {place}")
+    if found.st_uid != os.geteuid():
         raise StoreError(
-            f"{place} belongs to user {stat.st_uid}, not to {os.geteuid()}: whoever can write to a "
-            "store decides what a restored process does",
+            f"{place} belongs to user {found.st_uid}, not to {os.geteuid()}: whoever can write to "
+            "a store decides what a restored process does",
             f"ls -ld {place}",
         )
-    if stat.st_mode & 0o022:
-        message = f"others may write to {place} (mode {stat.st_mode & 0o7777:o})"
+    if found.st_mode & 0o022:
+        message = f"others may write to {place} (mode {found.st_mode & 0o7777:o})"
         raise StoreError(message, f"chmod go-rwx {place}")
 
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import lmdb
 
+from . import soundness
 from .errors import DamagedError, SnapError, StoreError
 from .units import MIB, mib
 
@@ -70,6 +71,8 @@ class Environment:
         self._growing = False
         self._writing = threading.Lock()
         with self._understood("cannot open"), _none_missing(path):
+            if not create:
+                soundness.check_head(path / DATA)
             self._lmdb = lmdb.open(
                 str(path),
                 map_size=map_bytes,
@@ -83,13 +86,14 @@ class Environment:
             self._begin_lmdb: Callable[..., Transaction] = self._lmdb.begin
             self._check_length()
             self._lmdb.reader_check()
+            self._data = os.open(path / DATA, os.O_RDWR | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._data)
+            soundness.check_trees(path / DATA, self._data, self.read)
             with self._lmdb.begin(write=True) as transaction:  # a read one would forget them
                 self.databases = {
                     name: self._lmdb.open_db(name.encode(), transaction, create=create)
                     for name in DATABASES
                 }
-        self._data = os.open(path / DATA, os.O_RDWR | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._data)
 
     def read(self, buffers: bool = True) -> Reading:
         """A read transaction, for `with`. Keep it short: pages freed meanwhile cannot be used
@@ -121,6 +125,14 @@ class Environment:
         self._check_process()
         with self._understood("cannot write to"):
             self._lmdb.sync(True)
+
+    def check(self) -> None:
+        """DamagedError when the trees are no longer what they must be, and before pages are freed:
+        a long value says itself how many it takes."""
+        self._check_process()
+        with self._understood("cannot read"):
+            self._check_length()
+            soundness.check_trees(self.path / DATA, self._data, self.read, deep=True)
 
     def close(self) -> None:
         """For who knows that nobody else has it; else it closes with its last reference."""

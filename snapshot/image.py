@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 
 import zstandard
 
-from . import chunkcodec, index
+from . import chunkcodec, index, plausible
 from . import manifest as manifests
 from .chunkcodec import Chunk
 from .environment import Environment, Transaction
@@ -36,7 +36,7 @@ class Damage(NamedTuple):
     """One thing that `verify` found."""
 
     image: str
-    space: int | None  # a process index, or OBJECT_SPACE + id; None: the manifest
+    space: int | None  # a process index, or OBJECT_SPACE + id; None: the manifest, or the store
     address: int | None  # of a chunk; None: the index of the whole space
     reason: str
 
@@ -78,7 +78,9 @@ class Image:
             data = self._unpack(packed)
         if digest(data) != self._record.manifest:
             raise self._damaged("the manifest does not match its checksum")
-        return manifests.decode(data)
+        manifest = manifests.decode(data)
+        plausible.check(manifest)
+        return manifest
 
     @property
     def mappings(self) -> tuple[Mapping, ...]:
@@ -105,6 +107,11 @@ class Image:
     def store_path(self) -> Path:
         """The directory of its store: with `name` it can be opened again, in another process."""
         return self._environment.path
+
+    @property
+    def lease_descriptor(self) -> int:
+        """Nobody can remove the image while this is open anywhere."""
+        return self._lease.handle
 
     @property
     def saved_bytes(self) -> int:
@@ -155,6 +162,11 @@ class Image:
 
         `progress` is called with the chunks checked and those to check.
         """
+        try:
+            self._environment.check()
+        except DamagedError as error:
+            yield Damage(self.name, None, None, error.message)
+            return  # LMDB cannot be let at it
         try:
             _ = self.manifest
         except DamagedError as error:
@@ -293,10 +305,11 @@ class Image:
 
     def _unpack(self, packed: memoryview) -> bytes:
         try:
-            if zstandard.frame_content_size(packed) > manifests.MAX_BYTES:
-                raise self._damaged("the manifest is too large")
+            said = zstandard.frame_content_size(packed)
+            if not 0 <= said <= manifests.MAX_BYTES:
+                raise self._damaged(f"the manifest is said to have {said} bytes")
             return zstandard.ZstdDecompressor().decompress(
-                packed, max_output_size=manifests.MAX_BYTES
+                packed, max_output_size=said
             )
         except zstandard.ZstdError as error:
             raise self._damaged(f"the manifest is not a zstd frame: {error}") from None

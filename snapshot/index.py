@@ -5,10 +5,14 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
+from functools import reduce
+from operator import or_
 from typing import NamedTuple
 
 from .environment import Environment
+from .errors import DamagedError
 from .records import INDEX_ENTRY, INDEX_KEY, SpaceSummary, digest
+from .units import CHUNK
 
 
 class Entry(NamedTuple):
@@ -24,6 +28,8 @@ class Space:
         self.space = space
         self._entries = entries
         self.addresses = array("Q", (fields[0] for fields in INDEX_ENTRY.iter_unpack(entries)))
+        if reduce(or_, self.addresses, 0) & (CHUNK - 1 | 1 << 63):
+            raise DamagedError(f"the index of space {space} has addresses that are of no chunk")
 
     def __len__(self) -> int:
         return len(self.addresses)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from . import events
-from .events import Event, Fault
+from .events import Event, Fault, Fork
 from .kernel import uffd
 from .units import MIB, PAGE
 
@@ -40,6 +40,7 @@ STARTING, RUNNING, DONE, FAILED = range(4)
 
 _HEAD = struct.Struct("<B3xIQQQ")  # MARK or GONE, client, count, 0, 0
 _STATE, _TAIL, _FILLED, _STARTS, _PLAN = range(0, 40, 8)
+_SERVER, _KEEPER, _TURN, _BEFORE, _GUARDIAN, _KEEPERS = range(40, 88, 8)
 _U64 = struct.Struct("<Q")
 
 
@@ -88,12 +89,58 @@ class Journal:
 
     @property
     def futile(self) -> int:
-        """Servers started in a row that put no page in place."""
-        return self._get(_STARTS)
+        """Servers in a row that ended and had put no page in place."""
+        return 0 if self.filled > self._get(_BEFORE) else self._get(_STARTS)
 
-    @futile.setter
-    def futile(self, value: int) -> None:
-        self._set(_STARTS, value)
+    def note_start(self) -> None:
+        """A server goes on where another one ended."""
+        self._set(_STARTS, self.futile + 1)
+        self._set(_BEFORE, self.filled)
+
+    @property
+    def server(self) -> int:
+        """A pidfd of the server, in the shared table; -1 while none has begun."""
+        return self._get(_SERVER) - 1
+
+    @server.setter
+    def server(self, value: int) -> None:
+        self._set(_SERVER, value + 1)
+
+    @property
+    def guardian(self) -> int:
+        """A pidfd of a guardian that a server made, in the shared table; -1 without one."""
+        return self._get(_GUARDIAN) - 1
+
+    @guardian.setter
+    def guardian(self, value: int) -> None:
+        self._set(_GUARDIAN, value + 1)
+
+    @property
+    def keeper(self) -> int:
+        """A pidfd of the keeper, in the shared table; -1 without one."""
+        return self._get(_KEEPER) - 1
+
+    @keeper.setter
+    def keeper(self, value: int) -> None:
+        self._set(_KEEPER, value + 1)
+
+    @property
+    def keepers(self) -> int:
+        """Counts the keepers: only the last one may take over."""
+        return self._get(_KEEPERS)
+
+    @keepers.setter
+    def keepers(self, value: int) -> None:
+        self._set(_KEEPERS, value)
+
+    @property
+    def turn(self) -> int:
+        """How often the keeper took over: what was made in an earlier turn must not begin."""
+        return self._get(_TURN)
+
+    @turn.setter
+    def turn(self, value: int) -> None:
+        self._set(_TURN, value)
 
     @property
     def plan(self) -> Any:
@@ -151,6 +198,19 @@ class Journal:
                 count += 1
             yield from self._events(client, tail + SLOT, count)
             self._commit(tail, client, count)
+
+    def forked(self) -> list[int]:
+        """Descriptors of the children that may still miss pages; clients are numbered in the order
+        of the forks, the restored process is 0."""
+        found: dict[int, int] = {}
+        made = 1
+        for client, event in self.replay():
+            if event is None:
+                found.pop(client, None)
+            elif isinstance(event, Fork):
+                found[made] = event.fd
+                made += 1
+        return list(found.values())
 
     def _events(self, client: int, start: int, count: int) -> Iterator[Entry]:
         for event in events.parse(self._memory[start : start + count * SLOT]):

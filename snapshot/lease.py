@@ -22,6 +22,7 @@ class Lease:
     """A held lock; a forked child holds it too, until both have closed it."""
 
     def __init__(self, handle: int) -> None:
+        self.handle = handle  # a descriptor: whoever inherits it holds the lease too
         self._close = weakref.finalize(self, os.close, handle)
 
     def release(self) -> None:
@@ -68,7 +69,7 @@ def holders(store: Path, number: int) -> list[int]:
 def _open(path: Path) -> int:
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)  # a copied store may lack it
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise StoreError(f"cannot lock {path}: {error.strerror}", f"ls -ld {path.parent}") from None
 

@@ -9,7 +9,7 @@ Addresses and sizes are bytes; ranges are half open; times are nanoseconds where
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -21,6 +21,14 @@ MAX_BYTES = 256 * 1024 * 1024
 """A larger manifest is refused unread: an image may come from somebody else."""
 
 T = TypeVar("T")
+
+# How many a manifest may hold: a list is refused by its length, before it takes memory.
+_Words = Annotated[tuple[str, ...], msgspec.Meta(max_length=1 << 16)]
+_Flags = Annotated[tuple[str, ...], msgspec.Meta(max_length=64)]
+_Signals = Annotated[tuple[bytes, ...], msgspec.Meta(max_length=1 << 16)]
+_Arguments = Annotated[tuple[bytes, ...], msgspec.Meta(max_length=1 << 21)]
+_Counts = Annotated[dict[str, int], msgspec.Meta(max_length=256)]
+_States = Annotated[dict[str, msgspec.Raw], msgspec.Meta(max_length=256)]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,7 +56,7 @@ class Mapping(Record, frozen=True):
     device: int = 0  # st_dev of the file, 0 without one
     inode: int = 0
     name: bytes = b""  # as in maps: a path, [heap], [stack], [anon:…] or nothing
-    vm_flags: tuple[str, ...] = ()  # smaps VmFlags, e.g. ("rd", "wr", "mr", "mw", "me", "ac")
+    vm_flags: _Flags = ()  # smaps VmFlags, e.g. ("rd", "wr", "mr", "mw", "me", "ac")
     object: int | None = None  # SharedObject.id for kind "shared"
     file: int | None = None  # MappedFile.id for kind "file"
 
@@ -106,8 +114,8 @@ class Thread(Record, frozen=True):
     robust_list: tuple[int, int] = (0, 0)  # head address, length
     clear_child_tid: int = 0
     rseq: Rseq | None = None
-    pending: tuple[bytes, ...] = ()  # siginfo (128 bytes each) queued for this thread
-    state: dict[str, msgspec.Raw] = {}  # other resource modules, by NAME (e.g. "scheduling")
+    pending: _Signals = ()  # siginfo (128 bytes each) queued for this thread
+    state: _States = {}  # other resource modules, by NAME (e.g. "scheduling")
 
 
 class OpenFile(Record, frozen=True):
@@ -153,7 +161,7 @@ class Process(Record, frozen=True):
     pgid: int
     sid: int
     comm: bytes
-    cmdline: tuple[bytes, ...]
+    cmdline: _Arguments
     start_ticks: int  # field 22 of /proc/PID/stat: with pid and boot id it names the process
     exe: bytes
     cwd: bytes
@@ -161,13 +169,13 @@ class Process(Record, frozen=True):
     umask: int
     personality: int
     layout: MemoryLayout
-    mappings: tuple[Mapping, ...]
-    threads: tuple[Thread, ...]  # the leader first
-    files: tuple[OpenFile, ...]
-    descriptors: tuple[Descriptor, ...]
-    pending: tuple[bytes, ...] = ()  # siginfo queued for the whole process
+    mappings: Annotated[tuple[Mapping, ...], msgspec.Meta(max_length=1 << 17)]
+    threads: Annotated[tuple[Thread, ...], msgspec.Meta(max_length=1 << 15)]  # the leader first
+    files: Annotated[tuple[OpenFile, ...], msgspec.Meta(max_length=1 << 17)]
+    descriptors: Annotated[tuple[Descriptor, ...], msgspec.Meta(max_length=1 << 20)]
+    pending: _Signals = ()  # siginfo queued for the whole process
     stopped: bool = False  # by SIGSTOP or another stop signal: it waits for SIGCONT
-    state: dict[str, msgspec.Raw] = {}  # resource modules by NAME: "signals", "timers", …
+    state: _States = {}  # resource modules by NAME: "signals", "timers", …
 
 
 class Host(Record, frozen=True):
@@ -198,21 +206,21 @@ class TakeStats(Record, frozen=True):
     spilled_chunks: int = 0
     events: int = 0
     attempts: int = 1
-    retry_reasons: tuple[str, ...] = ()
+    retry_reasons: _Words = ()
     seconds: float = 0.0
     peak_staging_bytes: int = 0
-    stages_us: dict[str, int] = {}  # where the pause went: "freeze", "capture", "arm", …
+    stages_us: _Counts = {}  # where the pause went: "freeze", "capture", "arm", …
 
 
 class Manifest(Record, frozen=True):
     image: str
     taken_at: float  # seconds since the epoch, T0
     host: Host
-    processes: tuple[Process, ...]
-    files: tuple[MappedFile, ...] = ()
-    objects: tuple[SharedObject, ...] = ()
+    processes: Annotated[tuple[Process, ...], msgspec.Meta(max_length=1 << 15)]
+    files: Annotated[tuple[MappedFile, ...], msgspec.Meta(max_length=1 << 17)] = ()
+    objects: Annotated[tuple[SharedObject, ...], msgspec.Meta(max_length=1 << 17)] = ()
     stats: TakeStats = TakeStats()
-    warnings: tuple[str, ...] = ()
+    warnings: _Words = ()
 
 
 _decoder = msgspec.msgpack.Decoder(Manifest)

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 from collections.abc import Callable
 
 from .errors import RestoreError
@@ -104,25 +105,46 @@ def _end(row: bytes) -> int:
 
 
 def _tmpfs(one: SharedObject, warnings: list[str]) -> int:
-    """A file with a name keeps it, and gets the bytes of T0; one without is made without."""
-    path = one.name
+    """A file with a name keeps it, and gets the bytes of T0; one without is made without.
+
+    Never outside of a tmpfs: an image must not be able to write to any file of its choice."""
     if not one.linked:
         return _unnamed(one, warnings)
+    directory = os.open(os.path.dirname(one.name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, one.mode)
-        os.fchmod(fd, one.mode)
+        fd = _named(one, directory, os.path.basename(one.name))
+    finally:
+        os.close(directory)
+    try:
         os.ftruncate(fd, one.size)
+        for start, end in list(filesystem.data_ranges(fd, one.size)):
+            for offset in range(start, end, len(_ZEROS)):
+                os.pwrite(fd, _ZEROS[: end - offset], offset)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _named(one: SharedObject, directory: int, name: bytes) -> int:
+    """The file of T0, or a new one where there is none; not a byte of it is changed yet."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    if filesystem.type_of(directory) != filesystem.TMPFS_MAGIC:
+        raise _Problem("its directory is no tmpfs now")
+    try:
+        fd = os.open(name, flags, dir_fd=directory)
+    except FileNotFoundError:
+        fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=directory)
+        os.fchmod(fd, one.mode & 0o777)  # whose it will be is not said: never setuid
         return fd
     found = os.fstat(fd)
-    if (found.st_dev, found.st_ino) != (one.device, one.inode):
+    same = (found.st_dev, found.st_ino) == (one.device, one.inode)
+    if not same or not stat.S_ISREG(found.st_mode):
         os.close(fd)
         raise _Problem("another file has this name now")
-    os.ftruncate(fd, one.size)
-    for start, end in list(filesystem.data_ranges(fd, one.size)):
-        for offset in range(start, end, len(_ZEROS)):
-            os.pwrite(fd, _ZEROS[: end - offset], offset)
+    if filesystem.type_of(fd) != filesystem.TMPFS_MAGIC:
+        os.close(fd)
+        raise _Problem("it is in no tmpfs now")
     return fd
 
 

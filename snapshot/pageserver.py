@@ -1,14 +1,16 @@
 """The page server of a lazy restore, as processes: `python -m snapshot.pageserver`.
 
-Two processes that share one descriptor table (CLONE_FILES), in a session of their own:
+Three processes that share one descriptor table (CLONE_FILES), in a session of their own:
 
   guardian   waits. When the server ends before all pages are in, it makes itself new (exec) and
              starts another one, which replays the journal and goes on.
-  server     lazy.Server, and nothing else. When the guardian ends, it makes another one.
+  server     lazy.Server, and nothing else. When the guardian ends, it makes another one, and
+             another keeper when that ends.
+  keeper     waits (keeper.py). When both others have ended, it becomes the guardian.
 
 Because the table is shared, the userfaultfd of a child that the restored process forks is the
 guardian's from the instant the kernel makes it: no moment exists in which the end of one process
-would close it. Beside that the restored process holds a duplicate of its own: when both processes
+or two would close it. Beside that the restored process holds a duplicate of its own: when all three
 are killed at once it waits for ever (and can be killed) rather than read zeros.
 
 Only what is needed to end the restored process is imported at first; see `main`.
@@ -41,6 +43,7 @@ class Plan:
         self.control: int = fields["control"]  # to `snap restore`, as long as that lives
         self.uffd: int = fields.get("uffd", -1)
         self.pidfd: int = fields.get("pidfd", -1)
+        self.lease: int = fields.get("lease", -1)  # of the image, while there is no server too
         self.pid: int = fields.get("pid", 0)
         self.duplicate: int = fields.get("duplicate", -1)  # its number in the restored process
         self.running: bool = fields.get("running", False)  # `snap restore` has let it go
@@ -68,9 +71,10 @@ def tell(plan: Plan, event: str, **more: Any) -> None:
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """`--start SOCKET STORE IMAGE SPACE`, or `--resume JOURNAL` after a server was lost."""
+    """`--start SOCKET STORE IMAGE SPACE`; `--resume JOURNAL TURN KEEPER` after one was lost."""
     if arguments[0] == "--start" and os.fork():
         os._exit(0)  # nobody's child: a program that restores need not wait for it
+    from . import keeper
     from .journal import Journal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -83,8 +87,14 @@ def main(arguments: list[str]) -> NoReturn:
     else:
         journal = Journal(int(arguments[1]))
         os.set_inheritable(journal.fd, False)
+        if journal.turn != int(arguments[2]):  # the keeper has taken over meanwhile
+            os._exit(0)
+        # Descriptors of this table, whatever somebody of the former one has noted meanwhile.
+        journal.server = journal.guardian = -1
+        journal.keeper = int(arguments[3])
     plan = Plan(journal.plan)
     try:
+        keeper.start(journal, os.getpid())  # first: it holds all from before the server begins
         guard(journal, start_server(journal))
     except BaseException as error:
         give_up(journal, plan, f"the page server cannot be started: {error!r}")
@@ -94,8 +104,14 @@ def start_server(journal: Any) -> int:
     """-> pid of the server; in the server itself this does not return."""
     from .kernel.spawn import twin
 
+    turn = journal.turn
     pid = twin()
     if pid == 0:
+        own = os.pidfd_open(os.getpid())
+        if journal.turn == turn:
+            journal.server = own
+        if journal.turn != turn:  # our guardian was killed, and the keeper has taken over
+            os._exit(1)
         serve(journal)
     return pid
 
@@ -104,7 +120,7 @@ def guard(journal: Any, server: int) -> NoReturn:
     """Waits for the end of the server, and acts on it."""
     from .journal import DONE, FAILED, STARTING
 
-    _name(b"snap-guardian")
+    name(b"snap-guardian")
     pidfd = os.pidfd_open(server)
     while True:
         with suppress(InterruptedError):
@@ -116,7 +132,7 @@ def guard(journal: Any, server: int) -> NoReturn:
     plan = Plan(journal.plan)
     if journal.state in (DONE, FAILED, STARTING):
         os._exit(0 if journal.state == DONE else 1)
-    if not alive(plan.pidfd) and not _descendants(plan.pid):
+    if not needed(journal, plan):
         os._exit(0)
     if journal.futile >= ATTEMPTS:
         give_up(journal, plan, f"{journal.futile} page servers in a row ended at once")
@@ -126,14 +142,20 @@ def guard(journal: Any, server: int) -> NoReturn:
 
 def resume(journal: Any, plan: Plan) -> NoReturn:
     """This process becomes a fresh guardian with the descriptors that matter."""
-    from .events import Fork
+    from . import keeper
 
-    wanted = [journal.fd, plan.control, plan.uffd, plan.pidfd]
-    wanted += [event.fd for _, event in journal.replay() if isinstance(event, Fork)]
+    journal.server = journal.guardian = -1
+    if not alive(journal.keeper):  # nobody else holds what must not be closed, and exec takes long
+        journal.keeper = -1
+        keeper.start(journal, os.getpid())
+    kept = journal.keeper
+    wanted = [journal.fd, plan.control, plan.uffd, plan.pidfd, plan.lease, kept]
+    wanted += journal.forked()
     for fd in wanted:
         with suppress(OSError):
             os.set_inheritable(fd, True)
-    command = [sys.executable, "-m", "snapshot.pageserver", "--resume", str(journal.fd)]
+    command = [sys.executable, "-m", "snapshot.pageserver", "--resume"]
+    command += [str(journal.fd), str(journal.turn), str(kept)]
     try:
         os.execv(sys.executable, command)
     except OSError as error:
@@ -144,7 +166,7 @@ def serve(journal: Any) -> NoReturn:
     """The server process, from beginning to end."""
     from .journal import DONE, RUNNING
 
-    _name(b"snap-pages")
+    name(b"snap-pages")
     status = 1
     plan = Plan(journal.plan)
     try:
@@ -159,7 +181,7 @@ def serve(journal: Any) -> NoReturn:
                 os._exit(1)  # `snap restore` gave up before the process ran
             tell(plan, "ready", server=os.getpid())
         else:
-            journal.futile += 1
+            journal.note_start()
             service = Service(journal, plan)
             service.take_over()
         service.run()
@@ -193,19 +215,19 @@ def give_up(journal: Any, plan: Plan, reason: str) -> NoReturn:
     """Ends the restored process and all it has forked: their missing pages will never come."""
     from .journal import FAILED
 
-    journal.state = FAILED
     if plan.pidfd >= 0:
-        victims = [pid for pid in _descendants(plan.pid) if pid != os.getpid()]
+        victims = _forked(plan)
         if alive(plan.pidfd):
             say(plan, f"killed process {plan.pid}: {reason}")
             with suppress(OSError):
                 signal.pidfd_send_signal(plan.pidfd, signal.SIGKILL)
         for pid in victims:
-            say(plan, f"killed its child {pid}")
+            say(plan, f"killed its child {pid}: {reason}")
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
     else:
         say(plan, reason)
+    journal.state = FAILED  # not before: who is killed meanwhile is replaced, and they are killed
     tell(plan, "failed", message=reason[:LAST_WORDS])
     os._exit(1)
 
@@ -216,6 +238,28 @@ def alive(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return not poll.poll(0)
+
+
+def needed(journal: Any, plan: Plan) -> bool:
+    """Whether anybody may still miss a page: the process, or a child that may have outlived it."""
+    return alive(plan.pidfd) or bool(journal.forked())
+
+
+def _forked(plan: Plan) -> set[int]:
+    """Processes that the restored one has forked: those below it, and those that have outlived it
+    and still hold the duplicate."""
+    from .kernel.uffd import Uffd
+
+    found = set(_descendants(plan.pid))
+    uffd = Uffd(plan.uffd)
+    for entry in os.listdir("/proc"):
+        with suppress(OSError, ValueError):
+            if int(entry) in found or int(entry) == plan.pid:
+                continue
+            link = os.readlink(f"/proc/{entry}/fd/{plan.duplicate}")
+            if "userfaultfd" in link and uffd.held_by(int(entry), plan.duplicate):
+                found.add(int(entry))
+    return found - {os.getpid()}
 
 
 def _descendants(pid: int) -> list[int]:
@@ -238,7 +282,7 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _name(comm: bytes) -> None:
+def name(comm: bytes) -> None:
     with suppress(OSError), open("/proc/self/comm", "wb") as file:
         file.write(comm)
 

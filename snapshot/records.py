@@ -25,6 +25,7 @@ INDEX_VALUE = struct.Struct(f">Q{DIGEST_BYTES}s")  # sequence number, digest of 
 INDEX_ENTRY = struct.Struct(f">QQ{DIGEST_BYTES}s")
 """Chunk address and index value: what the digest of a space is made of."""
 
+_YEAR_9999 = 253_402_300_800
 MAX_RECORD = 4 * 1024 * 1024
 """Bytes of a sealed record: less than the reserve at the file's end (environment.RESERVE)."""
 
@@ -98,6 +99,23 @@ def unseal(key: bytes, value: Bytes, kind: type[R]) -> R:
     if digest(key, body) != value[:DIGEST_BYTES]:
         raise DamagedError(f"the record of {key!r} does not match its checksum")
     try:
-        return msgspec.msgpack.decode(body, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        record = msgspec.msgpack.decode(body, type=kind)
+        if isinstance(record, ImageRecord):
+            _check(record)
+        return record
+    except (ValueError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DamagedError(f"the record of {key!r}: {error}") from None
+
+
+def _check(record: ImageRecord) -> None:
+    """ValueError for what `commit` cannot have written: a seal does not say by whom it was made."""
+    counts = (record.number, record.saved_bytes, record.stored_bytes, record.manifest_bytes)
+    if not all(0 <= count < 1 << 64 for count in (*counts, record.start_ticks)):
+        raise ValueError(f"numbers {counts}")
+    if not 0 <= record.taken_at < _YEAR_9999:  # nor NaN
+        raise ValueError(f"taken at {record.taken_at}")
+    before = -1
+    for one in record.spaces:
+        if not before < one.space < 1 << 32 or not 0 <= one.chunks < 1 << 48:
+            raise ValueError(f"space {one.space} with {one.chunks} chunks")
+        before = one.space

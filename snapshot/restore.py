@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import msgspec
+
 from . import address_space, fill
-from .errors import UnsupportedError
+from .errors import DamagedError, UnsupportedError
 from .image import Image
 from .kernel.remote import Remote
 from .manifest import Process
@@ -92,7 +95,8 @@ def restore(
     context = Context(image.manifest, image, stdio)
     with job.page_server(process, lazy) as server:
         memory = server.memory if server else job.fill
-        with rebuild(process, context, namespace=pid == "new", memory=memory) as rebuilt:
+        new = rebuild(process, context, namespace=pid == "new", memory=memory)
+        with _sensible(image), new as rebuilt:
             rebuilt.finish(context, parent_stays=parent_stays)
             job.hook("rebuilt", rebuilt.pid)
             rebuilt.run()
@@ -169,9 +173,26 @@ class _Restore:
             log.error("%d: %s", restored.pid, failure)
 
 
+@contextmanager
+def _sensible(image: Image) -> Iterator[None]:
+    """What nobody wrote on purpose may be in the records of forty kinds of state: numbers that fit
+    nowhere, names with zeros. Nothing is left of the process when one of them is met."""
+    try:
+        yield
+    except (ValueError, OverflowError, LookupError, struct.error, msgspec.MsgspecError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DamagedError(
+            f"image {image.name} says what cannot be rebuilt: {reason}",
+            f"snap restore {image.name} -v",
+        ) from error
+
+
 def _only_process(image: Image) -> Process:
     processes = image.manifest.processes
     if len(processes) != 1:
-        pids = [f"process {process.pid} ({process.comm.decode()})" for process in processes]
+        pids = [
+            f"process {process.pid} ({process.comm.decode(errors='replace')})"
+            for process in processes
+        ]
         raise UnsupportedError("an image of several processes cannot be restored yet", pids)
     return processes[0]

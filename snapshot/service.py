@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import pageserver
+from . import keeper, pageserver
 from .errors import SnapError
 from .journal import RUNNING, Journal
 from .kernel import procfs
@@ -39,12 +39,18 @@ class Service:
         self.journal = journal
         self.plan = plan
         self.image = Store.open(Path(plan.store)).image(plan.image)
+        before, plan.lease = plan.lease, self.image.lease_descriptor
+        journal.set_plan(plan.fields())
+        if before >= 0:
+            os.close(before)
         self.image.addresses(plan.space)  # reads and verifies the index now, not at the first fault
         self._guardian = -1
         self._patience = time.monotonic() + PATIENCE
         self._server = Server(self.image, plan.space, journal, self._finish)
         self._server.pause_ms = int(os.environ.get(PAUSE, "0"))
+        self._keeper = -1
         self._watch_guardian(os.getppid())
+        self._watch_keeper(journal.keeper)
 
     @property
     def faults(self) -> int:
@@ -77,7 +83,8 @@ class Service:
         self._server.take_over()
 
     def _add(self) -> None:
-        self._server.add(Uffd(self.plan.uffd), Missing.of(self.plan.ranges))
+        # The plan's own stays open: by it a child is known that has outlived the process.
+        self._server.add(Uffd(os.dup(self.plan.uffd)), Missing.of(self.plan.ranges))
         if not self.plan.running:
             self._server.hold = True
             self._server.watch(self.plan.control, self._let_go)
@@ -95,8 +102,9 @@ class Service:
 
     def run(self) -> None:
         self._server.run()
-        if self._guardian >= 0:
-            os.close(self._guardian)
+        for watched in (self._guardian, self._keeper):
+            if watched >= 0:
+                os.close(watched)
         self.image.close()
 
     def _finish(self, client: Client) -> bool:
@@ -142,17 +150,54 @@ class Service:
     def _watch_guardian(self, pid: int) -> None:
         """A guardian that ends is replaced by a copy of this process that only waits."""
         self._guardian = os.pidfd_open(pid)
+        self._guardian_pid = pid
         self._server.watch(self._guardian, self._guardian_ended)
 
     def _guardian_ended(self) -> None:
         self._server.unwatch(self._guardian)
         os.close(self._guardian)
+        _reap()
         server = os.getpid()
+        turn = self.journal.turn
         pid = twin()
         if pid == 0:
+            own = os.pidfd_open(os.getpid())
+            if self.journal.turn == turn:
+                self.journal.guardian = own
+            if self.journal.turn != turn:  # the keeper has taken over
+                os._exit(0)
             pageserver.guard(self.journal, server)
         pageserver.say(self.plan, f"the guardian ended; {pid} takes its place")
         self._watch_guardian(pid)
+        self._new_keeper(pid)  # the one there is waits for the end of the old guardian
+
+    def _watch_keeper(self, pidfd: int) -> None:
+        """A keeper that ends is replaced too. Until it has begun there is none to be seen: the
+        guardian has made it, and makes another with the next server."""
+        if pidfd >= 0:
+            self._keeper = os.dup(pidfd)
+            self._server.watch(self._keeper, self._keeper_ended)
+
+    def _keeper_ended(self) -> None:
+        self.journal.keeper = -1
+        pageserver.say(self.plan, "the keeper ended; another one takes its place")
+        self._new_keeper(self._guardian_pid)
+
+    def _new_keeper(self, guardian: int) -> None:
+        if self._keeper >= 0:
+            self._server.unwatch(self._keeper)
+            os.close(self._keeper)
+            self._keeper = -1
+        _reap()
+        with suppress(ProcessLookupError):  # the guardian has ended as well: next
+            self._watch_keeper(os.pidfd_open(keeper.start(self.journal, guardian)))
+
+
+def _reap() -> None:
+    """Processes that we have made and that have ended."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _close_in(pid: int, fd: int, uffd: Uffd) -> None:

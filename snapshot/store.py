@@ -207,6 +207,7 @@ class Store:
         DamagedError, and nothing of an image is removed, when the record of one is damaged or lost.
         `progress` is called with the chunks removed and those to remove.
         """
+        self._environment.check()
         freed = sweep.clear_dead(self._environment)
         for number, record in sweep.takes(self._environment):
             if record.removed:

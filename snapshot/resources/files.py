@@ -140,7 +140,8 @@ def open(file: OpenFile, opening: Opening) -> int:
         fd = reopen(_rebuilt(state, opening), flags)
     else:
         try:
-            fd = os.open(state.path, flags | os.O_NOCTTY | os.O_CLOEXEC)
+            # Not to wait for ever where a FIFO has the name now; `set_flags` puts it right.
+            fd = os.open(state.path, flags | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             standard = sorted(set(opening.fds.get(file.id, ())) & set(STANDARD))
             if not standard:

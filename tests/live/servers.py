@@ -16,9 +16,9 @@ def comm(pid: int) -> str:
 
 
 def servers(*names: str) -> list[int]:
-    """Pids of those that have not ended: snap-pages, snap-guardian. The test is a sub-reaper, so
+    """Pids of those that have not ended: pages, guardian, keeper. The test is a sub-reaper, so
     they are below it."""
-    wanted = names or ("snap-pages", "snap-guardian")
+    wanted = names or ("snap-pages", "snap-guardian", "snap-keeper")
     below = [pid for pid in processes.descendants(os.getpid()) if comm(pid) in wanted]
     return [pid for pid in below if not processes.ended(pid)]
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from snapshot import service
+from snapshot import pageserver, service
 from snapshot.errors import SnapError
 from snapshot.image import Image
 from snapshot.records import NUMBER
 from snapshot.restore import Restored, restore
 from snapshot.store import Store
-from tests.harness.processes import become_subreaper, kill, wait_until
+from tests.harness.processes import become_subreaper, children, kill, state, wait_until
 from tests.live.servers import await_end, servers
 from tests.live.stopped_copy import copy
 
@@ -203,13 +203,64 @@ def test_a_guardian_that_is_killed_is_replaced(lazily: Lazy) -> None:
     assert lazily.does("all") == "ok"
 
 
-def test_without_server_and_guardian_it_hangs_and_can_be_killed(lazily: Lazy) -> None:
-    """Never zeros: it waits for ever."""
+def test_server_and_guardian_killed_at_once_are_replaced(lazily: Lazy) -> None:
+    """With a child that misses pages too: nothing of it is known to anybody else."""
+    assert lazily.does("change") == "ok"
     guardian, server = lazily.guardian, lazily.server
     os.kill(guardian, signal.SIGSTOP)  # or it would start another server
     os.kill(server, signal.SIGKILL)
     os.kill(guardian, signal.SIGKILL)
-    wait_until(lambda: not servers(), "both being dead")
+    assert lazily.does("changed") == "ok"
+    assert "guardian and page server ended" in log(lazily)
+
+
+@pytest.mark.parametrize("first", ["snap-guardian", "snap-pages"])
+def test_a_child_of_the_restored_process_outlives_server_and_guardian(
+    lazily: Lazy, first: str
+) -> None:
+    """Its userfaultfd is in their table alone."""
+    lazily.command("orphan")
+    wait_until(lambda: len(children(lazily.pid)) > 0, "a child with missing pages")
+    for name in (first, "snap-guardian", "snap-pages"):
+        for pid in servers(name):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert lazily.answer() == "ok"
+    lazily.end()
+    assert lazily.answer() == "orphan ok"
+
+
+def test_a_keeper_that_is_killed_is_replaced(lazily: Lazy) -> None:
+    wait_until(lambda: len(servers("snap-keeper")) == 1, "the keeper")
+    (keeper,) = servers("snap-keeper")
+    os.kill(keeper, signal.SIGKILL)
+    wait_until(lambda: "the keeper ended" in log(lazily), "another keeper")
+    test_server_and_guardian_killed_at_once_are_replaced(lazily)
+
+
+def test_many_servers_may_be_killed_as_long_as_pages_come(lazily: Lazy) -> None:
+    """Only servers that bring nothing are given up."""
+    for _ in range(pageserver.ATTEMPTS + 2):
+        wait_until(lambda: bool(servers("snap-pages")), "a server")
+        (server,) = servers("snap-pages")
+        lazily.command("all")
+        lazily.answer()
+        os.kill(server, signal.SIGKILL)
+        wait_until(lambda server=server: server not in servers(), "its end")  # type: ignore[misc]
+        if not missing(lazily.pid):
+            break
+    assert lazily.does("all") == "ok"
+
+
+def test_with_nobody_left_it_hangs_and_can_be_killed(lazily: Lazy) -> None:
+    """Never zeros: it waits for ever."""
+    wait_until(lambda: len(servers()) == 3, "all three")
+    left = servers("snap-keeper") + servers("snap-guardian") + servers("snap-pages")
+    for pid in left:  # or they would start others
+        os.kill(pid, signal.SIGSTOP)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not servers(), "all being dead")
     lazily.command("all")
     with pytest.raises(TimeoutError):
         lazily.answer(seconds=1)
@@ -268,6 +319,31 @@ def test_a_damaged_chunk_ends_the_process(
         finally:
             lazy.end()
             (directory / "do").unlink(missing_ok=True)
+    await_end()
+
+
+def test_a_damaged_chunk_ends_children_that_have_outlived_their_parent_too(
+    place: tuple[Path, Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, image = place
+    monkeypatch.setenv(service.PAUSE, "20")
+    store = tmp_path / "store"
+    shutil.copytree(image.store_path, store)
+    largest = max(image.mappings, key=lambda one: one.size * (one.kind == "anon"))
+    address = next(at for at in image.addresses(0) if at > largest.start + 4 * 1024 * 1024)
+    damage(image, address, store)
+    (directory / "done").unlink(missing_ok=True)
+    with Store.open(store).image(image.name) as damaged:
+        lazy = Lazy(directory, restore(damaged, lazy=True))
+        try:
+            assert lazy.does("orphan") == "ok"
+            (child,) = children(lazy.pid)
+            lazy.end()
+            wait_until(lambda: state(child) in ("", "Z"), "the child being killed")
+            assert not (directory / "done").exists()  # "orphan ok", or worse
+            assert f"killed its child {child}" in (store / "pageserver.log").read_text()
+        finally:
+            lazy.end()
     await_end()
 
 

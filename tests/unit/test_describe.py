@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from snapshot import describe
+from snapshot.manifest import MappedFile
 from snapshot.stats import Progress, Stopwatch, microseconds
 from snapshot.store import Store
 from snapshot.units import CHUNK
@@ -30,11 +31,14 @@ def test_nothing_unprintable_reaches_a_terminal(raw: bytes, shown: str) -> None:
 
 def test_details_name_every_mapping_and_what_of_it_is_held(tmp_path: Path) -> None:
     stack = mapping(start=BASE + 0x8000, size=2 * CHUNK, name=b"[stack]")
-    code = mapping(start=0x40_0000, prot=5, kind="file", name=b"/bin/cat", shared=True)
+    code = mapping(start=0x40_0000, prot=5, kind="file", name=b"/bin/cat", shared=True, file=1)
+    cat = MappedFile(
+        id=1, path=b"/bin/cat", device=1, inode=2, size=9, mtime_ns=3, writable=False
+    )
     with Store.open(tmp_path / "store", create=True) as store:
         with store.begin("one") as writer:
             writer.put([raw(b"x", BASE), raw(b"y", BASE + CHUNK)])
-            writer.commit(manifest("one", process(code, stack)))
+            writer.commit(manifest("one", process(code, stack), files=(cat,)))
         with store.image("one") as image:
             held = describe.held_by(image)
             text = "\n".join(describe.details(image.manifest, held))

@@ -104,7 +104,9 @@ def made_up(seed: int, count: int, space: int, base: int) -> list[RawChunk]:
 
 
 def test_a_second_reader_agrees(tmp_path: Path) -> None:
-    shared = mapping(BASE - MIB, 8 * CHUNK, kind="shared", object=2, offset=CHUNK + PAGE)
+    shared = mapping(
+        BASE - MIB, 8 * CHUNK, shared=True, kind="shared", object=2, offset=CHUNK + PAGE
+    )
     processes = (
         process(shared, mapping(size=50 * CHUNK)),
         process(mapping(size=20 * CHUNK), pid=101, index=1),

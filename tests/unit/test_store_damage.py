@@ -1,8 +1,7 @@
 """Flipped bits in the data file: right bytes or DamagedError, never wrong bytes.
 
-LMDB has no checksums, so pages of its B-trees may be damaged too; its own checks turn nearly all of
-that into errors (docs/image-format.md has the numbers). Each damage is read by a forked child,
-because LMDB may also abort.
+LMDB has no checksums and trusts the pages of its B-trees, so those are checked before it is let at
+them (soundness.py). Each damage is read by a forked child, so that a crash would be seen.
 """
 
 from __future__ import annotations
@@ -127,14 +126,12 @@ def test_pages_of_the_trees(path: Path) -> None:
     assert len(pages) > 10
 
     def places() -> Iterator[tuple[int, int]]:
-        for number in range(150):
+        for number in range(600):
             within = random.randrange(80 if number % 2 else PAGE)
             yield random.choice(pages) * PAGE + within, random.randrange(8)
 
     found = outcomes(path, places())
-    assert found[WRONG] == found[OTHER] == 0, found
-    aborted = sum(count for status, count in found.items() if status < 0)
-    assert aborted <= 3, found
+    assert set(found) <= {RIGHT, DAMAGED}, found
 
 
 @pytest.mark.parametrize("part", [0, 1, 100, 4096, 8192, 8193, 0.3, 0.9])

@@ -1,0 +1,64 @@
+"""Page servers killed at random instants, while the restored process checks what it reads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from random import Random
+
+from tests.harness.processes import state, wait_until
+from tests.live.servers import servers
+
+WHO = ("server", "guardian", "both", "both", "keeper and server")
+COMMANDS = ("all", "all", "fork", "orphan", "threads", "dontneed", "free", "move", "grow", "unmap",
+            "brk", "protect", "write")  # fmt: skip
+ALL = ("snap-pages", "snap-guardian", "snap-keeper")
+LONGEST = 0.25
+"""Seconds between two kills, at most."""
+
+
+def living(name: str) -> list[int]:
+    """Without those that were killed and that nobody has waited for yet."""
+    return [pid for pid in servers(name) if state(pid) not in ("Z", "X", "")]
+
+
+def victims(who: str, random: Random) -> list[int]:
+    """Pids to be killed together, in any order."""
+    names = {
+        "server": ["snap-pages"],
+        "guardian": ["snap-guardian"],
+        "both": ["snap-pages", "snap-guardian"],
+        "keeper and server": ["snap-keeper", "snap-pages"],
+    }[who]
+    random.shuffle(names)
+    return [pid for name in names for pid in living(name)]
+
+
+def kill_some(
+    random: Random, most: int, done: Callable[[], bool], complete: Callable[[], bool]
+) -> Counter[str]:
+    """Up to `most` kills at random instants; after the first until `done`, or until `complete`: all
+    pages are in. -> how many of which kind hit."""
+    found: Counter[str] = Counter()
+    while sum(found.values()) < most and not complete() and not (found and done()):
+        # The instant is what is tried out: nothing is waited for.
+        time.sleep(random.random() ** 2 * LONGEST)
+        who = random.choice(WHO)
+        if "keeper" in who:  # not while the third is alone already: with nobody left it hangs
+            with suppress(TimeoutError):
+                wait_until(lambda: complete() or all(map(living, ALL)), "all three")
+        hit = 0
+        for pid in victims(who, random):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                hit += 1
+        if hit:
+            found[who] += 1
+        if "keeper" in who:
+            with suppress(TimeoutError):
+                wait_until(lambda: complete() or bool(living("snap-keeper")), "a keeper")
+    return found
