@@ -103,7 +103,6 @@ def _mappings(mappings: Iterable[Mapping], files: set[int], objects: set[int]) -
             _wrong(f"{where} is of file {one.file}, which the image does not have")
         if one.kind == "shared" and (one.object not in objects or not one.shared):
             _wrong(f"{where} is of shared object {one.object}, which the image does not have")
-        _number(f"{where}: bytes in the image", one.populated, _I63)
         _text(where, one.name)
 
 
