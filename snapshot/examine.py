@@ -81,14 +81,13 @@ def examine(
     GiB). `needed`: the shared objects that descriptors lead to, where the target is stopped."""
     needed = needed if needed is not None else earlier.needed if earlier else {}
     lines = procfs.smaps(pid)
-    maps = procfs.read(pid, "maps")
-    if _ranges(lines) != _ranges(parse_maps(maps)):
-        maps = b""  # it changed in between: the pause will look again
     written = written_files(pid)
     tmpfs = _tmpfs_devices(pid)
 
-    def facts(line: Line) -> FileFacts:
+    def facts(line: Line) -> FileFacts | None:
         found = procfs.mapped_path(pid, line)
+        if found is None:
+            return None
         key = (found.stat.st_dev, found.stat.st_ino)
         return FileFacts(
             path=found.path,
@@ -104,6 +103,9 @@ def examine(
         )
 
     made = plan(lines, 0, facts, needed.values(), earlier.plan if earlier else None)
+    maps = procfs.read(pid, "maps")
+    if _ranges(lines) != _ranges(parse_maps(maps)):
+        maps = b""  # it changed in between: the pause will look again
     return Examination(pid, maps, needed, written, made)
 
 

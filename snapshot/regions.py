@@ -68,12 +68,12 @@ class Plan:
 def plan(
     lines: Iterable[Line],
     space: int,
-    facts: Callable[[Line], FileFacts],
+    facts: Callable[[Line], FileFacts | None],
     needed: Iterable[SharedMemory] = (),
     earlier: Plan | None = None,
 ) -> Plan:
-    """`lines` are those of smaps (VmFlags decide). `facts` is asked for mappings with an inode.
-    `needed`: the shared objects that descriptors lead to, mapped or not. `earlier`: a plan of the
+    """`lines` are those of smaps (VmFlags decide). `facts` is asked for mappings with an inode;
+    None: it is mapped no more. `needed`: the shared objects that descriptors lead to, mapped or not. `earlier`: a plan of the
     same process; what was a shared object in it keeps its id, and so its space."""
     made = Plan(space)
     if earlier is not None:
@@ -97,8 +97,8 @@ def plan(
             _keep(made, line, "anon")
             if "dp" not in line.vm_flags:
                 _save(made, line, armed=True)
-        else:
-            _file(made, line, facts(line))
+        elif (found := facts(line)) is not None:
+            _file(made, line, found)
     _unmapped_parts(made)
     return made
 

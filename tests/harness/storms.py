@@ -78,3 +78,24 @@ def swap(directory: Path, mib: int = 256) -> Iterator[str]:
                 subprocess.run(["swapoff", path], check=True)
     finally:
         path.unlink(missing_ok=True)
+
+
+def swapped_out() -> int:
+    """Pages that this machine has written to swap since it was booted."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("pswpout "))
+
+
+@contextmanager
+def merging() -> Iterator[str]:
+    """KSM runs for as long as the block lasts; yields why not, or ''."""
+    run = Path("/sys/kernel/mm/ksm/run")
+    if not run.exists():
+        yield "this kernel merges no pages (KSM)"
+        return
+    before = run.read_text()
+    run.write_text("1")
+    try:
+        yield ""
+    finally:
+        run.write_text(before)

@@ -1,0 +1,112 @@
+"""Whatever the target does with its memory during a take, the image is the memory of T0.
+
+Each operation of tests/targets/storm.c and storm_more.c alone, then mixed at random by several
+threads; with memory copied ahead of T0, and with T0 at once. tests/stress/test_storm.py does
+thousands. Each victim checks its own memory too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from snapshot.store import Store
+from tests.conftest import Spawn
+from tests.harness import oracle
+from tests.harness.storms import MORE, Tally, merging, swap, swapped_out
+from tests.harness.takes import take_with_oracle
+
+pytestmark = pytest.mark.live
+
+MODES = [False, True]
+SMALL = 4 << 20
+
+
+def label(now: bool) -> str:
+    return "now" if now else "ahead"
+
+
+@pytest.mark.parametrize("now", MODES, ids=label)
+@pytest.mark.parametrize("what", MORE)
+def test_one_operation(spawn: Spawn, store: Path, what: str, now: bool) -> None:
+    victim = spawn("storm", what=what, mib=1, pause=1)
+    tally = Tally()
+    tally.take(victim.pid, store, "image", now=now)
+    assert (tally.torn, tally.failed) == ([], 0), str(tally)
+    victim.verify()
+    victim.goes_on()
+
+
+@pytest.mark.parametrize("now", MODES, ids=label)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_mix(spawn: Spawn, store: Path, seed: int, now: bool) -> None:
+    victim = spawn("storm", what="mix", mib=1, threads=3, pause=1, seed=seed)
+    tally = Tally()
+    for number in range(3):
+        tally.take(victim.pid, store, f"image-{number}", now=now)
+        victim.verify()
+    assert (tally.torn, tally.failed) == ([], 0), f"seed {seed}: {tally}"
+    victim.goes_on()
+
+
+@pytest.mark.parametrize("guard", ["always", "never"])
+@pytest.mark.parametrize("now", MODES, ids=label)
+def test_mix_with_little_staging(spawn: Spawn, store: Path, now: bool, guard: str) -> None:
+    """`never` fails rather than try again, and then nothing is left; it is never torn."""
+    victim = spawn("storm", what="mix", mib=4, threads=3, pause=1, seed=4)
+    tally = Tally()
+    for number in range(3):
+        tally.take(victim.pid, store, f"image-{number}", now=now, guard=guard, memory=SMALL)
+        victim.verify()
+    assert tally.torn == [], str(tally)
+    assert tally.retried == 0
+    if guard == "always":
+        assert tally.failed == 0, str(tally)
+    with Store.open(store) as opened:
+        assert len(opened.images()) == tally.exact_at_once
+
+
+@pytest.mark.parametrize("now", MODES, ids=label)
+def test_swapped_out(spawn: Spawn, store: Path, tmp_path: Path, now: bool) -> None:
+    with swap(tmp_path) as reason:
+        if reason:
+            pytest.skip(f"no swap: {reason}")
+        before = swapped_out()
+        victim = spawn("storm", what="cold", mib=4, pause=1)
+        try:
+            tally = Tally()
+            for number in range(4):
+                tally.take(victim.pid, store, f"image-{number}", now=now)
+            assert (tally.torn, tally.failed) == ([], 0), str(tally)
+            victim.verify()
+            assert swapped_out() > before
+        finally:
+            victim.kill()  # or swapoff brings all of it back
+
+
+@pytest.mark.parametrize("now", MODES, ids=label)
+def test_merged(spawn: Spawn, store: Path, now: bool) -> None:
+    with merging() as reason:
+        if reason:
+            pytest.skip(reason)
+        victim = spawn("storm", what="merge", mib=4, pause=1)
+        tally = Tally()
+        for number in range(4):
+            tally.take(victim.pid, store, f"image-{number}", now=now)
+        assert (tally.torn, tally.failed) == ([], 0), str(tally)
+        victim.verify()
+
+
+@pytest.mark.parametrize("guard", ["always", "never"])
+@pytest.mark.parametrize("now", MODES, ids=label)
+def test_rounds_that_never_converge(spawn: Spawn, store: Path, now: bool, guard: str) -> None:
+    """All of it is written all the time: the remainder is nearly everything, and exact."""
+    writer = spawn("writer", kind="anon", mib=48, threads=2)
+    memory, image = take_with_oracle(writer.pid, store, "image", now=now, guard=guard, memory=SMALL)
+    with image:
+        assert oracle.compare(memory, image, writer.pid) == []
+        assert image.manifest.stats.attempts == 1
+        assert image.manifest.stats.remainder_bytes > SMALL
+    writer.verify()
+    writer.goes_on()
