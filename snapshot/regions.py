@@ -73,8 +73,9 @@ def plan(
     earlier: Plan | None = None,
 ) -> Plan:
     """`lines` are those of smaps (VmFlags decide). `facts` is asked for mappings with an inode;
-    None: it is mapped no more. `needed`: the shared objects that descriptors lead to, mapped or not. `earlier`: a plan of the
-    same process; what was a shared object in it keeps its id, and so its space."""
+    None: it is mapped no more. `needed`: the shared objects that descriptors lead to, mapped or
+    not. `earlier`: a plan of the same process; what was a shared object in it keeps its id, and so
+    its space."""
     made = Plan(space)
     if earlier is not None:
         made.object_ids.update(earlier.object_ids)

@@ -50,7 +50,7 @@ class Tally:
         self.exact_at_once += not reasons and not different
 
     def __str__(self) -> str:
-        reasons = "".join(f"; {count} × {reason}" for reason, count in self.reasons.items())
+        reasons = "".join(f"; {count} x {reason}" for reason, count in self.reasons.items())
         return (
             f"{self.takes} takes: {self.exact_at_once} exact at the first T0, {self.retried} after "
             f"another, {self.failed} failed, {len(self.torn)} differences{reasons}"

@@ -77,6 +77,7 @@ void snap_pump_free(snap_pump *p)
     free(p->tentative.at);
     free(p->faults.at);
     free(p->releases.at);
+    free(p->plain_moves.at);
     free(p->disturbed.at);
     free(p->queue.at);
     free(p->waiting.at);
