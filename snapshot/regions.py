@@ -34,7 +34,7 @@ class FileFacts:
     size: int
     mtime_ns: int
     mode: int
-    written: bool = False  # a descriptor of the target can write to it
+    written: bool = False  # a descriptor of the target can write to it, or another process
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +236,8 @@ def _shared(made: Plan, line: Line, facts: FileFacts, memfd: bool) -> None:
         made.objects[key] = known
         made.object_source[known.id] = line
     _keep(made, line, "shared", shared_object=known.id)
-    # write(2), ftruncate and fallocate reach the object without a fault of any mapping.
+    # write(2), ftruncate and fallocate reach the object without a fault of any mapping, and another
+    # process through a mapping of its own.
     length = min(line.size, max(0, align_up(known.size, PAGE) - line.offset))
     if length:
         made.windows.append(

@@ -1,5 +1,6 @@
-"""Shared memory that gets one more mapping during a take: mremap of no size, or one that leaves the
-old place mapped. That mapping is not protected, so nothing tells of writes through it."""
+"""Shared memory that is written through a mapping which is not protected, so that nothing tells of
+it: one that mremap makes during the take (of no size, or leaving the old place mapped), or that of
+another process."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.live
 
 # Its answer comes when everything has been written through the mapping that was made last.
 VICTIM = """
-import ctypes, mmap, signal, sys
+import ctypes, mmap, os, signal, sys
 how, size = sys.argv[1], 128 << 20
 mremap = ctypes.CDLL(None).mremap
 mremap.restype = ctypes.c_void_p
@@ -40,12 +41,18 @@ def again(*_):
     elif how == "kept":
         assert mremap(at, size, size, 1 | 2 | 4, to) == to
         ctypes.memset(at, ord("b"), size)
+    elif how == "child":
+        ctypes.memset(at, ord("b"), size)
     else:
         assert mremap(at, size, size, 1 | 2, to) == to
         ctypes.memset(to, ord("b"), size)
     print("written", flush=True)
 
 signal.signal(signal.SIGUSR1, again)
+if how == "child":
+    while os.fork():
+        signal.pause()
+    print(os.getpid(), flush=True)
 print("ready", flush=True)
 while True:
     signal.pause()
@@ -57,7 +64,10 @@ class Target:
         self.process = subprocess.Popen(
             [sys.executable, "-c", VICTIM, how], stdout=subprocess.PIPE, text=True
         )
-        self.pid = self.process.pid
+        assert self.process.stdout
+        self.pid = self.writer = self.process.pid
+        if how == "child":
+            self.writer = int(self.process.stdout.readline())
         self.says("ready")
 
     def says(self, word: str) -> None:
@@ -65,7 +75,7 @@ class Target:
         assert self.process.stdout.readline() == f"{word}\n"
 
     def go(self) -> None:
-        os.kill(self.pid, signal.SIGUSR1)
+        os.kill(self.writer, signal.SIGUSR1)
 
 
 @pytest.fixture
@@ -80,6 +90,8 @@ def start() -> Iterator[Callable[[str], Target]]:
     for target in started:
         processes.kill(target.pid)
         target.process.wait()
+        if target.writer != target.pid:
+            processes.kill(target.writer)
         if target.process.stdout:
             target.process.stdout.close()
 
@@ -121,7 +133,14 @@ def test_only_moved_after_t0(start: Callable[[str], Target], store: Path) -> Non
     target.says("written")
 
 
-@pytest.mark.parametrize("how", ["twice", "kept", "moved"])
+def test_written_by_a_child_after_t0(start: Callable[[str], Target], store: Path) -> None:
+    """It is not stopped: what it shares with the target is copied while that stands still."""
+    target = start("child")
+    assert exact(target, store, now=True, after_t0=True).attempts == 1
+    target.says("written")
+
+
+@pytest.mark.parametrize("how", ["twice", "kept", "moved", "child"])
 def test_between_the_copy_and_t0(
     start: Callable[[str], Target], store: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:

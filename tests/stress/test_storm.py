@@ -51,7 +51,7 @@ def test_mix(spawn: Spawn, store: Path, tmp_path: Path, row: str) -> None:
     with swap(tmp_path) as no_swap, merging() as no_merging:
         for seed in range(SEED, SEED + -(-times // PER_VICTIM)):
             mib = 4 if "memory" in options else 1
-            victim = spawn("storm", what="mix", mib=mib, threads=3, pause=1, seed=seed, life=3600)
+            victim = spawn("storm", what="mix", mib=mib, threads=3, pause=2, seed=seed, life=3600)
             try:
                 for number in range(min(PER_VICTIM, times - tally.takes)):
                     tally.take(victim.pid, store, f"seed-{seed}-{number}", **options)
@@ -60,5 +60,5 @@ def test_mix(spawn: Spawn, store: Path, tmp_path: Path, row: str) -> None:
                     forget(store)
             finally:
                 victim.kill()
-    print(f"\n{row}, seeds {SEED} to {seed}: {tally} {no_swap} {no_merging}")
+            print(f"{row}, seeds {SEED} to {seed}: {tally} {no_swap} {no_merging}", flush=True)
     assert tally.failed <= times // 50, str(tally)
