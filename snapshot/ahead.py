@@ -45,6 +45,10 @@ class Ahead:
         while self.rounds < ROUNDS:
             done = self.pump.round(report)
             self.rounds += 1
+            # One that is opened and closed again between two looks is not seen.
+            self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
+            if self.direct_io:
+                return
             dirty = done.copied_bytes + done.left_bytes
             if dirty <= REMAINDER or (before is not None and dirty > before * SHRINKS):
                 return
