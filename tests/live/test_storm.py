@@ -7,6 +7,7 @@ thousands. Each victim checks its own memory too.
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import snapshot
 from snapshot.ahead import Ahead
 from snapshot.pump import Pump, Round
 from snapshot.store import Store
@@ -115,6 +117,31 @@ def test_rounds_that_never_converge(spawn: Spawn, store: Path, now: bool, guard:
         assert image.manifest.stats.remainder_bytes > SMALL
     writer.verify()
     writer.goes_on()
+
+
+def test_written_by_another_process(spawn: Spawn, store: Path) -> None:
+    """process_vm_writev into protected memory waits like any other writer."""
+    victim = spawn("exits", mib=64)
+    start, size = victim.status().values[:2]
+    libc = ctypes.CDLL(None, use_errno=True)
+    ours = ctypes.create_string_buffer(b"b" * size, size)
+    local = (ctypes.c_size_t * 2)(ctypes.addressof(ours), size)
+    remote = (ctypes.c_size_t * 2)(start, size)
+    written = []
+
+    def write(context: object) -> None:
+        written.append(libc.process_vm_writev(victim.pid, local, 1, remote, 1, 0))
+
+    seen: list[oracle.Memory] = []
+    hooks: dict[str, Callable[[object], None]] = {
+        "frozen": lambda _: seen.append(oracle.read(victim.pid)),
+        "resumed": write,
+    }
+    with snapshot.take(victim.pid, name="image", store=store, now=True, hooks=hooks) as image:
+        assert oracle.compare(seen[-1], image, victim.pid) == []
+        assert image.manifest.stats.attempts == 1
+    assert written == [size]
+    victim.healthy()
 
 
 DIRECT = """

@@ -286,22 +286,6 @@ static void direct(struct lane *l, uint64_t key)
     close(fd);
 }
 
-/* process_vm_writev from another process, which is told when to: never while this one stands still
- * before it has told it. */
-static void foreign(struct lane *l, uint64_t key)
-{
-    fill_all(l->area, key);
-    fill_all(l->once, key + 1);
-    pid_t child = fork();
-    must(child >= 0, "fork");
-    if (child == 0) {
-        struct iovec local = { l->once, bytes }, remote = { l->area, bytes };
-        _exit(process_vm_writev(getppid(), &local, 1, &remote, 1, 0) != (ssize_t)bytes);
-    }
-    child_ends(child);
-    expect(l->area, bytes, key + 1, "written by another process");
-}
-
 static void zeros(struct lane *l, uint64_t key)
 {
     (void)l;
@@ -349,7 +333,7 @@ const struct operation more_operations[] = {
     { "merge", merged, false },    { "lock", locked, false },     { "new", fresh, false },
     { "stack", downwards, false }, { "forks", forks, false },     { "vfork", vforks, false },
     { "read", reads, false },      { "zero", zeros, false },      { "twice", twice, false },
-    { "holes", holes, false },     { "direct", direct, true },    { "foreign", foreign, true },
+    { "holes", holes, false },     { "direct", direct, true },
 };
 const size_t more_count = sizeof more_operations / sizeof *more_operations;
 
