@@ -15,6 +15,7 @@ from .errors import DeniedError
 from .examine import Examination
 from .maps import Line
 from .pump import LostError, Pump
+from .resources import descriptors
 from .resources.memfd import SharedMemory
 from .units import MIB
 
@@ -33,6 +34,9 @@ class Ahead:
         self.pump = pump
         self.examination = examination
         self.rounds = 0
+        self.direct_io = False
+        """It had a file open O_DIRECT: a device may have written past the page tables, and nothing
+        that was copied counts."""
         self._objects: dict[int, int] = {}
         self._stack = stack
 
@@ -42,6 +46,10 @@ class Ahead:
         while self.rounds < ROUNDS:
             done = self.pump.round(report)
             self.rounds += 1
+            # One that is opened and closed again between two looks is not seen.
+            self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
+            if self.direct_io:
+                return
             dirty = done.copied + done.left
             few = done.written + done.left <= REMAINDER
             if few or (before is not None and dirty > before * SHRINKS):

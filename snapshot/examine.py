@@ -6,7 +6,7 @@ import os
 import stat
 from dataclasses import dataclass
 
-from .errors import DeniedError, TargetError, UnsupportedError
+from .errors import DeniedError, SnapError, TargetError, UnsupportedError
 from .kernel import pidfd as pidfds
 from .kernel import procfs
 from .maps import Line, parse_maps
@@ -26,6 +26,7 @@ class Examination:
     maps: bytes  # the text of /proc/PID/maps
     needed: dict[tuple[int, int], SharedMemory]
     written: frozenset[tuple[int, int]]
+    elsewhere: frozenset[tuple[int, int]]
     plan: Plan
 
     def holds(self, needed: dict[tuple[int, int], SharedMemory]) -> bool:
@@ -81,14 +82,14 @@ def examine(
     GiB). `needed`: the shared objects that descriptors lead to, where the target is stopped."""
     needed = needed if needed is not None else earlier.needed if earlier else {}
     lines = procfs.smaps(pid)
-    maps = procfs.read(pid, "maps")
-    if _ranges(lines) != _ranges(parse_maps(maps)):
-        maps = b""  # it changed in between: the pause will look again
     written = written_files(pid)
+    elsewhere = _elsewhere(pid, lines, earlier)
     tmpfs = _tmpfs_devices(pid)
 
-    def facts(line: Line) -> FileFacts:
+    def facts(line: Line) -> FileFacts | None:
         found = procfs.mapped_path(pid, line)
+        if found is None:
+            return None
         key = (found.stat.st_dev, found.stat.st_ino)
         return FileFacts(
             path=found.path,
@@ -100,11 +101,14 @@ def examine(
             size=found.stat.st_size,
             mtime_ns=found.stat.st_mtime_ns,
             mode=found.stat.st_mode,
-            written=key in written,
+            written=key in written or key in elsewhere,
         )
 
     made = plan(lines, 0, facts, needed.values(), earlier.plan if earlier else None)
-    return Examination(pid, maps, needed, written, made)
+    maps = procfs.read(pid, "maps")
+    if _ranges(lines) != _ranges(parse_maps(maps)):
+        maps = b""  # it changed in between: the pause will look again
+    return Examination(pid, maps, needed, written, elsewhere, made)
 
 
 def refuse(pid: int, made: Plan, descriptor_problems: list[str] | None = None) -> None:
@@ -140,6 +144,30 @@ def written_files(pid: int) -> frozenset[tuple[int, int]]:
                 found.add((info.st_dev, info.st_ino))
         except OSError:
             continue  # closed meanwhile
+    return frozenset(found)
+
+
+def _elsewhere(
+    pid: int, lines: list[Line], earlier: Examination | None
+) -> frozenset[tuple[int, int]]:
+    """(device, inode) of the shared memory that other processes map too: what they write there, no
+    fault of the target tells. What is new since `earlier` is taken for such, for the target may
+    stand still now and the other processes of a machine are many."""
+    mapped = {(line.device, line.inode) for line in lines if line.shared and line.inode}
+    if earlier is not None:
+        return earlier.elsewhere | (mapped - earlier.plan.objects.keys())
+    texts = {
+        key: b" %02x:%02x %d " % (os.major(key[0]), os.minor(key[0]), key[1]) for key in mapped
+    }
+    found = set()
+    for name in os.listdir("/proc") if texts else ():
+        if not name.isdecimal() or int(name) == pid:
+            continue
+        try:
+            other = procfs.read(int(name), "maps")
+        except SnapError:
+            continue  # it has ended; or it is not ours to look at, nor then likely the target's
+        found |= {key for key, text in texts.items() if text in other}
     return frozenset(found)
 
 

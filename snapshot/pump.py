@@ -42,6 +42,7 @@ REASONS: dict[int, str] = {
     lib.SNAP_LOST_REMOVE: "memory was discarded (madvise) before it was saved",
     lib.SNAP_LOST_UNARMED: "memory lost its protection before it was saved",
     lib.SNAP_LOST_GONE: "the process ended, or called exec, before its memory was saved",
+    lib.SNAP_LOST_SHARED: "shared memory was mapped once more (mremap) before it was saved",
     lib.SNAP_LOST_STALLED: "the store took nothing for so long that the process was let go",
 }
 

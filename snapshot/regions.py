@@ -34,7 +34,7 @@ class FileFacts:
     size: int
     mtime_ns: int
     mode: int
-    written: bool = False  # a descriptor of the target can write to it
+    written: bool = False  # a descriptor of the target can write to it, or another process
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +68,14 @@ class Plan:
 def plan(
     lines: Iterable[Line],
     space: int,
-    facts: Callable[[Line], FileFacts],
+    facts: Callable[[Line], FileFacts | None],
     needed: Iterable[SharedMemory] = (),
     earlier: Plan | None = None,
 ) -> Plan:
-    """`lines` are those of smaps (VmFlags decide). `facts` is asked for mappings with an inode.
-    `needed`: the shared objects that descriptors lead to, mapped or not. `earlier`: a plan of the
-    same process; what was a shared object in it keeps its id, and so its space."""
+    """`lines` are those of smaps (VmFlags decide). `facts` is asked for mappings with an inode;
+    None: it is mapped no more. `needed`: the shared objects that descriptors lead to, mapped or
+    not. `earlier`: a plan of the same process; what was a shared object in it keeps its id, and so
+    its space."""
     made = Plan(space)
     if earlier is not None:
         made.object_ids.update(earlier.object_ids)
@@ -97,8 +98,8 @@ def plan(
             _keep(made, line, "anon")
             if "dp" not in line.vm_flags:
                 _save(made, line, armed=True)
-        else:
-            _file(made, line, facts(line))
+        elif (found := facts(line)) is not None:
+            _file(made, line, found)
     _unmapped_parts(made)
     return made
 
@@ -235,7 +236,8 @@ def _shared(made: Plan, line: Line, facts: FileFacts, memfd: bool) -> None:
         made.objects[key] = known
         made.object_source[known.id] = line
     _keep(made, line, "shared", shared_object=known.id)
-    # write(2), ftruncate and fallocate reach the object without a fault of any mapping.
+    # write(2), ftruncate and fallocate reach the object without a fault of any mapping, and another
+    # process through a mapping of its own.
     length = min(line.size, max(0, align_up(known.size, PAGE) - line.offset))
     if length:
         made.windows.append(

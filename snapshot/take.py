@@ -198,7 +198,7 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int) -> _Instant:
         with clock.stage("maps"):
             ahead.plan(descriptors.needed(files, table), problems)
         with clock.stage("settle"):
-            trust = not any(file.flags & os.O_DIRECT for file in files)
+            trust = not (ahead.direct_io or any(file.flags & os.O_DIRECT for file in files))
             pump.settle(most, trust=trust)
         taken_at = time.time()
         with clock.stage("hooks"):

@@ -316,18 +316,21 @@ class MappedPath(NamedTuple):
     stat: os.stat_result  # of the very file that is mapped
 
 
-def mapped_path(pid: int, line: maps_text.Line) -> MappedPath:
-    """The file behind a mapping and whether it still has the name that maps shows.
+def mapped_path(pid: int, line: maps_text.Line) -> MappedPath | None:
+    """The file behind a mapping and whether it still has the name that maps shows; None when the
+    process, which runs, has no such mapping any more.
 
     Through /proc/PID/map_files (needs CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN), whose link is not
     escaped, so that every name is exact. " (deleted)" is believed only when no file of that very
     name and inode exists.
     """
     name = f"map_files/{line.start:x}-{line.end:x}"
-    printed = link(pid, name)
     try:
+        printed = os.readlink(os.fsencode(path(pid, name)))
         actual = os.stat(path(pid, name))
     except OSError as error:
+        if error.errno == errno.ENOENT and os.path.isdir(path(pid, "map_files")):
+            return None
         fail(error, pid, name)
     # The kernel prints names as seen from our own root (which tells of a chroot); of a mount that
     # cannot be reached from there, as seen from the target's.

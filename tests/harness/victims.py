@@ -112,6 +112,8 @@ class Victim:
         children = processes.descendants(self.pid) if self.lives() else []
         if self.process.returncode is None and self.process.pid == self.pid:
             self.process.kill()
+            # Not wait: after a take that was broken off this very process may trace its threads.
+            processes.kill(self.process.pid)
             self.process.wait()
         processes.kill(self.pid)
         # They have become children of the test session; most end by themselves.

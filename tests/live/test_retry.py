@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -136,3 +137,53 @@ def test_it_gives_up_in_the_end_and_leaves_nothing(
     assert left(victim) == 7
     with Store.open(store) as opened:
         assert opened.images() == []
+
+
+GIVEN_UP = """
+import mmap, sys
+area = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area.write(b"x" * len(area))
+area.madvise(mmap.MADV_FREE)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+PROCESS_MADVISE, MADV_PAGEOUT = 440, 21
+
+
+def reclaim(pid: int) -> None:
+    """Its memory, as the kernel does it when memory is short: what was given up is gone then."""
+    lines = [line for line in oracle.maps(pid) if not line.name and line.writable]
+    largest = max(lines, key=lambda line: line.end - line.start)
+    piece = (ctypes.c_size_t * 2)(largest.start, largest.end - largest.start)
+    handle = os.pidfd_open(pid)
+    libc = ctypes.CDLL(None, use_errno=True)
+    done = libc.syscall(PROCESS_MADVISE, handle, piece, 1, MADV_PAGEOUT, 0)
+    os.close(handle)
+    assert done > 0, os.strerror(ctypes.get_errno())
+
+
+def test_what_no_event_tells_is_not_waited_for(store: Path) -> None:
+    """Pages given up by MADV_FREE go without an event: another T0 follows at once."""
+    with subprocess.Popen(
+        [sys.executable, "-c", GIVEN_UP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "ready\n"
+            seen: list[oracle.Memory] = []
+
+            def frozen(context: object) -> None:
+                seen.append(oracle.read(process.pid))
+                if len(seen) == 1:
+                    reclaim(process.pid)
+
+            with snapshot.take(
+                process.pid, name="image", store=store, now=True, hooks={"frozen": frozen}
+            ) as image:
+                assert oracle.compare(seen[-1], image, process.pid) == []
+                stats = image.manifest.stats
+        finally:
+            process.kill()
+    assert stats.attempts == 2
+    assert "lost its protection" in stats.retry_reasons[0]
+    assert stats.seconds < 8

@@ -1,4 +1,5 @@
-/* storm: memory operations without pause, each checked by the program itself.
+/* storm: memory operations without pause, each checked by the program itself; more of them are in
+ * storm_more.c.
  *
  *   --what munmap    threads map, fill, check and unmap areas of all sizes (and MAP_FIXED over some)
  *          madvise   MADV_DONTNEED: zeros after it; the pages around it keep their words
@@ -7,11 +8,13 @@
  *          mremap    areas grow, shrink and move
  *          protect   mprotect to read-only, none and back
  *          threads   threads are born and end all the time
+ *          mix       one after the other at random, by --seed N (printed); those of storm_more.c too
+ *          or the name of one in storm_more.c
  *   --threads N, --mib M (for each thread), --pause MS between rounds
  *   --alone 1: once restored, a child that was there at T0 may be missing
  * Beside it one area of M MiB keeps its words throughout; SIGUSR1 has it checked. */
 #define _GNU_SOURCE
-#include "victim.h"
+#include "storm.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -19,14 +22,15 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-static size_t bytes;
+size_t bytes;
 static unsigned pause_ms;
 static char *kept;
 
-static void expect(const char *at, size_t size, uint64_t key, const char *when)
+void expect(const char *at, size_t size, uint64_t key, const char *when)
 {
     size_t words = size / 8, index = wrong((const uint64_t *)at, words, key);
     if (index != words)
@@ -34,7 +38,7 @@ static void expect(const char *at, size_t size, uint64_t key, const char *when)
               (const void *)(at + index * 8), (unsigned long long)((const uint64_t *)at)[index]);
 }
 
-static void expect_zero(const char *at, size_t size, const char *when)
+void expect_zero(const char *at, size_t size, const char *when)
 {
     size_t words = size / 8, index = nonzero((const uint64_t *)at, words);
     if (index != words)
@@ -42,15 +46,16 @@ static void expect_zero(const char *at, size_t size, const char *when)
               (const void *)(at + index * 8), (unsigned long long)((const uint64_t *)at)[index]);
 }
 
-static char *map(size_t size)
+char *map(size_t size)
 {
     char *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     must(at != MAP_FAILED, "mmap");
     return at;
 }
 
-static void storm_munmap(uint64_t key)
+static void storm_munmap(struct lane *l, uint64_t key)
 {
+    (void)l;
     size_t size = (1 + mix(key) % (bytes / PAGE)) * PAGE;
     char *at = map(size);
     fill((uint64_t *)at, size / 8, key);
@@ -65,8 +70,9 @@ static void storm_munmap(uint64_t key)
     must(munmap(at, size) == 0, "munmap");
 }
 
-static void storm_madvise(char *area, uint64_t key)
+static void storm_madvise(struct lane *l, uint64_t key)
 {
+    char *area = l->area;
     size_t pages = bytes / PAGE, from = mix(key) % pages, count = 1 + mix(key + 1) % (pages - from);
     char *hole = area + from * PAGE;
 
@@ -78,8 +84,9 @@ static void storm_madvise(char *area, uint64_t key)
     expect(area, from * PAGE, key, "before the hole");
 }
 
-static void storm_fork(char *area, uint64_t key)
+static void storm_fork(struct lane *l, uint64_t key)
 {
+    char *area = l->area;
     fill((uint64_t *)area, bytes / 8, key);
     uint64_t before = faults();
     pid_t child = fork();
@@ -103,8 +110,9 @@ static void storm_fork(char *area, uint64_t key)
     expect(area, bytes / 2, key + 2, "written by the parent");
 }
 
-static void storm_brk(uint64_t key)
+static void storm_brk(struct lane *l, uint64_t key)
 {
+    (void)l;
     size_t size = (1 + mix(key) % (bytes / PAGE)) * PAGE;
     char *start = sbrk(0);
     must(brk(start + size) == 0, "brk");
@@ -116,8 +124,9 @@ static void storm_brk(uint64_t key)
     must(brk(start) == 0, "brk");
 }
 
-static void storm_mremap(uint64_t key)
+static void storm_mremap(struct lane *l, uint64_t key)
 {
+    (void)l;
     size_t size = (2 + mix(key) % (bytes / PAGE)) * PAGE, half = size / PAGE / 2 * PAGE;
     char *at = map(size), *wall;
     fill((uint64_t *)at, size / 8, key);
@@ -133,8 +142,9 @@ static void storm_mremap(uint64_t key)
     munmap(wall, half);
 }
 
-static void storm_protect(char *area, uint64_t key)
+static void storm_protect(struct lane *l, uint64_t key)
 {
+    char *area = l->area;
     fill((uint64_t *)area, bytes / 8, key);
     must(mprotect(area, bytes, PROT_READ) == 0, "PROT_READ");
     expect(area, bytes, key, "read-only");
@@ -152,8 +162,9 @@ static void *short_life(void *argument)
     return argument;
 }
 
-static void storm_threads(uint64_t key)
+static void storm_threads(struct lane *l, uint64_t key)
 {
+    (void)l;
     pthread_t born[8];
     for (size_t i = 0; i < 8; i++)
         must(pthread_create(&born[i], NULL, short_life, (void *)(key + i)) == 0, "pthread_create");
@@ -165,30 +176,53 @@ static void storm_threads(uint64_t key)
     }
 }
 
+static const struct operation operations[] = {
+    { "munmap", storm_munmap, false }, { "madvise", storm_madvise, false },
+    { "fork", storm_fork, false },     { "mremap", storm_mremap, false },
+    { "protect", storm_protect, false }, { "threads", storm_threads, false },
+    { "brk", storm_brk, false }, /* last: see choose */
+};
+#define OPERATIONS (sizeof operations / sizeof *operations)
+
+static const struct operation *find(const char *name)
+{
+    for (size_t i = 0; i < OPERATIONS; i++)
+        if (strcmp(name, operations[i].name) == 0)
+            return &operations[i];
+    for (size_t i = 0; i < more_count; i++)
+        if (strcmp(name, more_operations[i].name) == 0)
+            return &more_operations[i];
+    must(false, name);
+    return NULL;
+}
+
+/* The heap has one end: brk is the first thread's alone. */
+static const struct operation *choose(size_t self, uint64_t random)
+{
+    size_t first = OPERATIONS - (self != 0);
+    for (;; random = mix(random + 1)) {
+        size_t i = random % (first + more_count);
+        const struct operation *one = i < first ? &operations[i] : &more_operations[i - first];
+        if (!one->alone)
+            return one;
+    }
+}
+
 static void *run(void *argument)
 {
     size_t self = (size_t)argument;
     const char *what = option_text("what", "munmap");
-    char *area = map(bytes);
+    const struct operation *only = strcmp(what, "mix") == 0 ? NULL : find(what);
+    uint64_t seed = (uint64_t)option("seed", 1);
+    struct lane lane = { 0 };
 
+    if (only >= operations && only < operations + OPERATIONS)
+        lane.area = map(bytes);
+    else
+        lane_open(&lane, self);
     for (uint64_t round = 0;; round++) {
         uint64_t key = self << 40 | (round + 1) * 16;
-        if (strcmp(what, "munmap") == 0)
-            storm_munmap(key);
-        else if (strcmp(what, "madvise") == 0)
-            storm_madvise(area, key);
-        else if (strcmp(what, "fork") == 0)
-            storm_fork(area, key);
-        else if (strcmp(what, "brk") == 0)
-            storm_brk(key);
-        else if (strcmp(what, "mremap") == 0)
-            storm_mremap(key);
-        else if (strcmp(what, "protect") == 0)
-            storm_protect(area, key);
-        else if (strcmp(what, "threads") == 0)
-            storm_threads(key);
-        else
-            must(false, what);
+        (only ? only : choose(self, mix(seed << 32 ^ key)))->run(&lane, key);
         progress[1 + self]++;
         if (pause_ms)
             sleep_ms(pause_ms);
@@ -209,6 +243,11 @@ int main(int argc, char **argv)
     bytes = (size_t)option("mib", 4) * MIB;
     settle_malloc();
     pause_ms = (unsigned)option("pause", 0);
+    bool mixed = strcmp(option_text("what", ""), "mix") == 0;
+    if (mixed)
+        printf("storm: seed %ld\n", option("seed", 1));
+    if (mixed || strcmp(option_text("what", ""), "forks") == 0)
+        prctl(PR_SET_CHILD_SUBREAPER, 1); /* see reap_orphans */
     /* the heap has one end: a storm of brk is one thread's, and malloc must not join it */
     threads = strcmp(option_text("what", ""), "brk") == 0 ? 1 : (size_t)option("threads", 2);
     victim_lanes(1 + (unsigned)threads);
@@ -225,6 +264,9 @@ int main(int argc, char **argv)
             expect(kept, bytes, 424242, "the area that is never written");
             verified();
         }
+        if (mixed && progress[0] % 16 == 0)
+            grow_stack(mix(progress[0]) % 64);
+        reap_orphans();
         progress[0]++;
         publish();
     }

@@ -142,6 +142,8 @@ def test_mapped_path(tmp_path: Path, name: str, unlinked: bool) -> None:
     (line,) = [one for one in procfs.maps(os.getpid()) if one.inode == inode and one.offset == 0]
     found = procfs.mapped_path(os.getpid(), line)
     area.close()
+    assert procfs.mapped_path(os.getpid(), line) is None
+    assert found is not None
     assert found.path == os.fsencode(file)
     assert found.named is not unlinked
     assert found.stat.st_ino == inode
@@ -173,5 +175,6 @@ def test_mapped_path_in_a_chroot(tmp_path: Path) -> None:
         for fd in (ready, child_ready, go, child_go):
             os.close(fd)
         os.waitpid(pid, 0)
+    assert found is not None
     assert found.path == os.fsencode(file)
     assert found.named

@@ -151,3 +151,9 @@ def test_an_object_keeps_its_id_in_later_plans() -> None:
     )
     assert {known.inode: known.id for known in second.objects.values()} == {6: 1}
     assert {known.inode: known.id for known in third.objects.values()} == {7: 2}
+
+
+def test_a_file_that_is_mapped_no_more() -> None:
+    """The target runs while it is looked at: another look follows when it stands still."""
+    gone = plan([line(0x10000, 2, inode=9, name=b"/lib/x")], 0, lambda _: None)
+    assert (gone.mappings, gone.windows, gone.files, gone.problems) == ([], [], {}, [])

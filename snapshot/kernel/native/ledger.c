@@ -246,3 +246,30 @@ uint64_t ledger_unsaved(snap_pump *p, uint64_t start, uint64_t end, uint8_t stat
     }
     return bytes;
 }
+
+bool ledger_shared(const snap_pump *p, uint64_t start, uint64_t end)
+{
+    for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[p->by_start[k]].is;
+        if (w->start >= end)
+            break;
+        if (w->object >= 0)
+            return true;
+    }
+    return false;
+}
+
+uint64_t ledger_unsaved_objects(const snap_pump *p, uint64_t *where)
+{
+    uint64_t bytes = 0;
+    for (size_t k = block_position(p, OBJECT_SPACE, 0); k < p->blocks.count; k++)
+        for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
+            const chunk *c = &p->blocks.at[k]->chunks[i];
+            if (!c->want || c->state != UNSAVED)
+                continue;
+            if (!bytes)
+                *where = p->blocks.at[k]->start + i * CHUNK;
+            bytes += (uint64_t)__builtin_popcount(c->want) * PAGE;
+        }
+    return bytes;
+}

@@ -12,6 +12,7 @@
 
 #define LET_GO UINT64_C(0x1000000)       /* releasing more at once holds mmap_lock too long */
 #define PATIENCE_NS UINT64_C(10000000000) /* for the event that explains why a mark is gone */
+#define MOST_UNEXPLAINED 3               /* times that a mark is gone and no event was unread */
 #define BEAT_MS 100                      /* the watchdog hears of us at least so often */
 #define SWEEP_POLL_CHUNKS 4              /* faults are looked for every 256 KiB of the sweep */
 
@@ -77,6 +78,7 @@ void snap_pump_free(snap_pump *p)
     free(p->tentative.at);
     free(p->faults.at);
     free(p->releases.at);
+    free(p->plain_moves.at);
     free(p->disturbed.at);
     free(p->queue.at);
     free(p->waiting.at);
@@ -253,13 +255,25 @@ static bool stuck(snap_pump *p)
     return now_ns() - p->stuck_since_ns > PATIENCE_NS;
 }
 
+/* Whether no event will explain why marks are gone: one whose cause had begun when they were looked
+ * at has been read since, as the fence of save.c tells, and there was none. KSM takes marks so, and
+ * reclaim of what MADV_FREE gave up. Several times, because this gives T0 up. */
+static bool unexplained(snap_pump *p, uint64_t events, int *times)
+{
+    int r = uffd_writeprotect(p->uffd, PAGE, PAGE, 0);
+    *times = p->counters.events != events || r == -EAGAIN || r == -ESRCH ? 0 : *times + 1;
+    return *times == MOST_UNEXPLAINED;
+}
+
 static int after_t0(snap_pump *p)
 {
+    int times = 0;
     while (!finished(p)) {
         bool any;
         if (atomic_load(&p->stop))
             return -ECANCELED;
         int r = serve(p, &any);
+        uint64_t events = p->counters.events;
         if (!r)
             r = sweep(p);
         if (r == -ENOBUFS) {
@@ -272,8 +286,8 @@ static int after_t0(snap_pump *p)
         /* Held up: an event has been announced (EAGAIN) but is not yet there to be read. */
         bool held_up = r == -EAGAIN || (!p->unsaved_chunks && !finished(p));
         if (!held_up)
-            p->stuck_since_ns = 0;
-        else if (stuck(p))
+            p->stuck_since_ns = times = 0;
+        else if (stuck(p) || (r == -EAGAIN && unexplained(p, events, &times)))
             return lost(p, p->unsaved_chunks * CHUNK,
                         p->blocks.at[p->sweep_block]->start + p->sweep_chunk * CHUNK,
                         SNAP_LOST_UNARMED);

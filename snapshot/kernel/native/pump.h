@@ -24,6 +24,7 @@
 #define SNAP_LOST_UNARMED 3  /* lost its protection without any event */
 #define SNAP_LOST_GONE 4     /* the process exited or called exec */
 #define SNAP_LOST_STALLED 5  /* none: the consumers took nothing for too long, and writers waited */
+#define SNAP_LOST_SHARED 6   /* shared memory was mapped once more, by mremap, before it was saved */
 
 typedef struct snap_pump snap_pump;
 

@@ -1,5 +1,5 @@
-/* Shared by ledger.c, survey.c, ahead.c, settle.c, save.c, queue.c, serve.c and pump.c: the parts of
- * a pump. */
+/* Shared by ledger.c, survey.c, ahead.c, settle.c, save.c, queue.c, serve.c, peek.c and pump.c: the
+ * parts of a pump. */
 #ifndef SNAP_PUMP_INTERNAL_H
 #define SNAP_PUMP_INTERNAL_H
 
@@ -93,6 +93,7 @@ struct snap_pump {
     VECTOR(tentative) tentative;
     VECTOR(uint64_t) faults;    /* addresses whose fault is not yet served */
     VECTOR(range) releases;     /* ranges to be released as soon as the kernel lets us */
+    VECTOR(range) plain_moves;  /* callers of mremap that were seen to leave nothing behind */
     VECTOR(range) disturbed;    /* what events touched while `watching` */
     uint64_t unsaved_chunks;    /* with wanted pages, from T0 on */
     size_t sweep_block;
@@ -103,6 +104,7 @@ struct snap_pump {
     bool armed_ahead;           /* by a round: not everything is released when all is saved */
     bool watching;
     bool round_runs;            /* the order of a round has been begun */
+    bool aliased;               /* ahead of T0: shared objects had mappings that were no window */
     bool letting_go;            /* nothing is saved any more: faults are released at once */
 
     uint64_t cursor;            /* of a round: the run-time address to go on at */
@@ -148,6 +150,10 @@ int ledger_unmap(snap_pump *p, uint64_t start, uint64_t end);
 int ledger_move(snap_pump *p, uint64_t from, uint64_t to, uint64_t length);
 /* Ahead of T0: the copies of all chunks in the run-time range [start, end) are worth nothing. */
 void ledger_distrust(snap_pump *p, uint64_t start, uint64_t end);
+/* Whether a mapping of a shared object is in the run-time range [start, end). */
+bool ledger_shared(const snap_pump *p, uint64_t start, uint64_t end);
+/* Wanted bytes of shared objects in chunks that are UNSAVED. */
+uint64_t ledger_unsaved_objects(const snap_pump *p, uint64_t *where);
 /* Wanted bytes of [start, end) (run-time) in chunks that are not at least `state`. */
 uint64_t ledger_unsaved(snap_pump *p, uint64_t start, uint64_t end, uint8_t state, uint64_t *where);
 
@@ -194,6 +200,8 @@ int save_forget(snap_pump *p, uint64_t start, uint64_t end);
 /* The memory of [start, end) (run-time) is discarded or unmapped: tentative copies of it are the
  * only ones. */
 void save_last(snap_pump *p, uint64_t start, uint64_t end);
+/* Shared objects can be written unseen from now on: the same of all tentative copies of them. */
+void save_last_objects(snap_pump *p);
 uint64_t now_ns(void);
 /* Tells the watchdog that this thread goes on. */
 void beat(snap_pump *p);
@@ -203,7 +211,20 @@ void beat(snap_pump *p);
 int serve(snap_pump *p, bool *any);
 /* Releases what is armed of the space addresses [from, to). */
 int release_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to);
+/* Saves the unsaved chunks among the space addresses [from, to). -EAGAIN: not all could be. */
+int save_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to);
 /* Notes why T0 is impossible now. -> -ENODATA */
 int lost(snap_pump *p, uint64_t bytes, uint64_t address, uint32_t reason);
+
+/* peek.c */
+/* An event comes next and it has not been read, so its caller does not go on yet: what it announces
+ * is not yet done (madvise), or nothing has been done with it (mremap). If that is to discard
+ * memory, or to map shared memory once more, it is saved now: /proc/PID/task/TID/syscall shows the
+ * call. */
+int save_before_event(snap_pump *p);
+/* Whether a mremap that tells of [from, from + length) leaves a mapping of a shared object that is
+ * not protected, so that nothing tells of writes to it: a second one when it moves nothing (old size
+ * 0), the old place with MREMAP_DONTUNMAP (which no event tells, but the system call). */
+bool makes_alias(const snap_pump *p, uint64_t from, uint64_t length);
 
 #endif

@@ -306,3 +306,10 @@ void save_last(snap_pump *p, uint64_t start, uint64_t end)
         if (p->tentative.at[i].low < end && p->tentative.at[i].high > start)
             p->tentative.at[i].only = true;
 }
+
+void save_last_objects(snap_pump *p)
+{
+    for (size_t i = 0; i < p->tentative.count; i++)
+        if (p->tentative.at[i].saved.space >= OBJECT_SPACE)
+            p->tentative.at[i].only = true;
+}

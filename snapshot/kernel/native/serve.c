@@ -3,19 +3,13 @@
 #include "pump_internal.h"
 #include "uffd.h"
 
-#include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
-#include <sched.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #define MESSAGES 32
 #define MOST_TURNS 8            /* of reading messages, between two looks at the rest */
-#define MOST_LOOKS 20           /* for the thread that has posted an event */
 #define GAP_NS UINT64_C(200000) /* see flush_in_the_gap */
 
 static int release_later(snap_pump *p, uint64_t start, uint64_t end)
@@ -111,9 +105,9 @@ int lost(snap_pump *p, uint64_t bytes, uint64_t address, uint32_t reason)
     return -ENODATA;
 }
 
-/* Saves the unsaved chunks among the space addresses [from, to). */
-static int save_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
+int save_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
 {
+    int later = 0;
     for (uint64_t at = from & ~(CHUNK - 1); at < to; at += CHUNK) {
         const chunk *c = ledger_chunk(p, space, at);
         if (!c) {
@@ -121,10 +115,11 @@ static int save_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
             continue;
         }
         int r = c->want && c->state == UNSAVED ? save_chunk(p, space, at, true) : 0;
-        if (r)
+        if (r && r != -EAGAIN)
             return r;
+        later = r ? r : later;
     }
-    return 0;
+    return later;
 }
 
 /* One fault: save its chunk, then let the write through. -EAGAIN: an event must be read first.
@@ -155,81 +150,6 @@ static int serve_faults(snap_pump *p)
     }
     p->faults.count = kept;
     return failed;
-}
-
-/* Saves what is unsaved of the run-time range [start, end). */
-static int save_range(snap_pump *p, uint64_t start, uint64_t end)
-{
-    for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
-        const snap_window *w = &p->windows.at[p->by_start[k]].is;
-        if (w->start >= end)
-            break;
-        uint64_t low = w->start > start ? w->start : start, high = w->end < end ? w->end : end;
-        int r = save_space(p, w->space, low - w->start + w->at, high - w->start + w->at);
-        if (r)
-            return r;
-    }
-    return 0;
-}
-
-/* One look at what every thread is doing. *waiting: threads that sleep in a call which posts
- * events; *running: threads that cannot be asked because they do not sleep. */
-static int save_ahead_of(snap_pump *p, int tasks, DIR *names, int *waiting, int *running)
-{
-    char line[256], file[300];
-    *waiting = *running = 0;
-    for (struct dirent *entry; (entry = readdir(names));) {
-        if (entry->d_name[0] == '.')
-            continue;
-        snprintf(file, sizeof file, "%s/syscall", entry->d_name);
-        int fd = openat(tasks, file, O_RDONLY | O_CLOEXEC);
-        if (fd < 0)
-            continue;
-        ssize_t n = read(fd, line, sizeof line - 1);
-        close(fd);
-        if (n <= 0)
-            continue;
-        line[n] = 0;
-        long nr;
-        unsigned long long start, length;
-        if (sscanf(line, "%ld 0x%llx 0x%llx", &nr, &start, &length) != 3) {
-            ++*running;
-            continue;
-        }
-        if (nr == SYS_munmap || nr == SYS_mremap || nr == SYS_brk || nr == SYS_mmap || nr == SYS_shmdt)
-            ++*waiting;
-        if (nr != SYS_madvise)
-            continue;
-        ++*waiting;
-        int r = save_range(p, start, (start + length + PAGE - 1) & ~(PAGE - 1));
-        if (r && r != -EAGAIN) /* not whole any more: reading the event will tell what was lost */
-            return r;
-    }
-    return 0;
-}
-
-/* An event comes next and it has not been read, so its caller has not yet done what it announces.
- * If that is to discard memory (madvise), it is saved now: /proc/PID/task/TID/syscall shows the
- * call. The caller may have posted its event and not be asleep yet, so look again when nobody was
- * found, and once more while others run. */
-static int save_before_event(snap_pump *p)
-{
-    char path[64];
-    snprintf(path, sizeof path, "/proc/%d/task", p->pid);
-    DIR *names = opendir(path);
-    if (!names)
-        return errno == ENOENT ? 0 : -errno;
-    int r = 0;
-    for (int look = 0; look < MOST_LOOKS && !r; look++) {
-        int waiting, running;
-        rewinddir(names);
-        r = save_ahead_of(p, dirfd(names), names, &waiting, &running);
-        if (waiting && (look || !running))
-            break;
-        sched_yield();
-    }
-    closedir(names);
-    return r;
 }
 
 static int fault(snap_pump *p, uint64_t where)
@@ -269,6 +189,7 @@ static int event_ahead(snap_pump *p, const uffd_message *m)
         return disturb(p, m->arg[0], m->arg[1], true);
     if (m->event != UFFD_EVENT_REMAP)
         return -EPROTO;
+    p->aliased = p->aliased || makes_alias(p, m->arg[0], m->arg[2]);
     int r = disturb(p, m->arg[0], m->arg[0] + m->arg[2], true);
     return r ? r : disturb(p, m->arg[1], m->arg[1] + m->arg[2], true);
 }
@@ -281,6 +202,12 @@ static int event(snap_pump *p, const uffd_message *m)
         int r = save_forget(p, from, from + m->arg[2]);
         int e = save_forget(p, to, to + m->arg[2]);
         r = r ? r : e;
+        if (!r && !p->letting_go && makes_alias(p, from, m->arg[2])) {
+            bytes = ledger_unsaved_objects(p, &where);
+            if (bytes)
+                return lost(p, bytes, where, SNAP_LOST_SHARED);
+            save_last_objects(p);
+        }
         return r && !p->letting_go ? r : ledger_move(p, from, to, m->arg[2]);
     }
     if (!unmap && m->event != UFFD_EVENT_REMOVE)
@@ -300,7 +227,9 @@ static int handle(snap_pump *p, const uffd_message *m)
     p->counters.events++;
     p->counters.changes += m->event != UFFD_EVENT_REMOVE;
     pthread_mutex_unlock(&p->lock);
-    return p->after_t0 || p->letting_go ? event(p, m) : event_ahead(p, m);
+    int r = p->after_t0 || p->letting_go ? event(p, m) : event_ahead(p, m);
+    p->plain_moves.count = 0;
+    return r;
 }
 
 /* Fault messages waiting, from "pending:" of /proc/self/fdinfo (fs/userfaultfd.c): read(2) hands
@@ -330,7 +259,8 @@ int serve(snap_pump *p, bool *any)
         if (n < 0)
             return n;
         if (n == 0) {
-            if (p->after_t0 && p->unsaved_chunks && !p->letting_go && (r = save_before_event(p)))
+            bool any_left = p->unsaved_chunks || p->tentative.count;
+            if (p->after_t0 && any_left && !p->letting_go && (r = save_before_event(p)))
                 return r;
             n = 1;
         }

@@ -177,7 +177,7 @@ int snap_pump_settle(snap_pump *p, uint64_t most, int trust)
     for (size_t k = 0; k < p->blocks.count; k++)
         for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
             p->blocks.at[k]->chunks[i].want = p->blocks.at[k]->chunks[i].bare = 0;
-            if (!trust)
+            if (!trust || (p->aliased && p->blocks.at[k]->space >= OBJECT_SPACE))
                 p->blocks.at[k]->chunks[i].state = UNSAVED;
         }
     for (size_t k = 0; !r && k < p->windows.count; k++)

@@ -1,0 +1,64 @@
+"""Thousands of takes of a program whose threads mix all memory operations at random.
+
+SNAP_STRESS_TIMES sets how many takes (default 2,000, shared out among the rows), SNAP_STRESS_SEED
+the first seed (default 1). A seed stands for one victim and its PER_VICTIM takes: what a failure
+prints is reproduced by SNAP_STRESS_SEED=that and SNAP_STRESS_TIMES=1.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapshot.store import Store
+from tests.conftest import Spawn
+from tests.harness.storms import Tally, merging, swap
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.slow,
+    pytest.mark.timeout(7200),
+    pytest.mark.skipif("SNAP_STRESS" not in os.environ, reason="takes long: make stress"),
+]
+
+TIMES = int(os.environ.get("SNAP_STRESS_TIMES", "2000"))
+SEED = int(os.environ.get("SNAP_STRESS_SEED", "1"))
+PER_VICTIM = 25
+ROWS: dict[str, tuple[float, dict[str, Any]]] = {  # share of all takes, options
+    "ahead": (0.4, {}),
+    "now": (0.4, {"now": True}),
+    "ahead-little-staging": (0.1, {"memory": 4 << 20}),
+    "now-little-staging": (0.1, {"now": True, "memory": 4 << 20}),
+}
+
+
+def forget(store: Path) -> None:
+    """The newest image is enough for dedup."""
+    with Store.open(store) as opened:
+        for info in opened.images()[:-1]:
+            opened.remove(info.image)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_mix(spawn: Spawn, store: Path, tmp_path: Path, row: str) -> None:
+    """Not one torn image, not one harmed target; failures are counted and must stay rare."""
+    share, options = ROWS[row]
+    times = max(1, int(TIMES * share))
+    tally = Tally()
+    with swap(tmp_path) as no_swap, merging() as no_merging:
+        for seed in range(SEED, SEED + -(-times // PER_VICTIM)):
+            mib = 4 if "memory" in options else 1
+            victim = spawn("storm", what="mix", mib=mib, threads=3, pause=2, seed=seed, life=3600)
+            try:
+                for number in range(min(PER_VICTIM, times - tally.takes)):
+                    tally.take(victim.pid, store, f"seed-{seed}-{number}", **options)
+                    victim.verify()
+                    assert tally.torn == [], f"{row}, seed {seed}: {tally.torn}"
+                    forget(store)
+            finally:
+                victim.kill()
+            print(f"{row}, seeds {SEED} to {seed}: {tally} {no_swap} {no_merging}", flush=True)
+    assert tally.failed <= times // 50, str(tally)
