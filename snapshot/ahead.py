@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from . import examine
+from . import examine, faults
 from .errors import DeniedError
 from .examine import Examination
 from .maps import Line
@@ -43,7 +43,9 @@ class Ahead:
         """All rounds. `report` is called ten times a second."""
         before = None
         while self.rounds < ROUNDS:
+            faults.point("round-begun")
             done = self.pump.round(report)
+            faults.point("round-ended")
             self.rounds += 1
             dirty = done.copied_bytes + done.left_bytes
             if dirty <= REMAINDER or (before is not None and dirty > before * SHRINKS):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from . import examine
+from . import examine, faults
 from .ahead import REMAINDER, Ahead
 from .errors import TakeError
 from .freeze import Frozen, freeze
@@ -153,9 +153,13 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
         watchdog = stack.enter_context(Watchdog(job.pid, job.stall))
         objects = stack.enter_context(ExitStack())  # closed after the pump has ended
         try:
+            faults.point("begun")
             with freeze(job.pid) as first:
+                faults.point("first-stop")
                 protection = stack.enter_context(WriteProtection.create(first))
+                faults.point("created")
                 first.close_remote()
+                faults.point("clean")
                 spill = job.store.path
                 pump = Pump(job.pid, protection, job.staging, spill, watchdog, job.stall)
                 ahead = Ahead(stack.enter_context(pump), objects, before)
@@ -163,13 +167,17 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                 copying = not ahead.direct_io and (bool(job.reasons) or not job.now)
                 if copying:
                     ahead.plan()
+                    faults.point("registered")
                     pump.release()
+            faults.point("first-resumed")
             pump.store(writer.put, os.cpu_count() or 1)
             if copying:
                 ahead.copy(lambda: _report(job, pump, "copying ahead"))
             instant = _instant(job, ahead, first, EVERYTHING if guarded else REMAINDER)
+            faults.point("resumed")
             job.hooks.run("resumed", pid=job.pid, image=job.name)
             _wait(job, pump)
+            faults.point("saved")
         except LostError as error:
             log.info("%d: %s", job.pid, error.message)
             if error.final:
@@ -188,21 +196,27 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int) -> _Instant:
     pump.storing.close(GATE_SECONDS)
     clock = Stopwatch()
     with freeze(job.pid, earlier=first) as frozen:
+        faults.point("second-stop")
         clock.stages_us["freeze"] = frozen.freeze_us
         with clock.stage("capture"):
             gathered = gather(frozen)
+            faults.point("captured")
             frozen.close_remote()
+            faults.point("clean-again")
         with clock.stage("descriptors"):
             files, table, problems = descriptors.capture(frozen.pid, frozen.pidfd)
         with clock.stage("maps"):
             ahead.plan(descriptors.needed(files, table), problems)
+            faults.point("held")
         with clock.stage("settle"):
             trust = not any(file.flags & os.O_DIRECT for file in files)
             pump.settle(most, trust=trust)
         taken_at = time.time()
+        faults.point("settled")
         with clock.stage("hooks"):
             job.hooks.run("frozen", pid=job.pid, image=job.name)
         pump.go()
+        faults.point("let-go")
     pump.storing.open()
     plan = ahead.examination.plan
     process = gathered.process(0, mappings=tuple(plan.mappings), files=files, descriptors=table)

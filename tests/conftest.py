@@ -142,6 +142,11 @@ class Spawn:
         """A victim of tests/targets by name; options as its source says."""
         return self._keep(victims.c_victim(self._place(name), name, **options))
 
+    def powerless(self, name: str, **options: object) -> victims.Victim:
+        """The same without any capability: it may not make a userfaultfd itself."""
+        prefix = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+        return self._keep(victims.c_victim(self._place(name), name, *prefix, **options))
+
     def ordered(self, **options: object) -> victims.Ordered:
         victim = self("ordered", **options)
         assert isinstance(victim, victims.Ordered)
