@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from . import examine
+from . import examine, faults
 from .errors import DeniedError
 from .examine import Examination
 from .maps import Line
@@ -44,7 +44,9 @@ class Ahead:
         """All rounds. `report` is called ten times a second."""
         before = None
         while self.rounds < ROUNDS:
+            faults.point("round-begun")
             done = self.pump.round(report)
+            faults.point("round-ended")
             self.rounds += 1
             # One that is opened and closed again between two looks is not seen.
             self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)

@@ -5,7 +5,7 @@
         frozen.remote.call(NR.getppid)       # a system call inside the process
 
 Threads are halted with ptrace until /proc/PID/task shows none that is not ours. What a mere stop
-would do to an interrupted system call is undone (`_restart_interrupted`): the program sees neither
+would do to an interrupted system call is undone (`_RESTARTED`): the program sees neither
 EINTR nor an early return. A restarted relative timeout of epoll_wait, sigtimedwait, semtimedop or
 a socket with SO_RCVTIMEO starts over, as after SIGSTOP and SIGCONT with SA_RESTART; those of
 nanosleep, poll, select and futex do not.
@@ -92,7 +92,7 @@ class Frozen:
         self.stopped_us = 0
         """The pause: from the first thread stopped to the last one let go; known afterwards."""
         self.restarted = 0
-        """Threads whose system call would have returned EINTR but for `_restart_interrupted`."""
+        """Threads whose system call would have returned EINTR but for `_RESTARTED`."""
         self._late = 0
         self._gone: set[int] = set()
         """Threads that have ended, or are just ending, while they were ours."""
@@ -166,7 +166,9 @@ class Frozen:
             known = {tracee.tid for tracee in self.threads}
             new = [tid for tid in map(int, os.listdir(folder)) if tid not in known]
             try:
-                stopped, failed = ptrace.seize_and_stop(new, self.threads, self.pid, timeout)
+                stopped, failed = ptrace.seize_and_stop(
+                    new, self.threads, self.pid, timeout, _RESTARTED
+                )
             except LateError as late:
                 self._begin_again(late)
                 began = time.monotonic()
@@ -205,24 +207,18 @@ class Frozen:
             if noted[0] == place:
                 self._calls[tid] = noted
 
-    def _restart_interrupted(self, all_registers: bytes) -> None:
-        """The stop made some calls return EINTR to a program that got no signal: have them made
+    def _note_interrupted(self, all_registers: bytes) -> None:
+        """The stop made some calls return EINTR to a program that got no signal: they are made
         again, by the kernel, which goes on from ERESTARTNOHAND as it does for pause(2): with a
         handler to run the program sees EINTR as it must, without one the call starts again. That
-        is decided when the thread goes on, so a signal that arrives meanwhile is no race.
+        is decided when the thread goes on, so a signal that arrives meanwhile is no race. Done in C
+        as soon as a thread stands, in case that we die; here they are counted.
         """
         found = arch.CALL.iter_unpack(all_registers)
         for tracee, (result, number, rip, rsp) in zip(self.threads, found, strict=True):
             if result == arch.ERESTART_RESTARTBLOCK:
                 self._note_call(tracee.tid, number, (rip, rsp))
-            if result != arch.EINTR or number not in _RESTARTED:
-                continue
-            registers = Registers.unpack(tracee.registers())
-            if tracee.read(registers.rip - 2, 2) != arch.SYSCALL_INSTRUCTION:
-                continue  # int 0x80 has other numbers
-            restart = registers._replace(rax=arch.unsigned(arch.ERESTARTNOHAND))
-            tracee.set_registers(restart.pack())
-            self.restarted += 1
+            self.restarted += result == arch.ERESTARTNOHAND and number in _RESTARTED
 
     def thaw(self) -> None:
         """Lets every thread go, with nothing of ours left in it."""
@@ -272,7 +268,7 @@ def freeze(
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}") from None
         if _ended(pidfd):
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}")
-        frozen._restart_interrupted(registers)
+        frozen._note_interrupted(registers)
         frozen.threads.sort(key=lambda tracee: (tracee.tid != pid, tracee.tid))
         frozen.freeze_us = (time.monotonic_ns() - began) // 1000
         signal.pthread_sigmask(signal.SIG_SETMASK, held)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from . import examine
+from . import examine, faults
 from .ahead import REMAINDER, Ahead
 from .errors import TakeError
 from .freeze import Frozen, freeze
@@ -155,22 +155,30 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
         # A device writes past the page tables to memory that it was given before.
         copying = (bool(job.reasons) or not job.now) and not descriptors.direct_io(job.pid)
         try:
+            faults.point("begun")
             with freeze(job.pid) as first:
+                faults.point("first-stop")
                 protection = stack.enter_context(WriteProtection.create(first))
+                faults.point("created")
                 first.close_remote()
+                faults.point("clean")
                 pump = Pump(job.pid, protection, job.staging, watchdog, job.stall)
                 ahead = Ahead(stack.enter_context(pump), objects, before)
                 pump.start()
                 if copying:
                     ahead.plan()
+                    faults.point("registered")
                     pump.release()
             job.stops_us.append(first.stopped_us)
+            faults.point("first-resumed")
             pump.store(writer.put, os.cpu_count() or 1)
             if copying:
                 ahead.copy(lambda: _report(job, pump, "copying ahead"))
             instant = _instant(job, ahead, first, EVERYTHING if guarded else REMAINDER)
+            faults.point("resumed")
             job.hooks.run("resumed", pid=job.pid, image=job.name)
             _wait(job, pump)
+            faults.point("saved")
         except LostError as error:
             log.info("%d: %s", job.pid, error.message)
             if error.final:
@@ -189,21 +197,27 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int) -> _Instant:
     pump.storing.close(GATE_SECONDS)
     clock = Stopwatch()
     with freeze(job.pid, earlier=first) as frozen:
+        faults.point("second-stop")
         clock.stages_us["freeze"] = frozen.freeze_us
         with clock.stage("capture"):
             gathered = gather(frozen)
+            faults.point("captured")
             frozen.close_remote()
+            faults.point("clean-again")
         with clock.stage("descriptors"):
             files, table, problems = descriptors.capture(frozen.pid, frozen.pidfd)
         with clock.stage("maps"):
             ahead.plan(descriptors.needed(files, table), problems)
+            faults.point("held")
         with clock.stage("settle"):
             trust = not (ahead.direct_io or any(file.flags & os.O_DIRECT for file in files))
             pump.settle(most, trust=trust)
         taken_at = time.time()
+        faults.point("settled")
         with clock.stage("hooks"):
             job.hooks.run("frozen", pid=job.pid, image=job.name)
         pump.go()
+        faults.point("let-go")
     job.stops_us.append(frozen.stopped_us)
     pump.storing.open()
     plan = ahead.examination.plan

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import zstandard
 
-from . import chunkcodec, index, sweep
+from . import chunkcodec, faults, index, sweep
 from . import manifest as manifests
 from .chunkcodec import Content
 from .environment import Environment, Transaction
@@ -115,6 +115,7 @@ class ImageWriter:
             part[key] = chunk
         if part:
             self._put(part)
+        faults.point("put")
 
     def _put(self, batch: dict[bytes, RawChunk]) -> None:
         with self._counting:
@@ -200,6 +201,7 @@ class ImageWriter:
         """Chunks and their index entries, in one transaction."""
         adds = sum(map(_on_disk, itertools.chain.from_iterable(parts)))
         self._environment.write(lambda transaction: self._store(transaction, parts), adds)
+        faults.point("written")
         with self._counting:
             self._unwritten.difference_update(entry.key for part in parts for entry in part)
 
@@ -239,6 +241,7 @@ class ImageWriter:
         if manifest.image != self.name:
             raise ValueError(f"a manifest of {manifest.image!r} for the image {self.name!r}")
         self._handoff.drain()
+        faults.point("drained")
         data = manifests.encode(manifest)
         packed = zstandard.ZstdCompressor(level=3).compress(data)
         process = manifest.processes[0]
@@ -264,9 +267,12 @@ class ImageWriter:
             number = NUMBER.pack(self.number)
             transaction.put(number, packed, db=databases["manifests"])
             transaction.delete(number, db=databases["takes"])
+            faults.point("in-commit")
 
         self._environment.write(work, adds=len(packed))
+        faults.point("committed")
         self._environment.sync()
+        faults.point("synced")
         self._finish()
 
     def abort(self) -> None:

@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 
+from . import faults
 from .errors import DeniedError, KernelError
 from .freeze import Frozen
 from .kernel import pidfd
@@ -43,9 +44,8 @@ class WriteProtection(Closing):
         Raises DeniedError when neither userfaultfd(2) nor /dev/userfaultfd is allowed,
         UnsupportedError when the kernel lacks one of NEEDED.
         """
-        remote = frozen.remote
         flags = os.O_CLOEXEC | os.O_NONBLOCK
-        made = remote.batch([Call(NR.userfaultfd, (flags,))])[0]
+        made = _make(frozen, Call(NR.userfaultfd, (flags,)))
         if made in (-errno.EPERM, -errno.ENOSYS):
             # A target without CAP_SYS_PTRACE may not, whoever injects it; through the device it
             # may, when the device was opened by somebody who was allowed to.
@@ -55,7 +55,7 @@ class WriteProtection(Closing):
                 f"userfaultfd in process {frozen.pid}: {error_name(made)}",
                 f"snap check {frozen.pid}",
             )
-        uffd = Uffd(_fetch(frozen, made))
+        uffd = Uffd(made)
         try:
             uffd.api(sum(FEATURES[name] for name in NEEDED))
         except BaseException:
@@ -67,16 +67,20 @@ class WriteProtection(Closing):
         self.uffd.close()
 
 
-def _fetch(frozen: Frozen, remote_fd: int) -> int:
-    """A duplicate of the target's descriptor here; the target's own is closed, come what may."""
-    try:
-        return pidfd.getfd(frozen.pidfd, remote_fd)
-    finally:
-        frozen.remote.call(NR.close, remote_fd)
+def _make(frozen: Frozen, call: Call) -> int:
+    """A duplicate here of the descriptor that a call inside the target makes, or -errno; the
+    target's own is closed, come what may."""
+    with frozen.remote.making(call) as made:
+        if made < 0:
+            return made
+        faults.point("made")
+        fetched = pidfd.getfd(frozen.pidfd, made)
+        faults.point("fetched")
+        return fetched
 
 
 def _through_device(frozen: Frozen, flags: int) -> int:
-    """The target's number of a userfaultfd made from /dev/userfaultfd, or -errno.
+    """A userfaultfd of the target's, made from /dev/userfaultfd, or -errno.
 
     The device is opened here and handed to the target over a socketpair of its own.
     """
@@ -94,6 +98,7 @@ def _through_device(frozen: Frozen, flags: int) -> int:
         pair = remote.put(bytes(8))
         remote.call(NR.socketpair, socket.AF_UNIX, SOCKET_FLAGS, 0, pair)
         theirs = struct.unpack("2i", remote.get(pair, 8))
+        faults.point("paired")
         mine = pidfd.getfd(frozen.pidfd, theirs[0])
         with socket.socket(fileno=os.dup(mine)) as sender:
             rights = array.array("i", [device])
@@ -101,9 +106,9 @@ def _through_device(frozen: Frozen, flags: int) -> int:
         received = _receive(frozen, theirs[1])
         if received < 0:
             return received
-        made = remote.batch([Call(NR.ioctl, (received, USERFAULTFD_IOC_NEW, flags))])[0]
-        remote.call(NR.close, received)
-        return made
+        faults.point("passed")
+        theirs = (*theirs, received)
+        return _make(frozen, Call(NR.ioctl, (received, USERFAULTFD_IOC_NEW, flags)))
     finally:
         for fd in theirs:
             remote.call(NR.close, fd)

@@ -142,6 +142,14 @@ class Spawn:
         """A victim of tests/targets by name; options as its source says."""
         return self._keep(victims.c_victim(self._place(name), name, **options))
 
+    def by(self, prefix: tuple[str, ...], name: str, **options: object) -> victims.Victim:
+        """The same, executed by a command: setpriv, unshare."""
+        return self._keep(victims.c_victim(self._place(name), name, *prefix, **options))
+
+    def powerless(self, name: str, **options: object) -> victims.Victim:
+        """The same without any capability: it may not make a userfaultfd itself."""
+        return self.by(("setpriv", "--bounding-set=-all", "--inh-caps=-all"), name, **options)
+
     def ordered(self, **options: object) -> victims.Ordered:
         victim = self("ordered", **options)
         assert isinstance(victim, victims.Ordered)

@@ -16,7 +16,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import KernelError, TargetError, UnsupportedError
@@ -280,9 +280,11 @@ def seize_and_stop(
     known: Sequence[Tracee] = (),
     leader: int = 0,
     timeout: float = STOP_TIMEOUT,
+    again: Collection[int] = (),
 ) -> tuple[list[Tracee], dict[int, int]]:
     """Seizes threads of one process, then waits until each is in an event stop. `known`: those of
-    it that are ours already; `leader`: its pid.
+    it that are ours already; `leader`: its pid; `again`: system calls that are made again when the
+    stop has made them return EINTR.
 
     -> the stopped ones, and by tid the errno of those that could not be had (ESRCH: it ended;
     EPERM: ending, or see `refused`). LateError when one does not stop in time; the others of `tids`
@@ -291,8 +293,10 @@ def seize_and_stop(
     before, count = len(known), len(tids)
     numbers = ffi.new("int[]", [*(tracee.tid for tracee in known), *tids])
     stops = ffi.new("int[]", before + count)
+    bits = sum(1 << number for number in again).to_bytes(lib.SNAP_AGAIN_CALLS // 8, "little")
     running = lib.snap_stop_all(
-        numbers, stops, before, count, leader, TRACESYSGOOD, int(timeout * 1e6)
+        *(numbers, stops, before, count, leader, TRACESYSGOOD, int(timeout * 1e6)),
+        ffi.from_buffer("uint64_t[]", bits),
     )
     results = list(stops)[before:]
     if running:

@@ -2,7 +2,7 @@
 
 How: room for data (the *scratch*) is mapped in the target by a call made through a `syscall`
 instruction, with system call stops. From then on a loop runs whole arrays of calls for one round
-trip. The loop lies in the *guard*: 656 bytes of code and data that are written into the padding
+trip. The loop lies in the *guard*: 664 bytes of code and data that are written into the padding
 behind the vdso, where nothing of the target is, and that are zeros again when the scratch is closed
 (the page stays a private copy: 4 KiB). The loop tells of its end with a signal that the target
 ignores; where it ignores none, or catches all, every call is made with system call stops.
@@ -30,9 +30,10 @@ The kernel detaches (SIGKILL is enough) and the thread runs on from the register
 that instant. With a guard these are its own, or lead home: the rest of the batch is made, the
 scratch is unmapped, signal mask, flags and registers are put back by the guard's code, an
 interrupted system call is made again, or returns EINTR if a handler is about to run
-(guard_x86_64.c). So the registers are changed before the mask, and put back after it. What can be
-left: the scratch, when we die between two calls; what a batch had made and a later one would have
-undone (a descriptor); the guard's bytes, which nothing runs and the next one takes over.
+(guard_x86_64.c). So the registers are changed before the mask, and put back after it. A descriptor
+that `making` has made is closed on the way. What can be left: the scratch, when we die between two
+calls; what a batch had made and a later one would have undone; the guard's bytes, which nothing
+runs and the next one takes over.
 
 Not covered:
  1. No guard (no vdso): `open` and `close` for 2 system call stops (20-150 us), each batch from the
@@ -50,7 +51,8 @@ import mmap
 import re
 import signal
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ..errors import DeniedError, KernelError, TargetError
@@ -134,6 +136,7 @@ class Remote:
             self._caught, self._ignored = dispositions(self.tracee.tid)
         self._prepare(instruction)
         self._at.undo = self.scratch_size if self._guard else 0
+        self._at.undo_call = NR.munmap
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         if hint is not None:
             flags |= _MAP_FIXED_NOREPLACE
@@ -241,6 +244,25 @@ class Remote:
         if result < 0:
             self._failed(-result, calls)
         return [array[i].result for i in range(count)]
+
+    @contextmanager
+    def making(self, call: Call) -> Iterator[int]:
+        """What a call returns that makes a descriptor, or -errno. The target closes it at the end
+        of the block, and also when this process dies in it; no other calls meanwhile."""
+        self.tracee.own()
+        assert self._at is not None, "open() comes first"
+        made = ffi.new("snap_call *")
+        ffi.memmove(made, _pack(call), CALL_BYTES)
+        result = lib.snap_make(self._at, made)
+        descriptor = int(made.result) if result == 0 else -1
+        try:
+            if result == 0:
+                yield descriptor
+        finally:
+            back = lib.snap_unmake(self._at, descriptor)
+            self.tracee.stop = self._at.stop
+        if result < 0 or back < 0:
+            self._failed(-(result or back), [call, Call(NR.close)])
 
     def _may_use_loop(self, calls: Sequence[Call]) -> bool:
         """Not with SIGTRAP ignored, nor with a call that has it ignored from now on."""

@@ -238,13 +238,13 @@ class PyApp(Victim):
         return self.healthy()
 
 
-def c_victim(directory: Path, name: str, **options: object) -> Victim:
+def c_victim(directory: Path, name: str, *prefix: str, **options: object) -> Victim:
     build()
     kind = Ordered if name == "ordered" else Victim
     given = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     if kind is Ordered:
         given += ["--table", str(directory / "table")]
-    return kind(directory, [str(BIN / name), *given])
+    return kind(directory, [*prefix, str(BIN / name), *given])
 
 
 def python_app(directory: Path, **options: object) -> PyApp:

@@ -38,6 +38,17 @@ with freeze(pid) as frozen:
     frozen.remote.on(frozen.threads[-1]).batch([Call(NR.getpid)] * 3)
 """
 
+MAKING = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+from snapshot.freeze import freeze
+from snapshot.kernel.arch_x86_64 import NR
+from snapshot.kernel.remote import Call, Remote
+pid, Remote.die_at = int(sys.argv[1]), int(sys.argv[2])
+with freeze(pid) as frozen, frozen.remote.making(Call(NR.eventfd2, (0, 0))) as made:
+    assert made > 2
+"""
+
 # A child of this process makes takes in an endless loop until it is killed from outside.
 LOOPING = f"""
 import sys
@@ -53,10 +64,10 @@ while True:
 """
 
 
-def die(pid: int, point: int, *send: int) -> bool:
+def die(pid: int, point: int, *send: int, script: str = DYING) -> bool:
     """Whether the tracer passed so many points, and died at that one. `send`: a signal that it
     sends between two batches."""
-    command = [sys.executable, "-c", DYING, str(pid), str(point), *map(str, send)]
+    command = [sys.executable, "-c", script, str(pid), str(point), *map(str, send)]
     ended = subprocess.run(command, check=False)
     assert ended.returncode in (0, -signal.SIGKILL)
     return ended.returncode != 0
@@ -92,6 +103,22 @@ def test_death_at_every_point(how: str) -> None:
         assert not died, "POINTS is too small"
         assert point > 20
         assert (victim.get("bad"), victim.get("result")) == (0, 0)
+
+
+def test_a_descriptor_being_made_is_closed() -> None:
+    """At whatever point of `making` the tracer dies: by the thread itself, and nothing else is."""
+    with Victim(REGISTERS) as victim:
+        before = without_maps(victim.pid)
+        for point in range(1, POINTS):
+            died = die(victim.pid, point, script=MAKING)
+            settles(victim.pid, before, point)
+            count = victim.get("count")
+            wait_until(lambda: victim.get("count") > count + 8, f"it runs on after {point}")  # noqa: B023
+            assert victim.get("bad") == 0, point
+            if not died:
+                break
+        assert not died, "POINTS is too small"
+        assert point > 15
 
 
 def test_registers_after_death_at_every_point() -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,7 @@ from .freezing import Victim, proc_state, wait_until
 pytestmark = pytest.mark.live
 
 FREEZES = 200
+ROOT = str(Path(__file__).parents[2])
 
 # One blocking call per mode. A second thread makes it come back when a byte arrives on stdin.
 BLOCKED = r"""
@@ -627,3 +629,28 @@ def test_a_program_that_replaces_itself() -> None:
                     make_calls(frozen)
         count = victim.get("count")
         wait_until(lambda: victim.get("count") > count + 20, "it goes on")
+
+
+DYING = f"""
+import os, signal, sys
+sys.path.insert(0, {ROOT!r})
+from snapshot import freeze
+freeze.Frozen._note_interrupted = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+with freeze.freeze(int(sys.argv[1])):
+    pass
+"""
+
+
+@pytest.mark.parametrize("mode", ["epoll_wait", "semop"])
+def test_a_tracer_that_dies_as_soon_as_all_stand(mode: str) -> None:
+    """What the stop has made return EINTR is to be made again already."""
+    with Victim(BLOCKED, mode) as victim:
+        for _ in range(5):
+            wait_until(lambda: victim.system_call() >= 0, "the call sleeps")
+            ended = subprocess.run([sys.executable, "-c", DYING, str(victim.pid)], check=False)
+            assert ended.returncode == -signal.SIGKILL
+            assert victim.get("returned") == 0, os.strerror(victim.get("error"))
+        wait_until(lambda: victim.system_call() >= 0, "the call sleeps")
+        victim.wake()
+        wait_until(lambda: victim.get("returned"), "the call came back")
+        assert (victim.get("result"), victim.get("error")) == WOKEN[mode]

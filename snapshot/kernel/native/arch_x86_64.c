@@ -72,6 +72,17 @@ int snap_arch_is_restart(int64_t result)
     return result == -512 || result == -513 || result == -514 || result == -516;
 }
 
+int64_t snap_arch_interrupted(const void *registers)
+{
+    const struct user_regs_struct *regs = registers;
+    return (int64_t)regs->rax == -4 ? (int64_t)regs->orig_rax : -1;
+}
+
+void snap_arch_make_again(void *registers)
+{
+    ((struct user_regs_struct *)registers)->rax = (unsigned long long)-514;
+}
+
 uint32_t snap_arch_loop_progress(const void *registers, uint64_t loop, uint64_t array,
                                  int64_t *result, int *stored)
 {

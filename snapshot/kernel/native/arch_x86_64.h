@@ -31,5 +31,10 @@ uint32_t snap_arch_loop_progress(const void *registers, uint64_t loop, uint64_t 
                                  int64_t *result, int *stored);
 /* The kernel means to run the interrupted call again (ERESTARTSYS, …). */
 int snap_arch_is_restart(int64_t result);
+/* The number of the system call that returned EINTR to these registers, made by a `syscall`
+   instruction right before rip; -1: none did. */
+int64_t snap_arch_interrupted(const void *registers);
+/* Has the kernel make that call again, unless a handler runs first (ERESTARTNOHAND). */
+void snap_arch_make_again(void *registers);
 
 #endif

@@ -18,7 +18,8 @@ _Static_assert(offsetof(snap_home, deliverable) == 176, "DELIVERABLE");
 _Static_assert(offsetof(snap_home, quiet) == 184, "QUIET");
 _Static_assert(offsetof(snap_home, scratch) == 192, "SCRATCH");
 _Static_assert(offsetof(snap_home, undo) == 208, "UNDO");
-_Static_assert(sizeof(snap_home) == 216 && 440 + 216 <= SNAP_GUARD_MAX, "the record");
+_Static_assert(offsetof(snap_home, undo_call) == 216, "UNDO_CALL");
+_Static_assert(sizeof(snap_home) == 224 && 440 + 224 <= SNAP_GUARD_MAX, "the record");
 
 /* Only rip-relative loads, no store but into the scratch: the code page need not be writable. No
    stack either: signals that arrive once the mask is back find rsp where it belongs. */
@@ -40,8 +41,9 @@ __asm__(
     "   syscall\n"
     "   xor %r13d, %r13d\n"
     "   mov " AT("208") ", %rsi\n test %rsi, %rsi\n jz snap_guard_leave\n"
-    "   mov %rax, %rdi\n mov $11, %eax\n syscall\n" /* EINVAL when the call had failed */
-    "   jmp snap_guard_go\n"
+    "   test %rax, %rax\n jle snap_guard_leave\n" /* it failed, or was the close of what was made */
+    "   mov %rax, %rdi\n mov " AT("216") ", %eax\n syscall\n"
+    "   jmp snap_guard_leave\n"
 
     /* Parked: registers that say "interrupted system call" at the second label. The kernel goes on
        there with EINTR when a handler runs, two bytes before it when the call is to be made again. */

@@ -20,7 +20,9 @@ typedef struct {
     uint64_t quiet;            /* number of the signal that tells the tracer of the loop's end */
     uint64_t scratch;          /* unmapped on the way, 0: there is none */
     uint64_t scratch_size;
-    uint64_t undo;             /* size of a mapping that the single call makes, 0: it makes none */
+    uint64_t undo;             /* second argument of the call that undoes the single call, whose
+                                  result is the first; 0: there is nothing to undo */
+    uint64_t undo_call;        /* its number: munmap or close */
 } snap_home;
 
 /* The code, `*size` bytes; the record follows it at the next multiple of 8. The loop of

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -54,7 +55,8 @@ static int put_guard(snap_injection *at)
                       .quiet = at->quiet,
                       .scratch = at->scratch,
                       .scratch_size = at->scratch_size,
-                      .undo = at->undo};
+                      .undo = at->undo,
+                      .undo_call = at->undo_call};
     snap_guard_home(&home, at->registers, abort_ip);
     memcpy(bytes, code, size);
     memcpy(bytes + size, &home, sizeof home);
@@ -311,5 +313,28 @@ int snap_inject(snap_injection *at, snap_call *calls, int count)
         return result;
     at->fault = at->stop;
     int back = trapped ? give_back_trapped(at) : snap_give_back(at);
+    return result < 0 ? result : back;
+}
+
+int snap_make(snap_injection *at, snap_call *call)
+{
+    at->use_loop = 0;
+    at->undo = 1;
+    at->undo_call = SYS_close;
+    int result = borrow(at);
+    at->undo = 0;
+    if (result == 0)
+        result = step_call(at, call, now_us() + at->timeout_us);
+    at->fault = at->stop;
+    return result;
+}
+
+int snap_unmake(snap_injection *at, int64_t descriptor)
+{
+    /* The guard's record still says close: of what this call returns, that is of nothing. */
+    snap_call closing = {.nr = SYS_close, .args = {(uint64_t)descriptor}};
+    int result = descriptor < 0 ? 0 : step_call(at, &closing, now_us() + at->timeout_us);
+    at->fault = at->stop;
+    int back = snap_give_back(at);
     return result < 0 ? result : back;
 }

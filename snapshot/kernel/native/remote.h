@@ -31,6 +31,7 @@ typedef struct {
     uint64_t scratch;      /* mapping that it unmaps then; 0: there is none */
     uint64_t scratch_size;
     uint64_t undo;         /* the size of what the one call of the next batch maps, or 0 */
+    uint64_t undo_call;    /* munmap, then */
     uint64_t quiet;        /* … chosen for this batch; 0: none, so there is no loop */
     uint64_t caught;       /* signals of the process that have a handler */
     uint64_t ignored;      /* signals that it ignores, and that may be sent for the loop's end */
@@ -46,6 +47,14 @@ int snap_guard_wipe(snap_injection *at);
    return in time (it was interrupted); -EFAULT when the thread got a signal of its own making
    (at->fault tells which); -ESRCH when it ended. */
 int snap_inject(snap_injection *at, snap_call *calls, int count);
+
+/* Makes a call that gives a descriptor, and leaves the thread at its end, borrowed. Returns 0 with
+   call->result; snap_unmake comes next in any case. With a guard a thread that is left there by our
+   death closes the descriptor (not 0) before it goes home. Errors as above. */
+int snap_make(snap_injection *at, snap_call *call);
+
+/* Has the target close the descriptor (negative: there is none), and gives the thread back. */
+int snap_unmake(snap_injection *at, int64_t descriptor);
 
 /* Tries again to get the thread back after a call that did not return; needed while `borrowed`. */
 int snap_give_back(snap_injection *at);

@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "threads.h"
 
+#include "arch_x86_64.h"
+
 #include <errno.h>
 #include <pthread.h>
 #include <time.h>
@@ -43,7 +45,26 @@ static void *reap_until_finished(void *argument)
     return NULL;
 }
 
-static int wait_all(const int *tids, int *stops, int count, int64_t timeout_us)
+/* A failure is none: a thread that is gone is found out soon enough. */
+static void make_again(int tid, const uint64_t *again)
+{
+    unsigned char registers[SNAP_REGISTERS_SIZE];
+    unsigned char code[2];
+    if (!again || snap_get_registers(tid, registers, sizeof registers) < 0)
+        return;
+    int64_t number = snap_arch_interrupted(registers);
+    if (number < 0 || number >= SNAP_AGAIN_CALLS || !(again[number / 64] >> (number % 64) & 1))
+        return;
+    /* int 0x80 has other numbers. */
+    if (snap_read_memory(tid, snap_arch_rip(registers) - 2, code, sizeof code) < 0 ||
+        code[0] != 0x0f || code[1] != 0x05)
+        return;
+    snap_arch_make_again(registers);
+    snap_set_registers(tid, registers, sizeof registers);
+}
+
+static int wait_all(const int *tids, int *stops, int count, int64_t timeout_us,
+                    const uint64_t *again)
 {
     int64_t deadline = now_us() + timeout_us;
     int running = 0;
@@ -55,12 +76,14 @@ static int wait_all(const int *tids, int *stops, int count, int64_t timeout_us)
         int result = snap_await_event_stop(tids[i], left > 0 ? left : 0, &stop);
         running += result == -ETIMEDOUT;
         stops[i] = result == -ETIMEDOUT ? 0 : result < 0 ? result : stop;
+        if (stops[i] > 0)
+            make_again(tids[i], again);
     }
     return running;
 }
 
 static int stop_all(const int *tids, int *stops, int count, unsigned long options,
-                    int64_t timeout_us)
+                    int64_t timeout_us, const uint64_t *again)
 {
     for (int i = 0; i < count; i++) {
         stops[i] = snap_seize(tids[i], options);
@@ -68,11 +91,11 @@ static int stop_all(const int *tids, int *stops, int count, unsigned long option
         if (stops[i] == 0 || (stops[i] == -EPERM && snap_interrupt(tids[i]) == 0))
             stops[i] = snap_interrupt(tids[i]);
     }
-    return wait_all(tids, stops, count, timeout_us);
+    return wait_all(tids, stops, count, timeout_us, again);
 }
 
 int snap_stop_all(const int *tids, int *stops, int known, int count, int leader,
-                  unsigned long options, int64_t timeout_us)
+                  unsigned long options, int64_t timeout_us, const uint64_t *again)
 {
     struct reaper reaper = {.tids = tids,
                             .count = known + count,
@@ -82,7 +105,8 @@ int snap_stop_all(const int *tids, int *stops, int known, int count, int leader,
     pthread_t thread;
     int reaping = known + count > 1 &&
                   pthread_create(&thread, NULL, reap_until_finished, &reaper) == 0;
-    int running = stop_all(tids + known, stops + known, count, options, timeout_us);
+    int running = stop_all(tids + known, stops + known, count, options, timeout_us,
+                           again);
     if (reaping) {
         pthread_mutex_lock(&reaper.lock);
         reaper.finished = 1;

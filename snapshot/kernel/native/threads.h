@@ -6,15 +6,19 @@
 #define SNAP_THREADS_H
 #include "ptrace.h"
 
+#define SNAP_AGAIN_CALLS 512
 /* Seizes and interrupts each of `count` threads from tids[known] on, and waits until they are in an
    event stop as with snap_halt, for at most timeout_us: stops[i] becomes the stop, -errno, or 0 for
    one that still runs. Returns how many do. tids[0 .. known) are threads of the process that are
    seized already.
    While a thread of the process is in execve, PTRACE_SEIZE blocks (cred_guard_mutex) and a zombie
    leader never stops, and execve in turn waits until its siblings are gone, ours among them: those
-   that end meanwhile are reaped, all but `leader`, whose status belongs to its parent. */
+   that end meanwhile are reaped, all but `leader`, whose status belongs to its parent.
+   again: a bit for each system call below SNAP_AGAIN_CALLS that is made again when the stop has made
+   it return EINTR, or NULL. As soon as the thread stands: a tracer that dies before has the program
+   see EINTR. */
 int snap_stop_all(const int *tids, int *stops, int known, int count, int leader,
-                  unsigned long options, int64_t timeout_us);
+                  unsigned long options, int64_t timeout_us, const uint64_t *again);
 /* Detaches every thread with a positive stop; stops[i] becomes 0 or -errno. */
 void snap_detach_all(const int *tids, int *stops, int count);
 
