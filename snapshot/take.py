@@ -30,7 +30,7 @@ from .manifest import Host, Manifest, Process, TakeStats
 from .pump import MEMORY, LostError, Pump, Staging
 from .records import ProcessIdentity
 from .regions import Plan
-from .resources import Gathered, descriptors, gather
+from .resources import Gathered, descriptors, gather, preflight
 from .stats import Progress, ProgressCallback, Stopwatch
 from .store import Store, check_name
 from .writer import ImageWriter
@@ -147,6 +147,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
     """One T0. False when its memory could not all be saved but another T0 may do."""
     before = examine.examine(job.pid)
     examine.refuse(job.pid, before.plan)
+    foreign = preflight.namespaces(job.pid)
     identity = ProcessIdentity(procfs.boot_id(), job.pid, procfs.stat(job.pid).start_ticks)
     with ExitStack() as stack:
         writer = stack.enter_context(job.store.begin(job.name, identity))
@@ -186,7 +187,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
             job.reasons.append(error.message)
             return False
         stats = _stats(job, ahead, guarded, instant, writer)
-        writer.commit(_manifest(job, instant, stats))
+        writer.commit(_manifest(job, instant, stats, foreign))
     return True
 
 
@@ -273,7 +274,7 @@ def _stats(
     )
 
 
-def _manifest(job: _Take, instant: _Instant, stats: TakeStats) -> Manifest:
+def _manifest(job: _Take, instant: _Instant, stats: TakeStats, foreign: list[str]) -> Manifest:
     plan = instant.plan
     return Manifest(
         image=job.name,
@@ -288,5 +289,5 @@ def _manifest(job: _Take, instant: _Instant, stats: TakeStats) -> Manifest:
         files=tuple(plan.files.values()),
         objects=tuple(plan.objects.values()),
         stats=stats,
-        warnings=(*plan.warnings, *instant.gathered.warnings()),
+        warnings=(*plan.warnings, *instant.gathered.warnings(), *foreign),
     )

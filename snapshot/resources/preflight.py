@@ -29,13 +29,18 @@ def unsupported(pid: int) -> list[str]:
 
 def warnings(pid: int) -> list[str]:
     """What a restored process will not have as it was."""
-    found = [
+    found = namespaces(pid)
+    confined = credentials.warning(credentials.state(procfs.status(pid), 0), pid)
+    return [*found, confined] if confined else found
+
+
+def namespaces(pid: int) -> list[str]:
+    """Those that the process is in, and a restored one will not be."""
+    return [
         f"process {pid} is in another {name} namespace; it will be restored in that of snap"
         for name in SHARED_NAMESPACES
         if _foreign(pid, name)
     ]
-    confined = credentials.warning(credentials.state(procfs.status(pid), 0), pid)
-    return [*found, confined] if confined else found
 
 
 def _foreign(pid: int, name: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import snapshot
-from snapshot.errors import SnapError, TargetError
+from snapshot.errors import TargetError
 from tests.conftest import Snap, Spawn
 from tests.harness import processes
 from tests.harness.leftovers import harm
@@ -147,19 +147,27 @@ def comes_back_as_nobody(victim: Victim, store: Path, lazy: bool) -> None:
         assert "CapEff:\t0000000000000000" in status
 
 
-def test_namespaces(spawn: Spawn, store: Path) -> None:
-    """Other pid, mount and network namespaces: taken by its pid here, and it runs on."""
-    outer = spawn.by(("unshare", "--pid", "--fork", "--kill-child", "--mount", "--net"), "kinds")
-    (inner,) = processes.children(outer.pid)
+@MODES
+def test_namespaces(spawn: Spawn, store: Path, lazy: bool) -> None:
+    """Other pid, mount and network namespaces: taken by its pid here, and it runs on. Restored in
+    the namespaces of snap, as the image says, but for its pid, which the program knows."""
+    own = ("unshare", "--pid", "--fork", "--kill-child", "--mount", "--net")
+    outer = spawn.by((*own, "sh", "-c", '"$0" "$@" & wait'), "kinds")
+    (first,) = processes.children(outer.pid)
+    (inner,) = processes.children(first)
     outer_pid, outer.pid = outer.pid, inner
     try:
         taken(outer, store)
         with snapshot.open_image("image", store=store) as image:
             said = " ".join(image.manifest.warnings)
-        for name in ("pid", "mnt", "net"):
+        for name in ("mnt", "net"):
             assert f"another {name} namespace" in said
     finally:
         outer.pid = outer_pid
+    outer.kill()
+    processes.has_ended(inner)
+    with restored(outer, "image", store, lazy, pid="new"):
+        outer.goes_on()
 
 
 def test_another_user_namespace(spawn: Spawn, snap: Snap) -> None:
@@ -187,18 +195,18 @@ def test_a_tracer(spawn: Spawn, store: Path) -> None:
     victim.goes_on()
 
 
-def test_in_a_vfork_wait(store: Path) -> None:
+def test_in_a_vfork_wait(snap: Snap) -> None:
     """A bounded wait, then an error that names the thread; afterwards the take works."""
     with Waiting(VFORK) as victim:
-        with pytest.raises(SnapError) as raised:
-            snapshot.take(victim.pid, name="image", store=store)
-        assert f"{victim.pid} (" in raised.value.message
-        assert "state D" in raised.value.message
+        ran = snap("take", victim.pid, ok=False)
+        assert ran.code == 11
+        assert f"{victim.pid} (" in ran.json["error"]
+        assert "state D" in ran.json["error"]
         count = victim.get("count")
         wait_until(lambda: victim.get("count") > count + 3, "the other thread going on")
         victim.wake()
         wait_until(lambda: victim.get("returned") == 1, "it came back from vfork")
-        snapshot.take(victim.pid, name="image", store=store).close()
+        snap("take", victim.pid, "--name", "image")
 
 
 def without_power(*capabilities: str) -> tuple[str, ...]:
