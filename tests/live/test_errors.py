@@ -101,7 +101,7 @@ def test_traced(snap: Snap, victim: Victim) -> None:
 def public() -> Iterator[Path]:
     """A directory that everybody may use."""
     path = Path(tempfile.mkdtemp(prefix="snap-public-"))
-    path.chmod(0o777)
+    path.chmod(0o1777)  # as /tmp: without the sticky bit no store is trusted there
     yield path
     shutil.rmtree(path)
 
