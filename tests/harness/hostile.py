@@ -59,7 +59,7 @@ def rich() -> Manifest:
     """One of everything that a manifest can hold."""
     maps = (
         mapping(0x40_0000, 4 * CHUNK, kind="file", file=1, prot=5, name=b"/bin/cat"),
-        mapping(BASE, 16 * CHUNK, vm_flags=("rd", "wr"), populated=CHUNK),
+        mapping(BASE, 16 * CHUNK, vm_flags=("rd", "wr")),
         mapping(BASE + 16 * CHUNK, CHUNK, kind="shared", shared=True, object=1),
         mapping(plausible.VSYSCALL, PAGE, kind="vsyscall", prot=4),
     )

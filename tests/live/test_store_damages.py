@@ -37,7 +37,7 @@ def damaged(place: tuple[Path, Image], tmp_path_factory: pytest.TempPathFactory)
 def test_without_damage_nothing_is_found(damaged: Store) -> None:
     damaged.fresh()
     assert damaged.snap("verify", damaged.name)[0] == 0
-    assert damaged.read() == (0, "")
+    assert damaged.read() == (0, "verified\n")  # and nothing more
 
 
 @pytest.mark.parametrize("kind", damage.KINDS)
