@@ -14,7 +14,7 @@ from . import examine, faults
 from .errors import DeniedError
 from .examine import Examination
 from .maps import Line
-from .pump import LostError, Pump
+from .pump import LostError, Pump, Round
 from .resources import descriptors
 from .resources.memfd import SharedMemory
 from .units import MIB
@@ -45,9 +45,8 @@ class Ahead:
         before = None
         while self.rounds < ROUNDS:
             faults.point("round-begun")
-            done = self.pump.round(report)
+            done = self._round(report)
             faults.point("round-ended")
-            self.rounds += 1
             # One that is opened and closed again between two looks is not seen.
             self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
             if self.direct_io:
@@ -57,6 +56,16 @@ class Ahead:
             if few or (before is not None and dirty > before * SHRINKS):
                 return
             before = dirty
+
+    def copy_once_more(self) -> None:
+        """What was written while the storing threads came to rest: a short round, as nothing
+        competes with it."""
+        if self.rounds and not self.direct_io:
+            self._round(lambda: None)
+
+    def _round(self, report: Callable[[], None]) -> Round:
+        self.rounds += 1
+        return self.pump.round(report)
 
     def plan(
         self,

@@ -108,10 +108,11 @@ static int read_object(int object, uint64_t offset, uint8_t *out)
     return 0;
 }
 
-/* Copies the pages `want` of the chunk at a space address to `out`, zeros for the others. With `check`
- * the marks are looked at afterwards (see above). [*low, *high) becomes where it was read from. */
-static int copy_chunk(snap_pump *p, uint32_t space, uint64_t base, uint16_t want, uint8_t *out,
-                      bool check, uint64_t *low, uint64_t *high)
+/* Copies the pages `want` of the chunk at a space address to `out`, zeros for those in `zero`. With
+ * `check` the marks are looked at afterwards (see above). [*low, *high) becomes where it was read
+ * from. */
+static int copy_chunk(snap_pump *p, uint32_t space, uint64_t base, uint16_t want, uint16_t zero,
+                      uint8_t *out, bool check, uint64_t *low, uint64_t *high)
 {
     struct iovec local[CHUNK_PAGES], remote[CHUNK_PAGES];
     struct {
@@ -170,7 +171,7 @@ static int copy_chunk(snap_pump *p, uint32_t space, uint64_t base, uint16_t want
     if (r)
         return r;
     for (unsigned i = 0; i < CHUNK_PAGES; i++)
-        if (!(want >> i & 1))
+        if (zero >> i & 1)
             memset(out + i * PAGE, 0, PAGE);
     for (int i = 0; check && i < part_count; i++) {
         uint64_t armed;
@@ -187,14 +188,16 @@ int save_to_place(snap_pump *p, uint32_t space, uint64_t address, int64_t place)
 {
     uint64_t low, high;
     const chunk *c = ledger_chunk(p, space, address);
-    return copy_chunk(p, space, address, c->want, p->staging + (uint64_t)place * CHUNK, false, &low,
-                      &high);
+    uint8_t *out = p->staging + (uint64_t)place * CHUNK;
+    return copy_chunk(p, space, address, c->want, (uint16_t)~c->want, out, false, &low, &high);
 }
 
 /* Copies the pages `want` into a place of its own, which *t describes. */
 static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t want, bool urgent,
                          bool check, tentative *t)
 {
+    /* Nobody looks at the other pages of a patch. */
+    uint16_t zero = want == ledger_chunk(p, space, address)->want ? (uint16_t)~want : 0;
     bool no_spill = false;
     for (;;) {
         int64_t place = NO_PLACE;
@@ -206,7 +209,7 @@ static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_
         if (r)
             return r;
         uint8_t *out = place >= 0 ? p->staging + (uint64_t)place * CHUNK : p->bounce;
-        r = copy_chunk(p, space, address, want, out, check, &t->low, &t->high);
+        r = copy_chunk(p, space, address, want, zero, out, check, &t->low, &t->high);
         if (!r && place < 0 &&
             pwrite(p->spill, out, CHUNK, (off_t)((uint64_t)(-place - 1) * CHUNK)) != (ssize_t)CHUNK) {
             give_place(p, place);
