@@ -22,6 +22,8 @@ from .units import MIB
 REMAINDER = 2 * MIB
 """Bytes that may be copied while the target stands still: some 0.5 ms. More is armed and copied
 when the target runs on."""
+EVERYTHING = 1 << 62
+SHORT = 32 * MIB
 ROUNDS = 12
 SHRINKS = 0.7
 """A round that copies more than this part of the one before gains nothing on the writers."""
@@ -37,6 +39,7 @@ class Ahead:
         self.direct_io = False
         """It had a file open O_DIRECT: a device may have written past the page tables, and nothing
         that was copied counts."""
+        self._dirty = EVERYTHING  # what the last round had to copy
         self._objects: dict[int, int] = {}
         self._stack = stack
 
@@ -51,21 +54,22 @@ class Ahead:
             self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
             if self.direct_io:
                 return
-            dirty = done.copied + done.left
             few = done.written + done.left <= REMAINDER
-            if few or (before is not None and dirty > before * SHRINKS):
+            if few or (before is not None and self._dirty > before * SHRINKS):
                 return
-            before = dirty
+            before = self._dirty
 
     def copy_once_more(self) -> None:
         """What was written while the storing threads came to rest: a short round, as nothing
-        competes with it."""
-        if self.rounds and not self.direct_io:
+        competes with it. Not a long one: nobody makes room in staging meanwhile."""
+        if self._dirty <= SHORT and not self.direct_io:
             self._round(lambda: None)
 
     def _round(self, report: Callable[[], None]) -> Round:
         self.rounds += 1
-        return self.pump.round(report)
+        done = self.pump.round(report)
+        self._dirty = done.copied + done.left
+        return done
 
     def plan(
         self,

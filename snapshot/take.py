@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import examine, faults
-from .ahead import REMAINDER, Ahead
+from .ahead import EVERYTHING, REMAINDER, Ahead
 from .errors import TakeError
 from .freeze import Frozen, freeze
 from .hooks import Hooks
@@ -37,7 +37,6 @@ from .writer import ImageWriter
 from .wrprotect import WriteProtection
 
 ATTEMPTS = 3
-EVERYTHING = 1 << 62
 STALL = 10.0
 GATE_SECONDS = 0.05
 PROGRESS_SECONDS = 0.1
