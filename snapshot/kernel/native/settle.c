@@ -69,10 +69,9 @@ static int judge(snap_pump *p)
                 if (r)
                     return r;
             }
-            if (c->state != SAVED || !(c->kept & c->want))
-                c->bare = c->want;
-            c->bare |= (uint16_t)(c->want & ~c->kept);
-            c->state = c->want && (c->bare || c->kept != c->want) ? UNSAVED : SAVED;
+            bool good = !c->want || (c->state == SAVED && !c->bare && c->kept == c->want);
+            c->bare = good ? 0 : c->want; /* whole chunks: patches have lost pages, docs/reliability.md */
+            c->state = good ? SAVED : UNSAVED;
             p->unsaved_chunks += c->state == UNSAVED;
             p->counters.remainder_bytes += (uint64_t)__builtin_popcount(c->bare) * PAGE;
         }
