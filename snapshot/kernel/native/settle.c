@@ -70,7 +70,7 @@ static int judge(snap_pump *p)
                     return r;
             }
             bool good = !c->want || (c->state == SAVED && !c->bare && c->kept == c->want);
-            c->bare = good ? 0 : c->want; /* whole chunks: patches have lost pages, docs/reliability.md */
+            c->bare = good ? 0 : c->want; /* whole: a patch can overtake what it patches, docs/reliability.md */
             c->state = good ? SAVED : UNSAVED;
             p->unsaved_chunks += c->state == UNSAVED;
             p->counters.remainder_bytes += (uint64_t)__builtin_popcount(c->bare) * PAGE;
