@@ -23,6 +23,7 @@ REMAINDER = 2 * MIB
 """Bytes that may be copied while the target stands still: some 0.5 ms. More is armed and copied
 when the target runs on."""
 EVERYTHING = 1 << 62
+SHORT = 32 * MIB
 ROUNDS = 12
 SHRINKS = 0.7
 """A round that copies more than this part of the one before gains nothing on the writers."""
@@ -57,6 +58,12 @@ class Ahead:
             if few or (before is not None and self._dirty > before * SHRINKS):
                 return
             before = self._dirty
+
+    def copy_once_more(self) -> None:
+        """What was written while the storing threads came to rest: a short round, as nothing
+        competes with it. Not a long one: nobody makes room in staging meanwhile."""
+        if self._dirty <= SHORT and not self.direct_io:
+            self._round(lambda: None)
 
     def _round(self, report: Callable[[], None]) -> Round:
         self.rounds += 1

@@ -195,6 +195,7 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int) -> _Instant:
     to the target's memory for them. `first` is the stop that made the userfaultfd."""
     pump = ahead.pump
     pump.storing.close(GATE_SECONDS)
+    ahead.copy_once_more()
     clock = Stopwatch()
     with freeze(job.pid, earlier=first) as frozen:
         faults.point("second-stop")

@@ -369,6 +369,7 @@ void snap_pump_go(snap_pump *p)
     pthread_mutex_lock(&p->lock);
     p->after_t0 = true;
     pthread_cond_broadcast(&p->told);
+    pthread_cond_broadcast(&p->ready);
     pthread_mutex_unlock(&p->lock);
 }
 

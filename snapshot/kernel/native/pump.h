@@ -131,7 +131,7 @@ void snap_pump_release(snap_pump *pump);
  * timeout, -EPIPE when run has ended (or, without one, snap_pump_end was called) and all were taken. */
 int snap_pump_next(snap_pump *pump, snap_saved *out, int most, int timeout_ms);
 /* The chunks are in the store: their places are free again. */
-int snap_pump_done(snap_pump *pump, const snap_saved *saved, int count);
+void snap_pump_done(snap_pump *pump, const snap_saved *saved, int count);
 /* No run will come: the queue ends. */
 void snap_pump_end(snap_pump *pump);
 

@@ -29,7 +29,7 @@ typedef struct {
     uint16_t bare;    /* pages of which there is no good copy, at T0 */
     uint16_t version; /* of that copy; under the lock */
     uint8_t state;
-    uint8_t flying;   /* copies that are with the consumers; under the lock */
+    bool flying;      /* a copy is with the consumers; under the lock */
 } chunk;
 
 /* 64 MiB of one space. Blocks are made when something is found in them: a reservation costs none. */
@@ -119,7 +119,7 @@ struct snap_pump {
     bool held, released;
     VECTOR(queued) queue;
     size_t queue_head;
-    VECTOR(queued) waiting; /* for an older version of their chunk to be done */
+    VECTOR(queued) waiting; /* for an older copy of their chunk to be done; older than all of queue */
     uint32_t *free_slots;
     uint64_t free_count;
     VECTOR(uint32_t) free_spill;

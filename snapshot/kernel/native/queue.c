@@ -64,28 +64,63 @@ int enqueue(snap_pump *p, const snap_saved *saved)
     /* A patch does not make void what it patches. */
     *entry = (queued){*saved, saved->patch ? c->version : ++c->version};
     p->counters.saved_bytes += (uint64_t)__builtin_popcount(copied) * PAGE;
-    pthread_cond_signal(&p->ready);
+    if (!p->held) /* in the pause nobody is woken for each */
+        pthread_cond_signal(&p->ready);
     return 0;
 }
 
-/* Whether an entry may be handed out now. A void one is dropped, one whose elder is still with a
- * consumer has to wait for that. Caller holds the lock. */
-static bool hand_out(snap_pump *p, const queued *entry)
+/* Drops an entry that a newer copy has made void. Caller holds the lock. */
+static bool void_entry(snap_pump *p, const queued *entry)
+{
+    if (ledger_chunk(p, entry->saved.space, entry->saved.address)->version == entry->version)
+        return false;
+    put_back(p, entry->saved.place);
+    return true;
+}
+
+/* Whether an entry may go to a consumer: not while its elder is with one. Caller holds the lock. */
+static bool take_off(snap_pump *p, const queued *entry)
 {
     chunk *c = ledger_chunk(p, entry->saved.space, entry->saved.address);
-    if (c->version != entry->version) {
-        put_back(p, entry->saved.place);
+    if (c->flying)
         return false;
-    }
-    if (c->flying) {
-        queued *slot = VECTOR_PUSH(&p->waiting);
-        if (slot) {
-            *slot = *entry;
-            return false;
-        }
-    }
-    c->flying++;
+    c->flying = true;
     return true;
+}
+
+/* Up to `most` entries: of one chunk one at a time, in the order in which they were made. What waits
+ * is older than all of the queue, so it goes first. *freed: places came free. Caller holds the lock. */
+static int hand_out(snap_pump *p, snap_saved *out, int most, bool *freed)
+{
+    int n = 0;
+    size_t kept = 0;
+    for (size_t i = 0; i < p->waiting.count; i++) {
+        queued entry = p->waiting.at[i];
+        if (void_entry(p, &entry))
+            *freed = true;
+        else if (n < most && take_off(p, &entry))
+            out[n++] = entry.saved;
+        else
+            p->waiting.at[kept++] = entry;
+    }
+    p->waiting.count = kept;
+    while (n < most && p->queue_head < p->queue.count) {
+        queued entry = p->queue.at[p->queue_head];
+        if (void_entry(p, &entry)) {
+            *freed = true;
+        } else if (take_off(p, &entry)) {
+            out[n++] = entry.saved;
+        } else {
+            queued *slot = VECTOR_PUSH(&p->waiting);
+            if (!slot)
+                break; /* no memory: it stays at the head until its elder is done */
+            *slot = entry;
+        }
+        p->queue_head++;
+    }
+    if (p->queue_head == p->queue.count)
+        p->queue_head = p->queue.count = 0;
+    return n;
 }
 
 static void wake(snap_pump *p)
@@ -111,16 +146,8 @@ int snap_pump_next(snap_pump *p, snap_saved *out, int most, int timeout_ms)
     bool freed = false;
     pthread_mutex_lock(&p->lock);
     while (!n && waited != ETIMEDOUT) {
-        while (n < most && p->queue_head < p->queue.count) {
-            queued entry = p->queue.at[p->queue_head++];
-            if (hand_out(p, &entry))
-                out[n++] = entry.saved;
-            else
-                freed = true;
-        }
-        if (p->queue_head == p->queue.count)
-            p->queue_head = p->queue.count = 0;
-        if (n || (p->ended && !p->waiting.count))
+        n = hand_out(p, out, most, &freed);
+        if (n || (p->ended && !p->waiting.count && !p->queue.count))
             break;
         waited = pthread_cond_timedwait(&p->ready, &p->lock, &until);
     }
@@ -132,40 +159,16 @@ int snap_pump_next(snap_pump *p, snap_saved *out, int most, int timeout_ms)
     return n;
 }
 
-/* What waited for this chunk goes back into the queue. Caller holds the lock. */
-static int let_next(snap_pump *p, const snap_saved *done)
+void snap_pump_done(snap_pump *p, const snap_saved *saved, int count)
 {
-    size_t kept = 0;
-    int r = 0;
-    for (size_t i = 0; i < p->waiting.count; i++) {
-        queued entry = p->waiting.at[i];
-        bool same = entry.saved.space == done->space && entry.saved.address == done->address;
-        queued *slot = same ? VECTOR_PUSH(&p->queue) : NULL;
-        if (slot)
-            *slot = entry;
-        else
-            p->waiting.at[kept++] = entry;
-        if (same && !slot)
-            r = -ENOMEM;
-    }
-    p->waiting.count = kept;
-    return r;
-}
-
-int snap_pump_done(snap_pump *p, const snap_saved *saved, int count)
-{
-    int r = 0;
     pthread_mutex_lock(&p->lock);
     for (int i = 0; i < count; i++) {
         put_back(p, saved[i].pages ? saved[i].place : NO_PLACE);
-        ledger_chunk(p, saved[i].space, saved[i].address)->flying--;
-        int e = p->waiting.count ? let_next(p, &saved[i]) : 0;
-        r = r ? r : e;
+        ledger_chunk(p, saved[i].space, saved[i].address)->flying = false;
     }
     pthread_cond_broadcast(&p->ready);
     pthread_mutex_unlock(&p->lock);
     wake(p);
-    return r;
 }
 
 void snap_pump_end(snap_pump *p)

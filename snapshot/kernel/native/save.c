@@ -46,6 +46,7 @@ static int urgent_place(snap_pump *p, bool no_spill, int64_t *place)
             since = now_ns();
             pthread_mutex_lock(&p->lock);
             p->counters.stalls++;
+            pthread_cond_broadcast(&p->ready); /* in the pause they have not been woken */
             pthread_mutex_unlock(&p->lock);
         }
         if (now_ns() - since > p->stall_ns)

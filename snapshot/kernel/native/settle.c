@@ -69,9 +69,10 @@ static int judge(snap_pump *p)
                 if (r)
                     return r;
             }
-            bool good = !c->want || (c->state == SAVED && !c->bare && c->kept == c->want);
-            c->bare = good ? 0 : c->want; /* whole: a patch can overtake what it patches, docs/reliability.md */
-            c->state = good ? SAVED : UNSAVED;
+            if (c->state != SAVED || !(c->kept & c->want))
+                c->bare = c->want;
+            c->bare |= (uint16_t)(c->want & ~c->kept);
+            c->state = c->want && (c->bare || c->kept != c->want) ? UNSAVED : SAVED;
             p->unsaved_chunks += c->state == UNSAVED;
             p->counters.remainder_bytes += (uint64_t)__builtin_popcount(c->bare) * PAGE;
         }
