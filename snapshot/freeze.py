@@ -98,8 +98,9 @@ class Frozen:
         """Threads that have ended, or are just ending, while they were ours."""
         self._remote: Remote | None = None
         self._earlier = earlier
-        self._calls: dict[int, tuple[tuple[int, int], int]] = {}
-        """By tid: where (rip, rsp) a thread is in a call that goes on as restart_syscall."""
+        self._calls_at: dict[int, tuple[tuple[int, int], int]] = {}
+        """By tid: where (rip, rsp) a thread is in a call that goes on as restart_syscall, and its
+        own number."""
         self._owner = threading.get_native_id()
 
     @property
@@ -119,22 +120,32 @@ class Frozen:
     def registers(self, tracee: Tracee) -> bytes:
         """The registers as an image stores them, 216 bytes: those of the thread, in which a call
         that a stop would have made return EINTR says ERESTARTNOHAND (-514), so that a kernel makes
-        it again. A thread that has been stopped before may be in restart_syscall (-516), which
-        means nothing in another process: its orig_rax says the call's own number here, if the
-        `earlier` freeze or the code of the program tells it.
+        it again. A thread that has been stopped before may be in restart_syscall (-516), or just
+        about to make it, which means nothing in another process: here it is in, or about to make,
+        the call itself, if the `earlier` freeze or the code of the program tells which.
         """
         data = tracee.registers()
         registers = Registers.unpack(data)
-        if registers.orig_rax != NR.restart_syscall:
-            return data
-        if tracee.tid in self._calls:
-            return registers._replace(orig_rax=self._calls[tracee.tid][1]).pack()
+        if registers.orig_rax == NR.restart_syscall and registers.rax != NR.restart_syscall:
+            number = self._call_before(tracee, registers.rip)
+            return data if number is None else registers._replace(orig_rax=number).pack()
+        if registers.rax == NR.restart_syscall:
+            number = self._call_before(tracee, registers.rip + len(arch.SYSCALL_INSTRUCTION))
+            if number is not None:
+                return registers._replace(rax=number, orig_rax=arch.NO_SYSCALL).pack()
+        return data
+
+    def _call_before(self, tracee: Tracee, end: int) -> int | None:
+        """The call whose `syscall` instruction ends at `end`; None: not known, or there is none."""
         try:
-            code = tracee.read(registers.rip - _CODE_BEFORE, _CODE_BEFORE)
+            code = tracee.read(end - _CODE_BEFORE, _CODE_BEFORE)
         except KernelError:  # at the very start of a mapping
-            return data
-        number = arch.call_number_before(code)
-        return data if number is None else registers._replace(orig_rax=number).pack()
+            code = b""
+        if code and not code.endswith(arch.SYSCALL_INSTRUCTION):
+            return None
+        if tracee.tid in self._calls_at:
+            return self._calls_at[tracee.tid][1]
+        return arch.call_number_before(code)
 
     def close_remote(self) -> None:
         """Unmaps the scratch before the end of the block; the next use of `remote` maps it anew."""
@@ -200,12 +211,11 @@ class Frozen:
         )
 
     def _note_call(self, tid: int, number: int, place: tuple[int, int]) -> None:
-        if number != NR.restart_syscall:
-            self._calls[tid] = (place, number)
-        elif self._earlier is not None and tid in self._earlier._calls:
-            noted = self._earlier._calls[tid]
-            if noted[0] == place:
-                self._calls[tid] = noted
+        earlier = self._earlier._calls_at if self._earlier is not None else {}
+        if number in arch.RESTARTABLE:
+            self._calls_at[tid] = (place, number)
+        elif tid in earlier and earlier[tid][0] == place:
+            self._calls_at[tid] = earlier[tid]
 
     def _note_interrupted(self, all_registers: bytes) -> None:
         """The stop made some calls return EINTR to a program that got no signal: they are made
@@ -218,6 +228,8 @@ class Frozen:
         for tracee, (result, number, rip, rsp) in zip(self.threads, found, strict=True):
             if result == arch.ERESTART_RESTARTBLOCK:
                 self._note_call(tracee.tid, number, (rip, rsp))
+            elif result == NR.restart_syscall:  # it stands before the instruction
+                self._note_call(tracee.tid, number, (rip + len(arch.SYSCALL_INSTRUCTION), rsp))
             self.restarted += result == arch.ERESTARTNOHAND and number in _RESTARTED
 
     def thaw(self) -> None:

@@ -183,7 +183,7 @@ NR = IntEnum(
 """System call numbers by name: `NR.mmap`; `NR(9).name` is "mmap"."""
 
 
-_RESTARTABLE = (NR.nanosleep, NR.clock_nanosleep, NR.poll, NR.futex)
+RESTARTABLE = (NR.nanosleep, NR.clock_nanosleep, NR.poll, NR.futex)
 """What leaves ERESTART_RESTARTBLOCK and goes on as restart_syscall, its own number forgotten."""
 
 
@@ -195,7 +195,7 @@ def call_number_before(code: bytes) -> int | None:
     """
     if not code.endswith(SYSCALL_INSTRUCTION):
         return None
-    found = {code.rfind(b"\xb8" + nr.to_bytes(4, "little")): nr for nr in _RESTARTABLE}
+    found = {code.rfind(b"\xb8" + nr.to_bytes(4, "little")): nr for nr in RESTARTABLE}
     nearest = max(found)
     return int(found[nearest]) if nearest >= 0 else None
 

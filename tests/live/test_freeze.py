@@ -17,6 +17,7 @@ import pytest
 
 from snapshot.errors import TargetError
 from snapshot.freeze import Frozen, freeze
+from snapshot.kernel import arch_x86_64 as arch
 from snapshot.kernel.arch_x86_64 import NR, Registers
 from snapshot.kernel.remote import Call
 
@@ -481,6 +482,13 @@ def test_a_restarted_call_is_known_by_its_own_number(mode: str, number: int) -> 
                 assert raw.result == registers.result == -516
                 assert raw.orig_rax == (NR.restart_syscall if turn else number)
                 assert registers.orig_rax == number
+                about = raw._replace(rax=NR.restart_syscall, rip=raw.rip - 2)
+                try:  # as the kernel leaves it that is stopped again before it makes the call
+                    leader.set_registers(about.pack())
+                    registers = Registers.unpack(frozen.registers(leader))
+                finally:
+                    leader.set_registers(raw.pack())
+                assert registers == about._replace(rax=number, orig_rax=arch.NO_SYSCALL)
             earlier = frozen if mode == "futex_timed_out" else None
 
 
