@@ -1,6 +1,7 @@
-"""Named points of a take at which `snap` ends itself with SIGKILL when it is told to: for tests.
+"""Named points at which `snap` ends itself with SIGKILL when it is told to: for tests.
 
-SNAP_FAULT=NAME in the environment names the one; docs/failure-modes.md says what each leaves.
+SNAP_FAULT=NAME in the environment names the one; docs/failure-modes.md says what each leaves. With
+SNAP_FAULT_ONCE=FILE only the process that removes that file does so.
 """
 
 from __future__ import annotations
@@ -40,9 +41,21 @@ Point = Literal[
 """In the order in which a take comes to them (`put` and `written` may come earlier); `paired` and
 `passed` only with a target that may not make a userfaultfd itself."""
 
+Succession = Literal["keeper-made", "generation-set", "keepers-replaced", "led", "followed"]
+"""Of guardian and keeper, in the same order: the first three when a server is replaced, `led` when
+a keeper has taken the lead, `followed` when it has a keeper of its own."""
+
 _ARMED = os.environ.get("SNAP_FAULT")
 
 
-def point(name: Point) -> None:
+_ONCE = os.environ.get("SNAP_FAULT_ONCE")
+
+
+def point(name: Point | Succession) -> None:
     if _ARMED is not None and name == _ARMED:
+        if _ONCE is not None:
+            try:
+                os.unlink(_ONCE)
+            except FileNotFoundError:
+                return
         os.kill(os.getpid(), signal.SIGKILL)

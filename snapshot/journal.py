@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from . import events
 from .events import Event, Fault, Fork
 from .kernel import uffd
+from .kernel._native import ffi, lib
 from .units import MIB, PAGE
 
 SLOT = uffd.MESSAGE_BYTES
@@ -40,7 +41,7 @@ STARTING, RUNNING, DONE, FAILED = range(4)
 
 _HEAD = struct.Struct("<B3xIQQQ")  # MARK or GONE, client, count, 0, 0
 _STATE, _TAIL, _FILLED, _STARTS, _PLAN = range(0, 40, 8)
-_SERVER, _KEEPER, _TURN, _BEFORE, _GUARDIAN, _KEEPERS = range(40, 88, 8)
+_SERVER, _KEEPER, _LEAD, _BEFORE, _GENERATION, _GENERATIONS, _NEWEST = range(40, 96, 8)
 _U64 = struct.Struct("<Q")
 
 
@@ -107,17 +108,8 @@ class Journal:
         self._set(_SERVER, value + 1)
 
     @property
-    def guardian(self) -> int:
-        """A pidfd of a guardian that a server made, in the shared table; -1 without one."""
-        return self._get(_GUARDIAN) - 1
-
-    @guardian.setter
-    def guardian(self, value: int) -> None:
-        self._set(_GUARDIAN, value + 1)
-
-    @property
     def keeper(self) -> int:
-        """A pidfd of the keeper, in the shared table; -1 without one."""
+        """A pidfd of the newest keeper, in the shared table; -1 without one."""
         return self._get(_KEEPER) - 1
 
     @keeper.setter
@@ -125,22 +117,41 @@ class Journal:
         self._set(_KEEPER, value + 1)
 
     @property
-    def keepers(self) -> int:
-        """Counts the keepers: only the last one may take over."""
-        return self._get(_KEEPERS)
+    def newest(self) -> int:
+        """The pid of the newest keeper."""
+        return self._get(_NEWEST)
 
-    @keepers.setter
-    def keepers(self, value: int) -> None:
-        self._set(_KEEPERS, value)
+    @newest.setter
+    def newest(self, value: int) -> None:
+        self._set(_NEWEST, value)
 
     @property
-    def turn(self) -> int:
-        """How often the keeper took over: what was made in an earlier turn must not begin."""
-        return self._get(_TURN)
+    def lead(self) -> int:
+        """The pid of the guardian (keeper.py)."""
+        return self._get(_LEAD)
 
-    @turn.setter
-    def turn(self, value: int) -> None:
-        self._set(_TURN, value)
+    @lead.setter
+    def lead(self, value: int) -> None:
+        self._set(_LEAD, value)
+
+    def claim(self, before: int, pid: int) -> bool:
+        """Gives the lead to `pid` if `before` has it: one atomic step."""
+        word = ffi.from_buffer("uint64_t[]", self._memory, require_writable=True)
+        return bool(lib.snap_claim(word + _LEAD // 8, before, pid))
+
+    @property
+    def generation(self) -> int:
+        """Of descriptor tables: keepers of an older one must not act."""
+        return self._get(_GENERATION)
+
+    @generation.setter
+    def generation(self, value: int) -> None:
+        self._set(_GENERATION, value)
+
+    def new_generation(self) -> int:
+        """A number that no table had. Only for who has the lead."""
+        self._set(_GENERATIONS, self._get(_GENERATIONS) + 1)
+        return self._get(_GENERATIONS)
 
     @property
     def plan(self) -> Any:

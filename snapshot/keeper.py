@@ -1,81 +1,90 @@
-"""The keeper of a page server: holds its descriptors when guardian and server are killed at once.
+"""Who goes on when processes of a page server end: the line of succession.
 
-A third process in the shared descriptor table (pageserver.py). It does nothing while one of the
-other two lives: they replace each other, and it. When both are gone it becomes a guardian, and
-nothing is lost: the userfaultfds, those of forked children too, and the journal are still open.
+The guardian has the *lead*: its pid stands in the journal. A keeper waits for the end of who has
+it, and then takes it, in one atomic step; of several that try one succeeds, and the others wait for
+that one. So there may be more than one keeper, and a new one is there before an old one ends.
+
+A guardian that replaces a server has a descriptor table of its own from then on (exec). Keepers of
+the former table hold nothing of what the new server reads: they are of an older *generation* and
+act only as long as the new table has no keeper.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import signal
 from contextlib import suppress
 from typing import Any, NoReturn
 
 from . import pageserver
-from .journal import RUNNING
 from .kernel.spawn import twin
-from .pageserver import Plan
+
+SUPERFLUOUS_SECONDS = 1.0
 
 
-def start(journal: Any, guardian: int) -> int:
-    """A new keeper in the place of the one before, on record when this returns. -> its pid."""
-    journal.keepers = number = journal.keepers + 1
-    if journal.keeper >= 0:  # there are never two that would take over
-        _end(journal.keeper)
-        journal.keeper = -1  # not closed: a number on record may be of an earlier table
-    watched = os.pidfd_open(guardian)
+def start(journal: Any, generation: int) -> None:
+    """A new keeper beside those that there are, on record when this returns."""
     begun, tell = os.pipe()
     pid = twin()
     if pid == 0:
-        keep(journal, watched, tell, number)
-    ended = os.pidfd_open(pid)
-    with suppress(InterruptedError):
-        select.select([begun, ended], [], [])
-    for fd in (begun, tell, ended):
+        keep(journal, generation, tell)
+    await_begin(pid, begun)
+    for fd in (begun, tell):
         os.close(fd)
-    return pid
 
 
-def keep(journal: Any, guardian: int, tell: int, number: int) -> NoReturn:
+def await_begin(pid: int, begun: int) -> None:
+    """Until a twin has said that it is on record, or has ended."""
+    ended = os.pidfd_open(pid)
+    pageserver.await_any(begun, ended)
+    os.close(ended)
+
+
+def keep(journal: Any, generation: int, tell: int) -> NoReturn:
     pageserver.name(b"snap-keeper")
-    own = os.pidfd_open(os.getpid())
-    if journal.keepers == number:
-        journal.keeper = own
-    if journal.keepers != number:  # a server made us that was killed; the guardian made another
+    journal.keeper = os.pidfd_open(os.getpid())
+    journal.newest = os.getpid()
+    os.write(tell, b"!")
+    while True:
+        lead = journal.lead
+        _await_end(journal, lead)
+        if generation < journal.generation:
+            os._exit(0)
+        if journal.claim(lead, os.getpid()):
+            break
+    # Who had the lead is dead, so the generation does not change any more.
+    if generation < journal.generation:
         os._exit(0)
-    with suppress(OSError):  # who made us may be gone
-        os.write(tell, b"!")
-    _await(guardian)
-    _await(journal.server)
-    if journal.keepers != number:
-        os._exit(0)
-    # They may have made others in their last moments: none of those begins from here on (each says
-    # that it is there and then looks at `turn`), and what has begun is ended.
-    journal.turn += 1
-    _end(journal.guardian)
-    _end(journal.server)
-    plan = Plan(journal.plan)
-    if journal.state != RUNNING or not pageserver.needed(journal, plan):
-        os._exit(0)
-    pageserver.say(plan, "guardian and page server ended before all pages were in; starting others")
-    journal.keeper = -1
-    pageserver.resume(journal, plan)
+    pageserver.succeed(journal, generation)
 
 
-def _end(pidfd: int) -> None:
-    if pidfd >= 0 and pageserver.alive(pidfd):
+def successor(journal: Any, generation: int) -> int:
+    """A pidfd of the caller's own of a process that acts when the server ends: of the guardian, of
+    a keeper, or of a keeper made here when there is neither."""
+    with suppress(ProcessLookupError):
+        guardian = os.pidfd_open(journal.lead)
+        if pageserver.alive(guardian):
+            return guardian
+        os.close(guardian)
+    if not pageserver.alive(journal.keeper):
+        start(journal, generation)
+    return os.dup(journal.keeper)
+
+
+def end(pidfd: int) -> None:
+    """Ends a keeper of which there is another, and waits for that."""
+    if pageserver.alive(pidfd):
         with suppress(OSError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            _await(pidfd)
+            pageserver.await_any(pidfd)
 
 
-def _await(pidfd: int) -> None:
-    """Until the process has ended; at once when there is none."""
-    while pidfd >= 0:
-        with suppress(InterruptedError):
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            poll.poll()
-            return
+def _await_end(journal: Any, pid: int) -> None:
+    """Until the process with the lead has ended, or another has the lead. A keeper beside which
+    there is a newer one is not needed as soon as the guardian has had the time to notice that."""
+    with suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        while journal.lead == pid and not pageserver.await_any(pidfd, seconds=SUPERFLUOUS_SECONDS):
+            if journal.newest != os.getpid():
+                os._exit(0)
+        os.close(pidfd)

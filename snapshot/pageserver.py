@@ -3,10 +3,10 @@
 Three processes that share one descriptor table (CLONE_FILES), in a session of their own:
 
   guardian   waits. When the server ends before all pages are in, it makes itself new (exec) and
-             starts another one, which replays the journal and goes on.
-  server     lazy.Server, and nothing else. When the guardian ends, it makes another one, and
-             another keeper when that ends.
-  keeper     waits (keeper.py). When both others have ended, it becomes the guardian.
+             starts another one, which replays the journal and goes on. When the keeper ends, it
+             starts another.
+  keeper     waits (keeper.py). When the guardian ends, it becomes the guardian.
+  server     lazy.Server, and nothing else. When both others have ended, it makes another keeper.
 
 Because the table is shared, the userfaultfd of a child that the restored process forks is the
 guardian's from the instant the kernel makes it: no moment exists in which the end of one process
@@ -71,72 +71,101 @@ def tell(plan: Plan, event: str, **more: Any) -> None:
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """`--start SOCKET STORE IMAGE SPACE`; `--resume JOURNAL TURN KEEPER` after one was lost."""
+    """`--start SOCKET STORE IMAGE SPACE`; `--resume JOURNAL` after a server was lost."""
     if arguments[0] == "--start" and os.fork():
         os._exit(0)  # nobody's child: a program that restores need not wait for it
-    from . import keeper
+    from . import faults, keeper
     from .journal import Journal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = -1
     if arguments[0] == "--start":
         control, store, image, space = arguments[1:]
         journal = Journal.create()
         fields = {"store": store, "image": image, "space": int(space), "control": int(control)}
         journal.set_plan(fields)
+        journal.lead = os.getpid()
     else:
         journal = Journal(int(arguments[1]))
         os.set_inheritable(journal.fd, False)
-        if journal.turn != int(arguments[2]):  # the keeper has taken over meanwhile
-            os._exit(0)
-        # Descriptors of this table, whatever somebody of the former one has noted meanwhile.
-        journal.server = journal.guardian = -1
-        journal.keeper = int(arguments[3])
+        before = journal.keeper  # its number is the same in this table
     plan = Plan(journal.plan)
     try:
-        keeper.start(journal, os.getpid())  # first: it holds all from before the server begins
-        guard(journal, start_server(journal))
+        generation = journal.new_generation()
+        keeper.start(journal, generation)  # it holds all from before the server begins
+        faults.point("keeper-made")
+        journal.generation = generation
+        faults.point("generation-set")
+        keeper.end(before)
+        faults.point("keepers-replaced")
+        start_server(journal)
     except BaseException as error:
         give_up(journal, plan, f"the page server cannot be started: {error!r}")
+    guard(journal)
 
 
-def start_server(journal: Any) -> int:
-    """-> pid of the server; in the server itself this does not return."""
+def start_server(journal: Any) -> None:
+    """A server, on record when this returns, in which it does not return."""
+    from . import keeper
     from .kernel.spawn import twin
 
-    turn = journal.turn
+    guardian = os.getpid()
+    begun, tell = os.pipe()
     pid = twin()
     if pid == 0:
-        own = os.pidfd_open(os.getpid())
-        if journal.turn == turn:
-            journal.server = own
-        if journal.turn != turn:  # our guardian was killed, and the keeper has taken over
+        journal.server = os.pidfd_open(os.getpid())
+        # Killed meanwhile? Then another guardian is there, which sees us from now on or has not.
+        if not journal.claim(guardian, guardian):
             os._exit(1)
+        os.write(tell, b"!")
         serve(journal)
-    return pid
+    keeper.await_begin(pid, begun)
+    for fd in (begun, tell):
+        os.close(fd)
 
 
-def guard(journal: Any, server: int) -> NoReturn:
-    """Waits for the end of the server, and acts on it."""
-    from .journal import DONE, FAILED, STARTING
+def succeed(journal: Any, generation: int) -> NoReturn:
+    """A keeper has taken the lead."""
+    from . import faults, keeper
+
+    if not alive(journal.server) and not _to_be_done(journal):
+        os._exit(0)
+    faults.point("led")
+    say(Plan(journal.plan), f"the guardian ended; {os.getpid()} takes its place")
+    keeper.start(journal, generation)
+    faults.point("followed")
+    guard(journal)
+
+
+def _to_be_done(journal: Any) -> bool:
+    """Whether a server is missing: the process, or a child that may have outlived it, may still
+    wait for a page."""
+    from .journal import RUNNING
+
+    return journal.state == RUNNING and (alive(Plan(journal.plan).pidfd) or bool(journal.forked()))
+
+
+def guard(journal: Any) -> NoReturn:
+    """The guardian: waits for the end of the server or of the keeper, and acts on it."""
+    from . import keeper
+    from .journal import DONE
 
     name(b"snap-guardian")
-    pidfd = os.pidfd_open(server)
     while True:
-        with suppress(InterruptedError):
-            select.select([pidfd], [], [])
+        await_any(journal.server, journal.keeper)
+        reap()
+        if not alive(journal.server):
             break
-    with suppress(ChildProcessError):  # not our child, if the server made us
-        os.waitpid(server, 0)
-    os.close(pidfd)
-    plan = Plan(journal.plan)
-    if journal.state in (DONE, FAILED, STARTING):
+        if not alive(journal.keeper):
+            say(Plan(journal.plan), "the keeper ended; another one takes its place")
+            keeper.start(journal, journal.generation)
+    if not _to_be_done(journal):
         os._exit(0 if journal.state == DONE else 1)
-    if not needed(journal, plan):
-        os._exit(0)
+    plan = Plan(journal.plan)
     if journal.futile >= ATTEMPTS:
         give_up(journal, plan, f"{journal.futile} page servers in a row ended at once")
-    say(plan, f"the page server {server} ended before all pages were in; starting another one")
+    say(plan, "the page server ended before all pages were in; starting another one")
     resume(journal, plan)
 
 
@@ -144,18 +173,15 @@ def resume(journal: Any, plan: Plan) -> NoReturn:
     """This process becomes a fresh guardian with the descriptors that matter."""
     from . import keeper
 
-    journal.server = journal.guardian = -1
+    journal.server = -1
     if not alive(journal.keeper):  # nobody else holds what must not be closed, and exec takes long
-        journal.keeper = -1
-        keeper.start(journal, os.getpid())
-    kept = journal.keeper
-    wanted = [journal.fd, plan.control, plan.uffd, plan.pidfd, plan.lease, kept]
+        keeper.start(journal, journal.generation)
+    wanted = [journal.fd, plan.control, plan.uffd, plan.pidfd, plan.lease, journal.keeper]
     wanted += journal.forked()
     for fd in wanted:
         with suppress(OSError):
             os.set_inheritable(fd, True)
-    command = [sys.executable, "-m", "snapshot.pageserver", "--resume"]
-    command += [str(journal.fd), str(journal.turn), str(kept)]
+    command = [sys.executable, "-m", "snapshot.pageserver", "--resume", str(journal.fd)]
     try:
         os.execv(sys.executable, command)
     except OSError as error:
@@ -240,9 +266,22 @@ def alive(pidfd: int) -> bool:
     return not poll.poll(0)
 
 
-def needed(journal: Any, plan: Plan) -> bool:
-    """Whether anybody may still miss a page: the process, or a child that may have outlived it."""
-    return alive(plan.pidfd) or bool(journal.forked())
+def await_any(*fds: int, seconds: float | None = None) -> bool:
+    """Until one of them is readable: a process has ended; at once when one is none (-1). False:
+    not within `seconds`."""
+    poll = select.poll()
+    for fd in fds:
+        if fd < 0:
+            return True
+        poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
+
+
+def reap() -> None:
+    """Processes that we have made and that have ended."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _forked(plan: Plan) -> set[int]:

@@ -19,7 +19,6 @@ from . import keeper, pageserver
 from .errors import SnapError
 from .journal import RUNNING, Journal
 from .kernel import procfs
-from .kernel.spawn import twin
 from .kernel.uffd import Uffd, UffdError
 from .lazy import Client, Server
 from .maps import parse_smaps
@@ -44,13 +43,11 @@ class Service:
         if before >= 0:
             os.close(before)
         self.image.addresses(plan.space)  # reads and verifies the index now, not at the first fault
-        self._guardian = -1
         self._patience = time.monotonic() + PATIENCE
         self._server = Server(self.image, plan.space, journal, self._finish)
         self._server.pause_ms = int(os.environ.get(PAUSE, "0"))
-        self._keeper = -1
-        self._watch_guardian(os.getppid())
-        self._watch_keeper(journal.keeper)
+        self._successor = -1
+        self._watch_successor()
 
     @property
     def faults(self) -> int:
@@ -102,9 +99,7 @@ class Service:
 
     def run(self) -> None:
         self._server.run()
-        for watched in (self._guardian, self._keeper):
-            if watched >= 0:
-                os.close(watched)
+        os.close(self._successor)
         self.image.close()
 
     def _finish(self, client: Client) -> bool:
@@ -147,57 +142,16 @@ class Service:
                     found.append(pid)
         return found
 
-    def _watch_guardian(self, pid: int) -> None:
-        """A guardian that ends is replaced by a copy of this process that only waits."""
-        self._guardian = os.pidfd_open(pid)
-        self._guardian_pid = pid
-        self._server.watch(self._guardian, self._guardian_ended)
+    def _watch_successor(self) -> None:
+        """Somebody must be there to go on when we are killed."""
+        self._successor = keeper.successor(self.journal, self.journal.generation)
+        self._server.watch(self._successor, self._successor_ended)
 
-    def _guardian_ended(self) -> None:
-        self._server.unwatch(self._guardian)
-        os.close(self._guardian)
-        _reap()
-        server = os.getpid()
-        turn = self.journal.turn
-        pid = twin()
-        if pid == 0:
-            own = os.pidfd_open(os.getpid())
-            if self.journal.turn == turn:
-                self.journal.guardian = own
-            if self.journal.turn != turn:  # the keeper has taken over
-                os._exit(0)
-            pageserver.guard(self.journal, server)
-        pageserver.say(self.plan, f"the guardian ended; {pid} takes its place")
-        self._watch_guardian(pid)
-        self._new_keeper(pid)  # the one there is waits for the end of the old guardian
-
-    def _watch_keeper(self, pidfd: int) -> None:
-        """A keeper that ends is replaced too. Until it has begun there is none to be seen: the
-        guardian has made it, and makes another with the next server."""
-        if pidfd >= 0:
-            self._keeper = os.dup(pidfd)
-            self._server.watch(self._keeper, self._keeper_ended)
-
-    def _keeper_ended(self) -> None:
-        self.journal.keeper = -1
-        pageserver.say(self.plan, "the keeper ended; another one takes its place")
-        self._new_keeper(self._guardian_pid)
-
-    def _new_keeper(self, guardian: int) -> None:
-        if self._keeper >= 0:
-            self._server.unwatch(self._keeper)
-            os.close(self._keeper)
-            self._keeper = -1
-        _reap()
-        with suppress(ProcessLookupError):  # the guardian has ended as well: next
-            self._watch_keeper(os.pidfd_open(keeper.start(self.journal, guardian)))
-
-
-def _reap() -> None:
-    """Processes that we have made and that have ended."""
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+    def _successor_ended(self) -> None:
+        self._server.unwatch(self._successor)
+        os.close(self._successor)
+        pageserver.reap()
+        self._watch_successor()
 
 
 def _close_in(pid: int, fd: int, uffd: Uffd) -> None:

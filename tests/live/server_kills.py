@@ -21,9 +21,13 @@ LONGEST = 0.25
 """Seconds between two kills, at most."""
 
 
+def dead(pid: int) -> bool:
+    """Also when nobody has waited for it yet."""
+    return state(pid) in ("Z", "X", "")
+
+
 def living(name: str) -> list[int]:
-    """Without those that were killed and that nobody has waited for yet."""
-    return [pid for pid in servers(name) if state(pid) not in ("Z", "X", "")]
+    return [pid for pid in servers(name) if not dead(pid)]
 
 
 def victims(who: str, random: Random) -> list[int]:
@@ -51,13 +55,15 @@ def kill_some(
         if "keeper" in who:  # not while the third is alone already: with nobody left it hangs
             with suppress(TimeoutError):
                 wait_until(lambda: complete() or all(map(living, ALL)), "all three")
-        hit = 0
+        hit = []
         for pid in victims(who, random):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-                hit += 1
+                hit.append(pid)
         if hit:
             found[who] += 1
+        # Or who is dying would be taken for one of the living, and the last one killed as well.
+        wait_until(lambda hit=hit: all(map(dead, hit)), "their end")  # type: ignore[misc]
         if "keeper" in who:
             with suppress(TimeoutError):
                 wait_until(lambda: complete() or bool(living("snap-keeper")), "a keeper")

@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from snapshot import pageserver, service
+from snapshot import faults, pageserver, service
 from snapshot.errors import SnapError
 from snapshot.image import Image
 from snapshot.records import NUMBER
@@ -211,7 +212,7 @@ def test_server_and_guardian_killed_at_once_are_replaced(lazily: Lazy) -> None:
     os.kill(server, signal.SIGKILL)
     os.kill(guardian, signal.SIGKILL)
     assert lazily.does("changed") == "ok"
-    assert "guardian and page server ended" in log(lazily)
+    assert "starting another one" in log(lazily)
 
 
 @pytest.mark.parametrize("first", ["snap-guardian", "snap-pages"])
@@ -236,6 +237,31 @@ def test_a_keeper_that_is_killed_is_replaced(lazily: Lazy) -> None:
     os.kill(keeper, signal.SIGKILL)
     wait_until(lambda: "the keeper ended" in log(lazily), "another keeper")
     test_server_and_guardian_killed_at_once_are_replaced(lazily)
+
+
+@pytest.fixture(params=get_args(faults.Succession))
+def fatal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """One guardian or keeper kills itself at a point: the first one to come there that finds this
+    file. `fatal.stem` is the point."""
+    file = tmp_path / f"{request.param}.once"
+    monkeypatch.setenv("SNAP_FAULT", request.param)
+    monkeypatch.setenv("SNAP_FAULT_ONCE", str(file))
+    return file
+
+
+def test_who_takes_over_is_killed_too(fatal: Path, lazily: Lazy) -> None:
+    """Another one goes on, with the child that has missing pages as well."""
+    assert lazily.does("change") == "ok"
+    fatal.touch()
+    first = lazily.guardian if fatal.stem in ("led", "followed") else lazily.server
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: not fatal.exists(), f"{fatal.stem} being reached")
+    # A guardian has its name from when it has a keeper.
+    both = ("snap-guardian", "snap-pages")
+    wait_until(lambda: all(servers(name) for name in both), "another guardian and a server")
+    for server in servers("snap-pages"):
+        os.kill(server, signal.SIGKILL)
+    assert lazily.does("changed") == "ok"
 
 
 def test_many_servers_may_be_killed_as_long_as_pages_come(lazily: Lazy) -> None:
