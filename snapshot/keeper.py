@@ -61,14 +61,16 @@ def keep(journal: Any, generation: int, tell: int) -> NoReturn:
 def successor(journal: Any, generation: int) -> int:
     """A pidfd of the caller's own of a process that acts when the server ends: of the guardian, of
     a keeper, or of a keeper made here when there is neither."""
-    with suppress(ProcessLookupError):
-        guardian = os.pidfd_open(journal.lead)
-        if pageserver.alive(guardian):
-            return guardian
-        os.close(guardian)
-    if not pageserver.alive(journal.keeper):
+    while True:
+        with suppress(ProcessLookupError):
+            guardian = os.pidfd_open(journal.lead)
+            if pageserver.alive(guardian):
+                return guardian
+            os.close(guardian)
+        newest = journal.keeper
+        if pageserver.alive(newest):
+            return os.dup(newest)
         start(journal, generation)
-    return os.dup(journal.keeper)
 
 
 def end(pidfd: int) -> None:

@@ -133,6 +133,7 @@ def succeed(journal: Any, generation: int) -> NoReturn:
         os._exit(0)
     faults.point("led")
     say(Plan(journal.plan), f"the guardian ended; {os.getpid()} takes its place")
+    journal.keeper = -1  # it was this process
     keeper.start(journal, generation)
     faults.point("followed")
     guard(journal)
