@@ -48,8 +48,6 @@ static void on_signal(int number) { (void)number; }
 static void *waker(void *leader)
 {
     char byte;
-    sigset_t all;
-    sigfillset(&all), pthread_sigmask(SIG_BLOCK, &all, 0);
     if (read(0, &byte, 1) != 1)
         return 0;
     if (is("semop")) semop(set, &(struct sembuf){0, 1, 0}, 1);
@@ -105,7 +103,10 @@ int main(int argc, char **argv)
     FD_SET(pipes[0], &reading);
     pthread_t leader = pthread_self(), thread;
     open_page(argv);
+    sigset_t all, own; /* a signal of the process is for the leader alone, from the first moment */
+    sigfillset(&all), pthread_sigmask(SIG_BLOCK, &all, &own);
     pthread_create(&thread, 0, waker, &leader);
+    pthread_sigmask(SIG_SETMASK, &own, 0);
     char byte;
     page->tid = syscall(SYS_gettid);
     clock_gettime(CLOCK_MONOTONIC, &until);
