@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +67,10 @@ class Snap:
         processes.kill_all(self.left)
 
 
-@contextmanager
-def place() -> Iterator[Path]:
-    """A directory for the store and the program's files."""
-    path = Path(tempfile.mkdtemp(prefix="snap-demo-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+def place(stack: ExitStack) -> Path:
+    """A directory for the store and the program's files, as long as `stack`."""
+    made = tempfile.TemporaryDirectory(prefix="snap-demo-", ignore_cleanup_errors=True)
+    return Path(stack.enter_context(made))
 
 
 def say(text: str) -> None:
@@ -89,7 +83,7 @@ def size(count: int) -> str:
 
 def demo_redis(mib: int, clients: int) -> Table:
     with ExitStack() as stack:
-        directory = stack.enter_context(place())
+        directory = place(stack)
         snap = Snap(directory / "store")
         server = redis.Redis(directory)
         stack.callback(server.kill)
@@ -163,7 +157,7 @@ def _latencies(table: Table, quiet: Report, busy: Report) -> None:
 
 def demo_python(mib: int) -> Table:
     with ExitStack() as stack:
-        directory = stack.enter_context(place())
+        directory = place(stack)
         snap = Snap(directory / "store")
         app: PyApp = victims.python_app(directory, mib=mib)
         stack.callback(app.kill)

@@ -11,15 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +53,6 @@ def targets(mib: int) -> dict[str, dict[str, Any]]:
     }
 
 
-@contextmanager
-def place() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="snap-bench-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def done(victim: Victim) -> int:
     return sum(victim.status().progress)
 
@@ -95,7 +83,8 @@ def take(victim: Victim, store: Path, options: list[str]) -> dict[str, Any]:
 def measure(rounds: int, mib: int) -> list[dict[str, Any]]:
     taken = []
     for label, options in targets(mib).items():
-        with place() as path:
+        with tempfile.TemporaryDirectory(prefix="snap-bench-", ignore_cleanup_errors=True) as name:
+            path = Path(name)
             victim = c_victim(path, **options, life=3600)
             try:
                 for number in range(rounds):

@@ -37,9 +37,6 @@ _DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Held back while threads are being stopped or let go, so that no exception cuts that in two."""
 
 _STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-_CODE_BEFORE = 32
-"""Bytes before rip in which the number of an interrupted system call is looked for."""
-
 _LATE_SECONDS = 5.0
 """How long a thread that did not stop in time (vfork, dead storage) is waited for, so that it can
 be let go; the others run meanwhile."""
@@ -137,10 +134,7 @@ class Frozen:
 
     def _call_before(self, tracee: Tracee, end: int) -> int | None:
         """The call whose `syscall` instruction ends at `end`; None: not known, or there is none."""
-        try:
-            code = tracee.read(end - _CODE_BEFORE, _CODE_BEFORE)
-        except KernelError:  # at the very start of a mapping
-            code = b""
+        code = arch.code_before(end, tracee.read)
         if code and not code.endswith(arch.SYSCALL_INSTRUCTION):
             return None
         if tracee.tid in self._calls_at:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -24,27 +25,31 @@ SUPERFLUOUS_SECONDS = 1.0
 
 def start(journal: Any, generation: int) -> None:
     """A new keeper beside those that there are, on record when this returns."""
+    start_twin(lambda on_record: keep(journal, generation, on_record))
+
+
+def start_twin(run: Callable[[Callable[[], None]], NoReturn]) -> None:
+    """A process that shares the descriptor table. Returns when it has called the function that
+    `run` is given, to say that it is on record, or has ended."""
     begun, tell = os.pipe()
     pid = twin()
     if pid == 0:
-        keep(journal, generation, tell)
-    await_begin(pid, begun)
-    for fd in (begun, tell):
+        run(lambda: _say(tell))
+    ended = os.pidfd_open(pid)
+    pageserver.await_any(begun, ended)
+    for fd in (begun, tell, ended):
         os.close(fd)
 
 
-def await_begin(pid: int, begun: int) -> None:
-    """Until a twin has said that it is on record, or has ended."""
-    ended = os.pidfd_open(pid)
-    pageserver.await_any(begun, ended)
-    os.close(ended)
+def _say(tell: int) -> None:
+    os.write(tell, b"!")
 
 
-def keep(journal: Any, generation: int, tell: int) -> NoReturn:
+def keep(journal: Any, generation: int, on_record: Callable[[], None]) -> NoReturn:
     pageserver.name(b"snap-keeper")
     journal.keeper = os.pidfd_open(os.getpid())
     journal.newest = os.getpid()
-    os.write(tell, b"!")
+    on_record()
     while True:
         lead = journal.lead
         _await_end(journal, lead)

@@ -25,6 +25,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -108,43 +109,41 @@ def main(arguments: list[str]) -> NoReturn:
 def start_server(journal: Any) -> None:
     """A server, on record when this returns, in which it does not return."""
     from . import keeper
-    from .kernel.spawn import twin
 
     guardian = os.getpid()
-    begun, tell = os.pipe()
-    pid = twin()
-    if pid == 0:
+
+    def run(on_record: Callable[[], None]) -> NoReturn:
         journal.server = os.pidfd_open(os.getpid())
         # Killed meanwhile? Then another guardian is there, which sees us from now on or has not.
         if not journal.claim(guardian, guardian):
             os._exit(1)
-        os.write(tell, b"!")
+        on_record()
         serve(journal)
-    keeper.await_begin(pid, begun)
-    for fd in (begun, tell):
-        os.close(fd)
+
+    keeper.start_twin(run)
 
 
 def succeed(journal: Any, generation: int) -> NoReturn:
     """A keeper has taken the lead."""
     from . import faults, keeper
 
-    if not alive(journal.server) and not _to_be_done(journal):
+    plan = Plan(journal.plan)
+    if not alive(journal.server) and not _to_be_done(journal, plan):
         os._exit(0)
     faults.point("led")
-    say(Plan(journal.plan), f"the guardian ended; {os.getpid()} takes its place")
+    say(plan, f"the guardian ended; {os.getpid()} takes its place")
     journal.keeper = -1  # it was this process
     keeper.start(journal, generation)
     faults.point("followed")
     guard(journal)
 
 
-def _to_be_done(journal: Any) -> bool:
+def _to_be_done(journal: Any, plan: Plan) -> bool:
     """Whether a server is missing: the process, or a child that may have outlived it, may still
     wait for a page."""
     from .journal import RUNNING
 
-    return journal.state == RUNNING and (alive(Plan(journal.plan).pidfd) or bool(journal.forked()))
+    return journal.state == RUNNING and (alive(plan.pidfd) or bool(journal.forked()))
 
 
 def guard(journal: Any) -> NoReturn:
@@ -161,9 +160,9 @@ def guard(journal: Any) -> NoReturn:
         if not alive(journal.keeper):
             say(Plan(journal.plan), "the keeper ended; another one takes its place")
             keeper.start(journal, journal.generation)
-    if not _to_be_done(journal):
-        os._exit(0 if journal.state == DONE else 1)
     plan = Plan(journal.plan)
+    if not _to_be_done(journal, plan):
+        os._exit(0 if journal.state == DONE else 1)
     if journal.futile >= ATTEMPTS:
         give_up(journal, plan, f"{journal.futile} page servers in a row ended at once")
     say(plan, "the page server ended before all pages were in; starting another one")

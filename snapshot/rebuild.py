@@ -11,7 +11,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from . import address_space, fill, objects
@@ -35,8 +35,6 @@ _CLONE_THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000 | 0x2000
 """VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, PTRACE"""
 _CLONE_ARGS = struct.Struct("<11Q")
 _PR_SET_PDEATHSIG = 1
-_CODE_BEFORE = 32
-"""Bytes in which the number of a system call is looked for."""
 _AT_FDCWD = -100
 
 
@@ -183,7 +181,7 @@ def final_registers(thread: Thread, read: Callable[[int, int], bytes]) -> bytes:
     number: int | None = arch.signed(registers.orig_rax)
     if number is None or number < 0 or number == NR.restart_syscall:
         end = instruction + len(arch.SYSCALL_INSTRUCTION)
-        number = arch.call_number_before(_code(end, read))
+        number = arch.call_number_before(arch.code_before(end, read))
     if number is None:
         return thread.registers  # EINTR, as after a signal
     again = registers._replace(rax=number, rip=instruction, orig_rax=arch.NO_SYSCALL)
@@ -191,15 +189,7 @@ def final_registers(thread: Thread, read: Callable[[int, int], bytes]) -> bytes:
 
 
 def _is_syscall(address: int, read: Callable[[int, int], bytes]) -> bool:
-    return _code(address + 2, read).endswith(arch.SYSCALL_INSTRUCTION)
-
-
-def _code(end: int, read: Callable[[int, int], bytes]) -> bytes:
-    """Up to 32 bytes before `end`; b"" where nothing can be read."""
-    for length in (_CODE_BEFORE, len(arch.SYSCALL_INSTRUCTION)):
-        with suppress(SnapError):
-            return read(end - length, length)
-    return b""
+    return arch.code_before(address + 2, read).endswith(arch.SYSCALL_INSTRUCTION)
 
 
 def _take(spawned: Spawned) -> Tracee:

@@ -9,8 +9,12 @@ user_regs_struct), linux/errno.h (ERESTART*), arch/x86/kernel/signal.c.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 from typing import NamedTuple
+
+from ..errors import SnapError
 
 MACHINE = "x86_64"
 SYSCALL_INSTRUCTION = b"\x0f\x05"
@@ -185,6 +189,19 @@ NR = IntEnum(
 
 RESTARTABLE = (NR.nanosleep, NR.clock_nanosleep, NR.poll, NR.futex)
 """What leaves ERESTART_RESTARTBLOCK and goes on as restart_syscall, its own number forgotten."""
+
+
+_CODE_BEFORE = 32
+"""Bytes in which the number of a system call is looked for."""
+
+
+def code_before(end: int, read: Callable[[int, int], bytes]) -> bytes:
+    """Up to 32 bytes of code before `end`, less at the start of a mapping; b"" where nothing can
+    be read. `read` gives (address, length) of the memory, or raises SnapError."""
+    for length in (_CODE_BEFORE, len(SYSCALL_INSTRUCTION)):
+        with suppress(SnapError):
+            return read(end - length, length)
+    return b""
 
 
 def call_number_before(code: bytes) -> int | None:

@@ -22,12 +22,8 @@ def find_room(tracee: Tracee) -> tuple[int, int]:
     guard (0: there is none)."""
     tid = tracee.tid
     try:
-        with open(f"/proc/{tid}/auxv", "rb", buffering=0) as file:
-            auxv = file.readall()
         with open(f"/proc/{tid}/maps", "rb", buffering=0) as maps:
-            words = struct.iter_unpack("QQ", auxv[: len(auxv) & ~15])
-            vdso = next((value for key, value in words if key == arch.AT_SYSINFO_EHDR), 0)
-            end = _executable_end(maps.fileno(), vdso) if vdso else 0
+            vdso, end = _vdso(tid, maps.fileno())
         data = tracee.read(vdso, min(end - vdso, _VDSO_MAX)) if end else b""
     except OSError as error:
         raise TargetError(f"process {tid}: {error.strerror}", f"ps -p {tid}") from None
@@ -54,12 +50,8 @@ def find_syscall(tracee: Tracee) -> int:
     the auxiliary vector names, or else in any executable mapping."""
     tid = tracee.tid
     try:
-        with open(f"/proc/{tid}/auxv", "rb", buffering=0) as file:
-            auxv = file.readall()
         with open(f"/proc/{tid}/maps", "rb", buffering=0) as maps:
-            words = struct.iter_unpack("QQ", auxv[: len(auxv) & ~15])
-            vdso = next((value for key, value in words if key == arch.AT_SYSINFO_EHDR), 0)
-            end = _executable_end(maps.fileno(), vdso) if vdso else 0
+            vdso, end = _vdso(tid, maps.fileno())
             if end and (found := _scan(tracee, vdso, end)):
                 return found
             ranges = _executable_ranges(maps.readall())
@@ -75,6 +67,15 @@ def find_syscall(tracee: Tracee) -> int:
         [f"{len(ranges)} executable mappings, vdso at {vdso:#x}"],
         f"cat /proc/{tid}/maps",
     )
+
+
+def _vdso(tid: int, maps: int) -> tuple[int, int]:
+    """Where the vdso begins, as the auxiliary vector says, and ends; 0 for what is not known."""
+    with open(f"/proc/{tid}/auxv", "rb", buffering=0) as file:
+        auxv = file.readall()
+    words = struct.iter_unpack("QQ", auxv[: len(auxv) & ~15])
+    vdso = next((value for key, value in words if key == arch.AT_SYSINFO_EHDR), 0)
+    return vdso, _executable_end(maps, vdso) if vdso else 0
 
 
 def _executable_end(maps: int, address: int) -> int:
