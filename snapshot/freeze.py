@@ -23,7 +23,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
 from .errors import KernelError, TargetError
@@ -32,6 +32,7 @@ from .kernel import ptrace, refusal
 from .kernel.arch_x86_64 import NR, Registers
 from .kernel.ptrace import STOP_TIMEOUT, LateError, Tracee
 from .kernel.remote import Remote
+from .kernel.urgency import urgent
 
 _DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Held back while threads are being stopped or let go, so that no exception cuts that in two."""
@@ -121,7 +122,7 @@ class Frozen:
         about to make it, which means nothing in another process: here it is in, or about to make,
         the call itself, if the `earlier` freeze or the code of the program tells which.
         """
-        data = tracee.registers()
+        data = self._remote.registers(tracee) if self._remote else tracee.registers()
         registers = Registers.unpack(data)
         if registers.orig_rax == NR.restart_syscall and registers.rax != NR.restart_syscall:
             number = self._call_before(tracee, registers.rip)
@@ -266,7 +267,9 @@ def freeze(
     frozen = Frozen(pid, pidfd, earlier)
     began = 0
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
+    hurry = ExitStack()
     try:
+        hurry.enter_context(urgent())
         began = time.monotonic_ns()
         try:
             registers = frozen._stop(timeout)
@@ -286,5 +289,6 @@ def freeze(
         finally:  # whatever Ctrl-C did to the line above
             frozen.thaw()
             frozen.stopped_us = (time.monotonic_ns() - began) // 1000
+            hurry.close()
             os.close(pidfd)
             signal.pthread_sigmask(signal.SIG_SETMASK, held)

@@ -82,7 +82,8 @@ def _make(frozen: Frozen, call: Call) -> int:
 def _through_device(frozen: Frozen, flags: int) -> int:
     """A userfaultfd of the target's, made from /dev/userfaultfd, or -errno.
 
-    The device is opened here and handed to the target over a socketpair of its own.
+    The device is opened here and handed to the target over a socketpair of its own; these three
+    descriptors are closed with the scratch.
     """
     try:
         device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
@@ -93,42 +94,38 @@ def _through_device(frozen: Frozen, flags: int) -> int:
         ) from None
     remote = frozen.remote
     mine = -1
-    theirs: tuple[int, ...] = ()
     try:
-        pair = remote.put(bytes(8))
-        remote.call(NR.socketpair, socket.AF_UNIX, SOCKET_FLAGS, 0, pair)
-        theirs = struct.unpack("2i", remote.get(pair, 8))
+        owed = remote.owe()
+        remote.call(NR.socketpair, socket.AF_UNIX, SOCKET_FLAGS, 0, owed)
+        theirs = struct.unpack("2i", remote.get(owed, 8))
         faults.point("paired")
         mine = pidfd.getfd(frozen.pidfd, theirs[0])
         with socket.socket(fileno=os.dup(mine)) as sender:
             rights = array.array("i", [device])
             sender.sendmsg([b"u"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-        received = _receive(frozen, theirs[1])
+        received = _receive(frozen, theirs[1], owed + 8)
         if received < 0:
             return received
         faults.point("passed")
-        theirs = (*theirs, received)
         return _make(frozen, Call(NR.ioctl, (received, USERFAULTFD_IOC_NEW, flags)))
     finally:
-        for fd in theirs:
-            remote.call(NR.close, fd)
         if mine >= 0:
             os.close(mine)
         os.close(device)
 
 
-def _receive(frozen: Frozen, fd: int) -> int:
-    """recvmsg inside the target → the descriptor that came, or -errno."""
+def _receive(frozen: Frozen, fd: int, control: int) -> int:
+    """recvmsg inside the target → the descriptor that came, or -errno. `control`: 20 bytes for
+    struct cmsghdr and the descriptor."""
     remote = frozen.remote
-    base = remote.put(bytes(128))
-    # struct msghdr at 0, struct iovec at 64, the byte at 80, struct cmsghdr with one int at 88.
-    header = struct.pack("QI4xQQQQi4x", 0, 0, base + 64, 1, base + 88, 24, 0)
-    vector = struct.pack("QQ", base + 80, 1)
-    remote.put(header.ljust(64, b"\0") + vector + bytes(48))
+    base = remote.data
+    # struct msghdr at 0, struct iovec at 64, the byte at 80.
+    header = struct.pack("QI4xQQQQi4x", 0, 0, base + 64, 1, control, 24, 0)
+    remote.put(header.ljust(64, b"\0") + struct.pack("QQ", base + 80, 1))
     received = remote.batch([Call(NR.recvmsg, (fd, base, socket.MSG_CMSG_CLOEXEC))])[0]
     if received < 0:
         return received
-    length, level, kind, descriptor = struct.unpack("Qiii", remote.get(base + 88, 20))
+    length, level, kind, descriptor = struct.unpack("Qiii", remote.get(control, 20))
     if length != 20 or (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS):
         return -errno.EPROTO
     return int(descriptor)

@@ -2,7 +2,7 @@
 
 How: room for data (the *scratch*) is mapped in the target by a call made through a `syscall`
 instruction, with system call stops. From then on a loop runs whole arrays of calls for one round
-trip. The loop lies in the *guard*: 664 bytes of code and data that are written into the padding
+trip. The loop lies in the *guard*: 1000 bytes of code and data that are written into the padding
 behind the vdso, where nothing of the target is, and that are zeros again when the scratch is closed
 (the page stays a private copy: 4 KiB). The loop tells of its end with a signal that the target
 ignores; where it ignores none, or catches all, every call is made with system call stops.
@@ -12,6 +12,9 @@ one that is being rebuilt), there is no guard: calls go through the target's own
 instruction, the loop lies in the scratch and ends in int3. Where SIGTRAP is ignored int3 would
 reset that for good (force_sig_info_to_task; the same where it is blocked, hence the mask below):
 then without the loop.
+
+With a guard the thread that made the last calls has registers that lead home as long as the scratch
+is mapped, also between two calls (`registers` tells its own).
 
 Signals are blocked while calls are made (all but the one that ends the loop) and stay queued. A
 SIGTRAP that somebody sends to a process without a guard, or that was queued already, is put back
@@ -31,9 +34,10 @@ that instant. With a guard these are its own, or lead home: the rest of the batc
 scratch is unmapped, signal mask, flags and registers are put back by the guard's code, an
 interrupted system call is made again, or returns EINTR if a handler is about to run
 (guard_x86_64.c). So the registers are changed before the mask, and put back after it. A descriptor
-that `making` has made is closed on the way. What can be left: the scratch, when we die between two
-calls; what a batch had made and a later one would have undone; the guard's bytes, which nothing
-runs and the next one takes over.
+that `making` has made, or that is owed (`owe`), is closed on the way. `close` has the thread go the
+same way, up to where the scratch is unmapped. Charge of that goes from one thread to the next by
+one write, at which both lead home. What can be left: the guard's bytes, which nothing runs and the
+next one takes over; what a batch had made and a later one would have undone.
 
 Not covered:
  1. No guard (no vdso): `open` and `close` for 2 system call stops (20-150 us), each batch from the
@@ -69,6 +73,7 @@ SCRATCH_SIZE = 64 * 1024
 CALL_TIMEOUT = 10.0
 """Seconds that a batch gets."""
 CALL_BYTES = 64
+OWED = struct.Struct("2i16xi4x")
 _SIGNALS = re.compile(rb"^(SigIgn|SigCgt):\s*(\w+)", re.MULTILINE)
 _IGNORED_BY_DEFAULT = sum(1 << n - 1 for n in (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD))
 _JOB_CONTROL = sum(
@@ -90,7 +95,8 @@ class Call(NamedTuple):
 
 
 class Remote:
-    """Calls made in one stopped thread, with a scratch that other threads can share (`on`).
+    """Calls made in one stopped thread, with a scratch that other threads can share (`on`). One
+    scratch in a process at a time.
 
     The scratch is [scratch, scratch + scratch_size): one page of code, an array of calls, and
     [data, data + data_size) for the caller.
@@ -112,6 +118,8 @@ class Remote:
         self._data_offset = PAGE + array
         self._at: Any = None
         self._maker: Remote | None = None  # whose scratch it is, if not our own
+        self._parked = ffi.new("snap_injection **")  # who would unmap it; shared with `on`
+        self._last: Any = None  # keeps alive what that points to
         self._loop_allowed = False
         self._guard = 0  # where the way home lies in the target, 0: there is none
         self._caught = self._ignored = 0
@@ -137,6 +145,8 @@ class Remote:
         self._prepare(instruction)
         self._at.undo = self.scratch_size if self._guard else 0
         self._at.undo_call = NR.munmap
+        if self._guard and (placed := lib.snap_guard_place(self._at)) < 0:
+            self._failed(-placed, [])
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         if hint is not None:
             flags |= _MAP_FIXED_NOREPLACE
@@ -144,7 +154,7 @@ class Remote:
         args = (hint or 0, self.scratch_size, protection, flags, arch.NO_SYSCALL, 0)
         try:
             address = self.batch([Call(NR.mmap, args)])[0]
-            self._at.undo = 0
+            self.scratch = self._at.scratch
             refused = not self._guard and -address in (errno.EACCES, errno.EPERM, errno.ENOTSUP)
             if refused:  # nothing may be writable and executable at once (SELinux, PR_SET_MDWE)
                 args = (*args[:2], mmap.PROT_READ | mmap.PROT_WRITE, *args[3:])
@@ -153,7 +163,6 @@ class Remote:
             if hint is not None and self.scratch != hint:  # before Linux 4.17 the flag is unknown
                 raise KernelError(f"mmap at {hint:#x} went to {self.scratch:#x}", "uname -r")
             if self._guard:
-                self._at.scratch, self._at.scratch_size = self.scratch, self.scratch_size
                 self._loop_allowed = True
             else:
                 _, ignored = dispositions(self.tracee.tid, every=True)
@@ -184,20 +193,26 @@ class Remote:
         at.timeout_us = int(self.timeout * 1e6)
         maker = self._maker or self
         at.guard, at.caught, at.ignored = maker._guard, maker._caught, maker._ignored
+        if maker._guard:
+            at.parked = maker._parked
         if self._maker is not None and maker._guard:
             at.scratch, at.scratch_size = maker.scratch, maker.scratch_size
         at.die_at = self.die_at
 
     def close(self) -> None:
-        """Unmaps the scratch. The thread stands in an event stop, everything its own."""
+        """Closes what is owed and unmaps the scratch. The thread stands in an event stop, with
+        everything its own."""
         if self._at is None or self._maker is not None:
             return
         try:
             lib.snap_give_back(self._at)
             self._loop_allowed = False
             scratch, self.scratch = self.scratch, 0
-            self._at.scratch = 0
-            if scratch:
+            if self._guard and scratch:
+                self._went_home(lib.snap_unmap_scratch(self._at))
+            elif scratch:
+                for fd in self._owed():
+                    self.call(NR.close, fd)
                 self.call(NR.munmap, scratch, self.scratch_size)
             lib.snap_guard_wipe(self._at)
         finally:
@@ -239,11 +254,37 @@ class Remote:
         array = ffi.new("snap_call[]", count)
         packed = b"".join(_pack(call) for call in calls)
         ffi.memmove(array, packed, len(packed))
+        (self._maker or self)._last = self._at
         result = lib.snap_inject(self._at, array, count)
         self.tracee.stop = self._at.stop
         if result < 0:
             self._failed(-result, calls)
         return [array[i].result for i in range(count)]
+
+    def _went_home(self, result: int) -> None:
+        self.tracee.stop = self._at.stop
+        if result < 0:
+            self._failed(-result, [Call(NR.munmap)])
+
+    def registers(self, tracee: Tracee) -> bytes:
+        """A thread's own registers, 216 bytes, also where it has others as long as the scratch is
+        mapped."""
+        at = self._parked[0]
+        if at != ffi.NULL and at.tid == tracee.tid:
+            return bytes(ffi.buffer(at.registers))
+        return tracee.registers()
+
+    def owe(self) -> int:
+        """Address of the end of the data area, of `OWED`: two descriptors, 16 bytes, a third. What
+        calls store there is closed when the scratch is, also if this process dies; -1: nothing."""
+        address = self.put(OWED.pack(-1, -1, -1), self.data_size - OWED.size)
+        self._at.owed = address
+        return address
+
+    def _owed(self) -> list[int]:
+        if not self._at.owed:
+            return []
+        return [fd for fd in OWED.unpack(self.get(self._at.owed, OWED.size)) if fd >= 0]
 
     @contextmanager
     def making(self, call: Call) -> Iterator[int]:

@@ -14,12 +14,11 @@ import snapshot
 from snapshot.errors import TargetError
 from tests.conftest import Snap, Spawn
 from tests.harness import processes
-from tests.harness.leftovers import harm
 from tests.harness.processes import wait_until
 from tests.harness.takes import compared, restored
 from tests.harness.victims import BIN, Victim, build
 from tests.live.freezing import Victim as Waiting
-from tests.live.test_harmless import observed, settled
+from tests.live.test_harmless import lasting_changes, observed, settled
 from tests.live.test_late import VFORK
 
 pytestmark = pytest.mark.live
@@ -39,16 +38,7 @@ def taken(victim: Victim, store: Path) -> None:
 
     before = settled(observe)
     assert compared(victim.pid, store, "image") == []
-    seen = [""]
-
-    def none() -> bool:
-        seen[0] = harm(before, observe(), scratch_allowed=False)
-        return not seen[0]
-
-    try:
-        wait_until(none, "the target being as before", 5.0)
-    except TimeoutError:
-        raise AssertionError(seen[0]) from None
+    assert lasting_changes(before, observe) == ""
     victim.goes_on()
 
 

@@ -6,12 +6,15 @@
 
 #include "arch_x86_64.h"
 
-/* The record's fields as the assembler below sees them. */
-#define AT(field) "snap_guard_record + " field "(%rip)"
+/* r15 holds the address of the thread's record on the whole way; its fields as the assembler sees
+   them. */
+#define AT(field) field "(%r15)"
 _Static_assert(offsetof(snap_home, rsp) == 112, "RSP");
 _Static_assert(offsetof(snap_home, eflags) == 120, "EFLAGS");
 _Static_assert(offsetof(snap_home, rax) == 128, "RAX");
+_Static_assert(offsetof(snap_home, rip) == 136, "RIP");
 _Static_assert(offsetof(snap_home, rax_eintr) == 144, "RAX_EINTR");
+_Static_assert(offsetof(snap_home, rip_eintr) == 152, "RIP_EINTR");
 _Static_assert(offsetof(snap_home, by_flags) == 160, "BY_FLAGS");
 _Static_assert(offsetof(snap_home, signal_mask) == 168, "MASK");
 _Static_assert(offsetof(snap_home, deliverable) == 176, "DELIVERABLE");
@@ -19,10 +22,12 @@ _Static_assert(offsetof(snap_home, quiet) == 184, "QUIET");
 _Static_assert(offsetof(snap_home, scratch) == 192, "SCRATCH");
 _Static_assert(offsetof(snap_home, undo) == 208, "UNDO");
 _Static_assert(offsetof(snap_home, undo_call) == 216, "UNDO_CALL");
-_Static_assert(sizeof(snap_home) == 224 && 440 + 224 <= SNAP_GUARD_MAX, "the record");
+_Static_assert(offsetof(snap_home, owed) == 224, "OWED");
+_Static_assert(sizeof(snap_home) == 232, "the record");
+#define CLOSE(field) "mov " field "(%rbp), %edi\n test %edi, %edi\n js 7f\n mov $3, %eax\n syscall\n 7:\n"
 
-/* Only rip-relative loads, no store but into the scratch: the code page need not be writable. No
-   stack either: signals that arrive once the mask is back find rsp where it belongs. */
+/* Only loads, no store but into the scratch of which this thread has charge: the code page need not
+   be writable. No stack either: signals that arrive once the mask is back find rsp where it belongs. */
 __asm__(
     ".pushsection .rodata\n"
     ".balign 8\n"
@@ -50,12 +55,14 @@ __asm__(
     "   jmp snap_guard_leave\n"
     "snap_guard_parked_at:\n"
     "   mov $1, %r13d\n"
-    "   mov " AT("192") ", %rbx\n test %rbx, %rbx\n jz snap_guard_go\n"
+    "   cmp %r15, snap_guard_charge(%rip)\n jne snap_guard_go\n"
+    "   mov " AT("192") ", %rbx\n"
     "   jmp 2f\n"
 
     "snap_guard_leave:\n"
     "   xor %r13d, %r13d\n"
-    "   mov " AT("192") ", %rbx\n test %rbx, %rbx\n jz snap_guard_go\n"
+    "   cmp %r15, snap_guard_charge(%rip)\n jne snap_guard_go\n"
+    "   mov " AT("192") ", %rbx\n"
     /* rt_sigpending: will a handler run before an interrupted call could be made again? */
     "   mov %rbx, %rdi\n mov $8, %esi\n mov $127, %eax\n syscall\n"
     "   test %eax, %eax\n jnz 2f\n"
@@ -66,10 +73,13 @@ __asm__(
     "   mov $13, %eax\n syscall\n" /* rt_sigaction: its flags */
     "   testl $0x10000000, 8(%rbx)\n jz 2f\n"
     "   xor %r13d, %r13d\n"
-    "2: mov %rbx, %rdi\n mov " AT("200") ", %rsi\n mov $11, %eax\n syscall\n" /* munmap */
+    "2: mov " AT("224") ", %rbp\n test %rbp, %rbp\n jz 6f\n"
+    CLOSE("0") CLOSE("4") CLOSE("24")
+    "6: mov %rbx, %rdi\n mov " AT("200") ", %rsi\n mov $11, %eax\n syscall\n" /* munmap */
 
     "snap_guard_go:\n"
-    "   lea 4f(%rip), %r14\n test %r13d, %r13d\n jz 3f\n lea 5f(%rip), %r14\n"
+    "   lea snap_guard_again_at - snap_guard_slot(%r15), %r14\n test %r13d, %r13d\n jz 3f\n"
+    "   lea snap_guard_eintr_at - snap_guard_slot(%r15), %r14\n"
     "3: lea " AT("120") ", %rsp\n popfq\n mov " AT("112") ", %rsp\n"
     /* From here on nothing that changes flags. rt_sigprocmask(SIG_SETMASK): */
     "   mov $2, %edi\n lea " AT("168") ", %rsi\n mov $0, %edx\n mov $8, %r10d\n mov $14, %eax\n"
@@ -78,29 +88,53 @@ __asm__(
     "   mov " AT("24") ", %rdx\n mov " AT("32") ", %rsi\n mov " AT("40") ", %rdi\n"
     "   mov " AT("48") ", %r8\n mov " AT("56") ", %r9\n mov " AT("64") ", %r10\n"
     "   mov " AT("72") ", %r11\n mov " AT("80") ", %r12\n mov " AT("88") ", %r13\n"
-    "   mov " AT("104") ", %r15\n"
     "   jmp *%r14\n"
-    "4: mov " AT("96") ", %r14\n mov " AT("128") ", %rax\n jmp *" AT("136") "\n"
-    "5: mov " AT("96") ", %r14\n mov " AT("144") ", %rax\n jmp *" AT("152") "\n"
-    ".org snap_guard_begin + 440, 0xcc\n" /* an error when the code is longer */
-    "snap_guard_record:\n"
+    ".balign 8, 0xcc\n"
+    "snap_guard_charge: .quad 0\n"
+
+    /* A slot: a record, and the end of the way, which finds the last of it relative to itself. */
+    "snap_guard_slot: .skip 232\n"
+    "snap_guard_again_at:\n"
+    "   mov " AT("96") ", %r14\n mov " AT("128") ", %rax\n mov " AT("104") ", %r15\n"
+    "   jmp *snap_guard_slot + 136(%rip)\n"
+    "snap_guard_eintr_at:\n"
+    "   mov " AT("96") ", %r14\n mov " AT("144") ", %rax\n mov " AT("104") ", %r15\n"
+    "   jmp *snap_guard_slot + 152(%rip)\n"
+    ".org snap_guard_slot + 288, 0xcc\n" /* SNAP_GUARD_SLOT: an error when it is longer */
     ".popsection\n");
 
 extern const unsigned char snap_guard_begin[], snap_guard_call_at[], snap_guard_parked_at[],
-    snap_guard_told_at[], snap_guard_record[];
+    snap_guard_told_at[], snap_guard_charge[], snap_guard_slot[];
 
 #define RESTART_SYSCALL 219
 #define TRAP_FLAG 0x100ull
 
 const unsigned char *snap_guard_code(uint64_t *size)
 {
-    *size = (uint64_t)(snap_guard_record - snap_guard_begin);
+    *size = snap_guard_in_charge();
     return snap_guard_begin;
+}
+
+uint64_t snap_guard_in_charge(void)
+{
+    return (uint64_t)(snap_guard_charge - snap_guard_begin);
+}
+
+uint64_t snap_guard_record(int slot)
+{
+    return (uint64_t)(snap_guard_slot - snap_guard_begin) + (uint64_t)slot * SNAP_GUARD_SLOT;
 }
 
 uint64_t snap_guard_size(void)
 {
-    return (uint64_t)(snap_guard_record - snap_guard_begin) + sizeof(snap_home);
+    return snap_guard_record(SNAP_GUARD_SLOTS);
+}
+
+void snap_guard_fill_slot(unsigned char *bytes, const snap_home *home)
+{
+    _Static_assert(SNAP_GUARD_SLOT % 8 == 0, "records are aligned");
+    memcpy(bytes, snap_guard_slot, SNAP_GUARD_SLOT);
+    memcpy(bytes, home, sizeof *home);
 }
 
 uint64_t snap_guard_call(void)
@@ -144,9 +178,15 @@ void snap_guard_home(snap_home *home, const void *registers, uint64_t abort_ip)
     restart(home, regs);
 }
 
-void snap_guard_park(void *registers, uint64_t guard)
+void snap_guard_lead(void *registers, uint64_t record)
+{
+    ((struct user_regs_struct *)registers)->r15 = record;
+}
+
+void snap_guard_park(void *registers, uint64_t guard, uint64_t record)
 {
     struct user_regs_struct *regs = registers;
+    regs->r15 = record;
     regs->rip = guard + (uint64_t)(snap_guard_parked_at - snap_guard_begin);
     regs->eflags &= ~0x500ull; /* no single step, strings forward */
     if (regs->orig_rax == (unsigned long long)-1 || !snap_arch_is_restart((int64_t)regs->rax)) {

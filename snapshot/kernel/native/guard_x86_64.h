@@ -7,7 +7,8 @@
 #define SNAP_GUARD_X86_64_H
 #include <stdint.h>
 
-#define SNAP_GUARD_MAX 1024 /* at least snap_guard_size() */
+#define SNAP_GUARD_SLOTS 2
+#define SNAP_GUARD_SLOT 288
 
 /* Read-only for the code: the page may be one that the target cannot write. */
 typedef struct {
@@ -18,27 +19,36 @@ typedef struct {
     uint64_t signal_mask;
     uint64_t deliverable;      /* signals that have a handler and are not blocked */
     uint64_t quiet;            /* number of the signal that tells the tracer of the loop's end */
-    uint64_t scratch;          /* unmapped on the way, 0: there is none */
+    uint64_t scratch;          /* unmapped on the way by the one that has charge of it */
     uint64_t scratch_size;
     uint64_t undo;             /* second argument of the call that undoes the single call, whose
                                   result is the first; 0: there is nothing to undo */
     uint64_t undo_call;        /* its number: munmap or close */
+    uint64_t owed;             /* in the scratch: int[2], 16 bytes, int; descriptors that are closed
+                                  on the way, negative ones not. 0: there is nothing of the kind */
 } snap_home;
 
-/* The code, `*size` bytes; the record follows it at the next multiple of 8. The loop of
-   snap_arch_loop stands at its start. */
+/* From a 16-byte boundary on: the code, `*size` bytes (the loop of snap_arch_loop stands at its
+   start); at the offset snap_guard_in_charge the address of the record whose thread has charge of the
+   scratch, 0: nobody has; SNAP_GUARD_SLOTS slots of SNAP_GUARD_SLOT bytes, each a record and code. */
 const unsigned char *snap_guard_code(uint64_t *size);
-/* Bytes of code and record, a multiple of 8. */
+uint64_t snap_guard_in_charge(void);
+uint64_t snap_guard_record(int slot);
+/* Bytes of all of it, a multiple of 8. */
 uint64_t snap_guard_size(void);
-/* Offsets into the code: where one call is made (rax, rdi, … set, nothing else); where the thread
-   stands when the quiet signal arrives. */
+/* Offsets into the code: where one call is made (rax, rdi, … and the record set, nothing else); where
+   the thread stands when the quiet signal arrives. */
 uint64_t snap_guard_call(void);
 uint64_t snap_guard_told(void);
+/* SNAP_GUARD_SLOT bytes. */
+void snap_guard_fill_slot(unsigned char *bytes, const snap_home *home);
+/* Adds the address of the thread's record to registers for the loop or the call. */
+void snap_guard_lead(void *registers, uint64_t record);
 /* Fills in what the thread has of its own: SNAP_REGISTERS_SIZE bytes of struct user_regs_struct.
    `abort_ip`: where a restartable sequence that the thread is in must go on, 0: it is in none. */
 void snap_guard_home(snap_home *home, const void *registers, uint64_t abort_ip);
 /* Turns the thread's own registers into those with which it would go home at once, whatever its
    signal mask: also through the handler of a signal that is pending. */
-void snap_guard_park(void *registers, uint64_t guard);
+void snap_guard_park(void *registers, uint64_t guard, uint64_t record);
 
 #endif

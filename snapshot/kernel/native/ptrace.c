@@ -1,5 +1,5 @@
 #define _GNU_SOURCE
-#include "ptrace.h"
+#include "ptrace_internal.h"
 
 #include <elf.h>
 #include <errno.h>
@@ -20,24 +20,15 @@
 #define GET_RSEQ_CONFIGURATION 0x420f
 #define EVENT_STOP 128 /* PTRACE_EVENT_STOP */
 #define SIGSET_BYTES 8
-/* A stop mostly comes within 15 us when the thread is on another CPU. After that sleeping is better
-   than sched_yield: on this CPU the thread can run at once, and with other programs about the kernel
-   lets a sleeper back in when it is woken, while a yield gives a whole slice away (measured with two
-   busy programs on two CPUs: p99 0.1 ms against 8-44 ms). */
-#define SPIN_US 15
 /* SIGCHLD tells of stops; where the program has turned that off we look this often. */
 #define LOOK_NS 500000
-/* How long we wait for a thread before asking it itself: execve can have given its tid to a sibling,
-   which is nobody's tracee and, in a child of this process, never stops; or another thread of this
-   process, in a waitpid(2) of its own, can have taken the news of the stop. */
-#define ASK_AFTER_US 5000
 
 static int done(long result)
 {
     return result < 0 ? -errno : 0;
 }
 
-static int64_t now_us(void)
+int64_t snap_now_us(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -129,51 +120,70 @@ int snap_reap_ended(int tid)
 
 int snap_reap(int tid, int64_t timeout_us)
 {
-    int64_t deadline = now_us() + timeout_us;
+    int64_t deadline = snap_now_us() + timeout_us;
     for (;;) {
         int reaped = snap_reap_ended(tid);
         if (reaped != 0)
             return reaped == 1 || reaped == -ECHILD ? 0 : reaped;
-        if (now_us() >= deadline)
+        if (snap_now_us() >= deadline)
             return -ETIMEDOUT;
         sched_yield();
     }
 }
 
-/* Sleeps until poll_stop has something to say. SIGCHLD is blocked and waited for, which disturbs no
-   handler of the program: one that tells of a real end of a child is sent again. */
+static void child_signal(sigset_t *set)
+{
+    sigemptyset(set);
+    sigaddset(set, SIGCHLD);
+}
+
+void snap_doze_begin(snap_doze *doze)
+{
+    sigset_t child;
+    child_signal(&child);
+    doze->swallowed = 0;
+    pthread_sigmask(SIG_BLOCK, &child, &doze->before);
+}
+
+void snap_doze_until(snap_doze *doze, int64_t deadline)
+{
+    int64_t left = deadline - snap_now_us();
+    if (left <= 0)
+        return;
+    sigset_t child;
+    child_signal(&child);
+    siginfo_t info;
+    struct timespec limit = {0, left * 1000 < LOOK_NS ? left * 1000 : LOOK_NS};
+    int number = sigtimedwait(&child, &info, &limit);
+    if (number == SIGCHLD && info.si_code != CLD_TRAPPED && info.si_code != CLD_STOPPED)
+        doze->swallowed = 1;
+}
+
+void snap_doze_end(snap_doze *doze)
+{
+    if (doze->swallowed)
+        kill(getpid(), SIGCHLD);
+    pthread_sigmask(SIG_SETMASK, &doze->before, NULL);
+}
+
 static int sleep_until_stop(int tid, int64_t deadline, int *stop)
 {
-    sigset_t child, before;
-    sigemptyset(&child);
-    sigaddset(&child, SIGCHLD);
-    pthread_sigmask(SIG_BLOCK, &child, &before);
-    int found, swallowed = 0;
-    while ((found = poll_stop(tid, stop)) == 0) {
-        int64_t left = deadline - now_us();
-        if (left <= 0) {
-            found = -ETIMEDOUT;
-            break;
-        }
-        siginfo_t info;
-        struct timespec limit = {0, left * 1000 < LOOK_NS ? left * 1000 : LOOK_NS};
-        int number = sigtimedwait(&child, &info, &limit);
-        if (number == SIGCHLD && info.si_code != CLD_TRAPPED && info.si_code != CLD_STOPPED)
-            swallowed = 1;
-    }
-    if (swallowed)
-        kill(getpid(), SIGCHLD);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return found;
+    snap_doze doze;
+    int found;
+    snap_doze_begin(&doze);
+    while ((found = poll_stop(tid, stop)) == 0 && snap_now_us() < deadline)
+        snap_doze_until(&doze, deadline);
+    snap_doze_end(&doze);
+    return found == 0 ? -ETIMEDOUT : found;
 }
 
 int snap_wait(int tid, int64_t timeout_us, int *stop)
 {
-    int64_t begin = now_us();
+    int64_t begin = snap_now_us();
     int found;
     do
         found = poll_stop(tid, stop);
-    while (found == 0 && now_us() - begin < SPIN_US);
+    while (found == 0 && snap_now_us() - begin < SNAP_SPIN_US);
     if (found == 0)
         found = sleep_until_stop(tid, begin + timeout_us, stop);
     return found < 0 ? found : 0;
@@ -202,12 +212,12 @@ static int ask(int tid, int *stop)
 
 int snap_await_event_stop(int tid, int64_t timeout_us, int *stop)
 {
-    int64_t deadline = now_us() + timeout_us;
+    int64_t deadline = snap_now_us() + timeout_us;
     for (;;) {
-        int64_t left = deadline - now_us();
+        int64_t left = deadline - snap_now_us();
         *stop = 0;
-        int result = snap_wait(tid, left < ASK_AFTER_US ? left : ASK_AFTER_US, stop);
-        if (result == -ETIMEDOUT && left > ASK_AFTER_US)
+        int result = snap_wait(tid, left < SNAP_ASK_AFTER_US ? left : SNAP_ASK_AFTER_US, stop);
+        if (result == -ETIMEDOUT && left > SNAP_ASK_AFTER_US)
             result = ask(tid, stop);
         if (result == 0 && snap_is_event_stop(*stop))
             return 0;
@@ -216,6 +226,18 @@ int snap_await_event_stop(int tid, int64_t timeout_us, int *stop)
         if (result < 0 && result != -EAGAIN)
             return result;
     }
+}
+
+int snap_look_for_event_stop(int tid, int asking, int *stop)
+{
+    int found = poll_stop(tid, stop);
+    if (found == 0 && asking) {
+        found = ask(tid, stop);
+        found = found == -EAGAIN ? 0 : found == 0 ? 1 : found;
+    }
+    if (found <= 0 || snap_is_event_stop(*stop))
+        return found;
+    return toward_event_stop(tid, *stop);
 }
 
 int snap_halt(int tid, int64_t timeout_us, int *stop)

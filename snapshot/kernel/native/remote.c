@@ -41,12 +41,16 @@ static int abort_address(snap_injection *at, uint64_t *address)
     return result == -EFAULT ? 0 : result;
 }
 
-/* The code and the way home of this thread; nothing runs there before it is complete. */
-static int put_guard(snap_injection *at)
+static uint64_t record(const snap_injection *at)
 {
-    unsigned char bytes[SNAP_GUARD_MAX];
-    uint64_t size, abort_ip;
-    const unsigned char *code = snap_guard_code(&size);
+    return at->guard + snap_guard_record(at->slot);
+}
+
+/* The way home of this thread, in one write to one page: whole, or as before. */
+static int put_record(snap_injection *at)
+{
+    unsigned char bytes[SNAP_GUARD_SLOT];
+    uint64_t abort_ip;
     int result = abort_address(at, &abort_ip);
     if (result < 0)
         return result;
@@ -56,16 +60,30 @@ static int put_guard(snap_injection *at)
                       .scratch = at->scratch,
                       .scratch_size = at->scratch_size,
                       .undo = at->undo,
-                      .undo_call = at->undo_call};
+                      .undo_call = at->undo_call,
+                      .owed = at->owed};
     snap_guard_home(&home, at->registers, abort_ip);
-    memcpy(bytes, code, size);
-    memcpy(bytes + size, &home, sizeof home);
-    return snap_write_code(at->tid, at->guard, bytes, snap_guard_size());
+    snap_guard_fill_slot(bytes, &home);
+    return snap_write_code(at->tid, record(at), bytes, sizeof bytes);
+}
+
+/* From here on it is this thread (0: no thread) that unmaps the scratch on its way. */
+static int put_in_charge(snap_injection *at, uint64_t record)
+{
+    return snap_write_code(at->tid, at->guard + snap_guard_in_charge(), &record, sizeof record);
+}
+
+int snap_guard_place(snap_injection *at)
+{
+    uint64_t size;
+    const unsigned char *code = snap_guard_code(&size);
+    int result = put_in_charge(at, 0);
+    return result < 0 ? result : snap_write_code(at->tid, at->guard, code, size);
 }
 
 int snap_guard_wipe(snap_injection *at)
 {
-    static const unsigned char zeros[SNAP_GUARD_MAX];
+    unsigned char zeros[1 << 12] = {0};
     return at->guard ? snap_write_code(at->tid, at->guard, zeros, snap_guard_size()) : 0;
 }
 
@@ -73,39 +91,79 @@ static int park(snap_injection *at)
 {
     unsigned char parked[SNAP_REGISTERS_SIZE];
     memcpy(parked, at->registers, sizeof parked);
-    snap_guard_park(parked, at->guard);
+    snap_guard_park(parked, at->guard, record(at));
     return snap_set_registers(at->tid, parked, sizeof parked);
+}
+
+/* The thread of `at` has charge of the scratch: its own registers are known. */
+static int is_parked(snap_injection *at)
+{
+    const snap_injection *who = at->parked ? *at->parked : NULL;
+    if (!who || who->tid != at->tid)
+        return 0;
+    if (who != at) {
+        memcpy(at->registers, who->registers, sizeof at->registers);
+        at->signal_mask = who->signal_mask;
+        at->rseq_address = who->rseq_address;
+        at->critical_section = who->critical_section;
+        at->slot = who->slot;
+        *at->parked = at;
+    }
+    return 1;
+}
+
+/* Takes charge of the scratch, and gives the thread that had it its own registers. That it has ended
+   is no failure. */
+static int take_over(snap_injection *at)
+{
+    snap_injection *before = at->parked ? *at->parked : NULL;
+    int result = at->scratch ? put_in_charge(at, record(at)) : 0;
+    point(at);
+    if (result < 0 || !before)
+        return result;
+    *at->parked = NULL;
+    result = snap_set_registers(before->tid, before->registers, sizeof before->registers);
+    return result == -ESRCH ? 0 : result;
+}
+
+static int remember(snap_injection *at)
+{
+    int result = snap_get_registers(at->tid, at->registers, sizeof at->registers);
+    if (result == 0)
+        result = snap_get_signal_mask(at->tid, &at->signal_mask);
+    snap_rseq rseq;
+    at->rseq_address = 0;
+    at->critical_section = 0;
+    if (result < 0 || snap_get_rseq(at->tid, &rseq) < 0 || !rseq.address)
+        return result;
+    at->rseq_address = rseq.address;
+    return snap_read_memory(at->tid, rseq.address + RSEQ_CS_OFFSET, &at->critical_section,
+                            sizeof at->critical_section);
 }
 
 /* Remembers what the thread has and blocks its signals. With a guard the registers come first: from
    then on the thread would go home by itself, whatever its mask. */
 static int borrow(snap_injection *at)
 {
-    int result = snap_get_registers(at->tid, at->registers, sizeof at->registers);
-    if (result == 0)
-        result = snap_get_signal_mask(at->tid, &at->signal_mask);
+    int was_parked = is_parked(at);
+    int result = was_parked ? 0 : remember(at);
     if (result < 0)
         return result;
-    snap_rseq rseq;
-    at->rseq_address = 0;
-    at->critical_section = 0;
-    if (snap_get_rseq(at->tid, &rseq) == 0 && rseq.address) {
-        at->rseq_address = rseq.address;
-        result = snap_read_memory(at->tid, rseq.address + RSEQ_CS_OFFSET, &at->critical_section,
-                                  sizeof at->critical_section);
-        if (result < 0)
-            return result;
-    }
     at->event_stop = at->stop;
     at->quiet = 0;
     uint64_t candidates = at->ignored & ~at->signal_mask;
     if (at->guard && candidates)
         at->quiet = (uint64_t)__builtin_ctzll(candidates) + 1;
     if (at->guard) {
-        result = put_guard(at);
+        if (!was_parked)
+            at->slot = at->parked && *at->parked && (*at->parked)->slot == 0;
+        result = put_record(at);
         point(at);
-        if (result == 0)
+        if (result == 0 && !was_parked)
             result = park(at);
+        point(at);
+        if (result == 0 && !was_parked)
+            result = take_over(at);
         if (result < 0)
             return result;
     }
@@ -117,7 +175,8 @@ static int borrow(snap_injection *at)
     return result;
 }
 
-/* The registers come last, and carry a guarded thread home until then. */
+/* The registers come last, and carry a guarded thread home until then; and for as long as there is a
+   scratch to be unmapped on the way. */
 static int put_back(snap_injection *at)
 {
     int result = at->guard ? park(at)
@@ -129,10 +188,16 @@ static int put_back(snap_injection *at)
     if (result == 0)
         result = snap_set_signal_mask(at->tid, at->signal_mask);
     point(at);
-    if (result == 0 && at->guard)
+    int stays = at->guard && at->scratch && at->parked;
+    if (result == 0 && at->guard && !stays)
         result = snap_set_registers(at->tid, at->registers, sizeof at->registers);
-    if (result == 0)
+    if (result == 0) {
         at->borrowed = 0;
+        if (stays)
+            *at->parked = at;
+        else if (is_parked(at))
+            *at->parked = NULL;
+    }
     point(at);
     return result;
 }
@@ -206,6 +271,8 @@ static int run_loop(snap_injection *at, snap_call *calls, int count, int64_t dea
     unsigned char registers[SNAP_REGISTERS_SIZE];
     memcpy(registers, at->registers, sizeof registers);
     snap_arch_enter_loop(registers, at->loop, at->array, (uint32_t)count);
+    if (at->guard)
+        snap_guard_lead(registers, record(at));
     int result = snap_write_memory(at->tid, at->array, calls, (size_t)count * sizeof *calls);
     if (result == 0)
         result = snap_set_registers(at->tid, registers, sizeof registers);
@@ -280,6 +347,8 @@ static int step_call(snap_injection *at, snap_call *call, int64_t deadline)
         memcpy(registers, at->registers, sizeof registers);
         uint64_t instruction = at->guard ? at->guard + snap_guard_call() : at->instruction;
         snap_arch_enter_syscall(registers, instruction, call);
+        if (at->guard)
+            snap_guard_lead(registers, record(at));
         int result = snap_set_registers(at->tid, registers, sizeof registers);
         point(at);
         if (result == 0)
@@ -297,6 +366,20 @@ static int step_call(snap_injection *at, snap_call *call, int64_t deadline)
     return 0;
 }
 
+/* What the one call of a batch has mapped is the scratch from here on: no longer undone by the call's
+   own return, which lies behind the thread when it is parked. */
+static int keep_mapped(snap_injection *at, int64_t mapped)
+{
+    if (!at->guard || !at->undo || mapped <= 0)
+        return 0;
+    at->scratch = (uint64_t)mapped;
+    at->scratch_size = at->undo;
+    at->undo = 0;
+    int result = put_in_charge(at, record(at)); /* of nothing, as the record says so far */
+    point(at);
+    return result < 0 ? result : put_record(at);
+}
+
 int snap_inject(snap_injection *at, snap_call *calls, int count)
 {
     int64_t deadline = now_us() + at->timeout_us;
@@ -309,6 +392,8 @@ int snap_inject(snap_injection *at, snap_call *calls, int count)
     }
     for (; result >= 0 && complete < count; complete++)
         result = step_call(at, &calls[complete], deadline);
+    if (result >= 0 && count == 1)
+        result = keep_mapped(at, calls[0].result);
     if (result == -ESRCH)
         return result;
     at->fault = at->stop;
@@ -327,6 +412,31 @@ int snap_make(snap_injection *at, snap_call *call)
         result = step_call(at, call, now_us() + at->timeout_us);
     at->fault = at->stop;
     return result;
+}
+
+int snap_unmap_scratch(snap_injection *at)
+{
+    unsigned char registers[SNAP_REGISTERS_SIZE];
+    int64_t deadline = now_us() + at->timeout_us;
+    at->use_loop = 0;
+    int result = borrow(at);
+    for (int stops = 0; result == 0 && stops < 2;) {
+        result = step_syscall(at, deadline);
+        if (result == 0)
+            result = snap_get_registers(at->tid, registers, sizeof registers);
+        stops += result == 0 && snap_arch_number(registers) == SYS_munmap;
+        point(at);
+    }
+    if (result == 0) {
+        at->scratch = at->owed = 0;
+        result = put_in_charge(at, 0);
+        point(at);
+    }
+    if (result == -ESRCH)
+        return result;
+    at->fault = at->stop;
+    int back = snap_give_back(at);
+    return result < 0 ? result : back;
 }
 
 int snap_unmake(snap_injection *at, int64_t descriptor)

@@ -2,8 +2,9 @@
  * System calls made inside another, stopped process. Mechanism without policy.
  *
  * The caller guarantees that the thread is seized with TRACESYSGOOD by the calling OS thread and
- * stands in an event stop; it stands in one (or the like) again afterwards, with its own registers,
- * signal mask and rseq critical section, whether the calls succeeded or not.
+ * stands in an event stop; it stands in one (or the like) again afterwards, with its own signal mask
+ * and rseq critical section, whether the calls succeeded or not, and with its own registers unless it
+ * is `parked`.
  */
 #ifndef SNAP_REMOTE_H
 #define SNAP_REMOTE_H
@@ -11,7 +12,7 @@
 #include "guard_x86_64.h"
 #include "ptrace.h"
 
-typedef struct {
+typedef struct snap_injection {
     int tid;
     int stop;             /* of the thread, as waitpid(2) reported it; 0: it runs */
     int event_stop;       /* the last event stop it was in: tells a group stop (SIGSTOP) */
@@ -28,9 +29,15 @@ typedef struct {
     unsigned char registers[216]; /* SNAP_REGISTERS_SIZE */
     /* With a guard the thread goes home by itself if we die (guard_x86_64.h). */
     uint64_t guard;        /* where its code lies in the target; 0: there is none */
+    int slot;              /* of the guard, in which the thread's record is */
     uint64_t scratch;      /* mapping that it unmaps then; 0: there is none */
     uint64_t scratch_size;
-    uint64_t undo;         /* the size of what the one call of the next batch maps, or 0 */
+    uint64_t owed;         /* struct of descriptors in the scratch that it closes then (snap_home), or 0 */
+    /* Shared by all who use one scratch: the one whose thread would unmap it. Between two batches
+       too it has registers that lead home, and its own are those above. */
+    struct snap_injection **parked;
+    uint64_t undo;         /* the size of what the one call of the next batch maps, or 0: that is the
+                              scratch afterwards */
     uint64_t undo_call;    /* munmap, then */
     uint64_t quiet;        /* … chosen for this batch; 0: none, so there is no loop */
     uint64_t caught;       /* signals of the process that have a handler */
@@ -40,13 +47,19 @@ typedef struct {
     int passed;
 } snap_injection;
 
-/* Where the guard lies between two batches the bytes are dead; this makes them zeros again. */
+/* Before the first call of all with a guard. */
+int snap_guard_place(snap_injection *at);
+/* After the last one: where it lay there are zeros again. */
 int snap_guard_wipe(snap_injection *at);
 
 /* Makes the calls in order and stores their results. Returns 0; -ETIMEDOUT when one of them did not
    return in time (it was interrupted); -EFAULT when the thread got a signal of its own making
    (at->fault tells which); -ESRCH when it ended. */
 int snap_inject(snap_injection *at, snap_call *calls, int count);
+
+/* The thread goes home, stopped right after it has unmapped the scratch and closed what is owed, and
+   is given back: with a guard, and a scratch. Errors as above. */
+int snap_unmap_scratch(snap_injection *at);
 
 /* Makes a call that gives a descriptor, and leaves the thread at its end, borrowed. Returns 0 with
    call->result; snap_unmake comes next in any case. With a guard a thread that is left there by our

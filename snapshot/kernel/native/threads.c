@@ -2,17 +2,11 @@
 #include "threads.h"
 
 #include "arch_x86_64.h"
+#include "ptrace_internal.h"
 
 #include <errno.h>
 #include <pthread.h>
 #include <time.h>
-
-static int64_t now_us(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
-}
 
 /* The reaper of snap_stop_all: any thread of the tracer's process may wait for its tracees. */
 struct reaper {
@@ -63,33 +57,60 @@ static void make_again(int tid, const uint64_t *again)
     snap_set_registers(tid, registers, sizeof registers);
 }
 
+/* Whether it runs on: as soon as a thread stands it is put right, in case that we die. */
+static int look(int tid, int *stop, int asking, const uint64_t *again)
+{
+    int seen = 0;
+    int found = snap_look_for_event_stop(tid, asking, &seen);
+    if (found == 0)
+        return 1;
+    *stop = found < 0 ? found : seen;
+    if (found > 0)
+        make_again(tid, again);
+    return 0;
+}
+
+/* Not one after the other: all are looked at until none runs. */
 static int wait_all(const int *tids, int *stops, int count, int64_t timeout_us,
                     const uint64_t *again)
 {
-    int64_t deadline = now_us() + timeout_us;
-    int running = 0;
-    for (int i = 0; i < count; i++) {
-        if (stops[i] != 0)
-            continue;
-        int64_t left = deadline - now_us();
-        int stop = 0;
-        int result = snap_await_event_stop(tids[i], left > 0 ? left : 0, &stop);
-        running += result == -ETIMEDOUT;
-        stops[i] = result == -ETIMEDOUT ? 0 : result < 0 ? result : stop;
-        if (stops[i] > 0)
-            make_again(tids[i], again);
+    int64_t now = snap_now_us(), deadline = now + timeout_us;
+    int64_t ask_at = now + SNAP_ASK_AFTER_US, spin_until = now + SNAP_SPIN_US;
+    int before = count, running;
+    snap_doze doze;
+    snap_doze_begin(&doze);
+    for (;;) {
+        int asking = now >= ask_at;
+        running = 0;
+        for (int i = 0; i < count; i++)
+            if (stops[i] == 0)
+                running += look(tids[i], &stops[i], asking, again);
+        now = snap_now_us();
+        if (running == 0 || now >= deadline)
+            break;
+        if (asking)
+            ask_at = now + SNAP_ASK_AFTER_US;
+        if (running < before)
+            spin_until = now + SNAP_SPIN_US;
+        else if (now >= spin_until)
+            snap_doze_until(&doze, deadline);
+        before = running;
     }
+    snap_doze_end(&doze);
     return running;
 }
 
 static int stop_all(const int *tids, int *stops, int count, unsigned long options,
                     int64_t timeout_us, const uint64_t *again)
 {
+    int first = 0; /* the first one that may run on */
     for (int i = 0; i < count; i++) {
         stops[i] = snap_seize(tids[i], options);
         /* EPERM for one that is ours already: seized by another tid, before an execve. */
         if (stops[i] == 0 || (stops[i] == -EPERM && snap_interrupt(tids[i]) == 0))
             stops[i] = snap_interrupt(tids[i]);
+        while (first < i && (stops[first] != 0 || !look(tids[first], &stops[first], 0, again)))
+            first++;
     }
     return wait_all(tids, stops, count, timeout_us, again);
 }
