@@ -103,9 +103,11 @@ static int wait_all(const int *tids, int *stops, int count, int64_t timeout_us,
 static int stop_all(const int *tids, int *stops, int count, unsigned long options,
                     int64_t timeout_us, const uint64_t *again)
 {
-    int first = 0; /* the first one that may run on */
-    for (int i = 0; i < count; i++) {
+    /* All are ours before the first one stands still. */
+    for (int i = 0; i < count; i++)
         stops[i] = snap_seize(tids[i], options);
+    int first = 0; /* of those that may run on */
+    for (int i = 0; i < count; i++) {
         /* EPERM for one that is ours already: seized by another tid, before an execve. */
         if (stops[i] == 0 || (stops[i] == -EPERM && snap_interrupt(tids[i]) == 0))
             stops[i] = snap_interrupt(tids[i]);
