@@ -41,6 +41,7 @@ _STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _LATE_SECONDS = 5.0
 """How long a thread that did not stop in time (vfork, dead storage) is waited for, so that it can
 be let go; the others run meanwhile."""
+_ENDING_SECONDS = 50e-6
 _EXEC_SECONDS = 1.0
 """While a thread replaces the program its leader is a zombie for a moment: no error before this."""
 
@@ -171,6 +172,8 @@ class Frozen:
                 self._unstoppable(failed, timeout)
             known = {tracee.tid for tracee in self.threads}
             new = [tid for tid in map(int, os.listdir(folder)) if tid not in known]
+            if not new:
+                time.sleep(_ENDING_SECONDS)  # for those that are ending: we may be `urgent`
             try:
                 stopped, failed = ptrace.seize_and_stop(
                     new, self.threads, self.pid, timeout, _RESTARTED

@@ -25,6 +25,7 @@ from .freeze import Frozen, freeze
 from .hooks import Hooks
 from .image import Image
 from .kernel import procfs, vdso
+from .kernel.urgency import ordinary
 from .kernel.watchdog import Watchdog
 from .manifest import Host, Manifest, Process, TakeStats
 from .pump import MEMORY, LostError, Pump, Staging
@@ -215,7 +216,7 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int) -> _Instant:
             pump.settle(most, trust=trust)
         taken_at = time.time()
         faults.point("settled")
-        with clock.stage("hooks"):
+        with clock.stage("hooks"), ordinary():
             job.hooks.run("frozen", pid=job.pid, image=job.name)
         pump.go()
         faults.point("let-go")

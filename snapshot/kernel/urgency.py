@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-LEAST = 1
+_URGENT = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
+_LEAST = 1
 
 
 @contextmanager
@@ -14,25 +15,43 @@ def urgent() -> Iterator[None]:
     """The calling thread runs whenever it can (SCHED_FIFO), if it is an ordinary one and allowed to
     (CAP_SYS_NICE, RLIMIT_RTPRIO). For while others stand still because of it: on a busy machine an
     ordinary thread waits for its turn, again and again, which is seconds for a stop of 16 threads.
+    Never for waiting in a loop without sleep.
 
     What it starts meanwhile is ordinary again: SCHED_RESET_ON_FORK.
     """
-    before = os.sched_getscheduler(0)
-    if before & ~os.SCHED_RESET_ON_FORK != os.SCHED_OTHER:
-        yield
-        return
-    try:
-        policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
-        os.sched_setscheduler(0, policy, os.sched_param(LEAST))
-    except OSError:
+    if os.sched_getscheduler(0) != os.SCHED_OTHER or not _hurry():
         yield
         return
     try:
         yield
     finally:
-        ordinary = os.sched_param(0)
-        try:
-            os.sched_setscheduler(0, before, ordinary)
-        except PermissionError:  # the flag cannot be taken back without CAP_SYS_NICE
-            with suppress(OSError):
-                os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, ordinary)
+        _calm_down()
+
+
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """Inside `urgent`: a part that is somebody else's work."""
+    hurried = os.sched_getscheduler(0) == _URGENT
+    if hurried:
+        _calm_down()
+    try:
+        yield
+    finally:
+        if hurried:
+            _hurry()
+
+
+def _hurry() -> bool:
+    try:
+        os.sched_setscheduler(0, _URGENT, os.sched_param(_LEAST))
+    except OSError:
+        return False
+    return True
+
+
+def _calm_down() -> None:
+    try:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    except PermissionError:  # the flag cannot be taken back without CAP_SYS_NICE
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
