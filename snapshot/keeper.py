@@ -13,32 +13,49 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
 from . import pageserver
+from .errors import KernelError
 from .kernel.spawn import twin
 
 SUPERFLUOUS_SECONDS = 1.0
+AGAIN_SECONDS = 0.1
 
 
-def start(journal: Any, generation: int) -> None:
-    """A new keeper beside those that there are, on record when this returns."""
-    start_twin(lambda on_record: keep(journal, generation, on_record))
+def start(journal: Any, generation: int, patience: float = 0.0) -> None:
+    """A new keeper beside those that there are, on record when this returns; see `start_twin`."""
+    start_twin(lambda on_record: keep(journal, generation, on_record), patience)
 
 
-def start_twin(run: Callable[[Callable[[], None]], NoReturn]) -> None:
+def start_twin(run: Callable[[Callable[[], None]], NoReturn], patience: float) -> None:
     """A process that shares the descriptor table. Returns when it has called the function that
-    `run` is given, to say that it is on record, or has ended."""
+    `run` is given, to say that it is on record, or has ended. KernelError when none can be made,
+    for `patience` seconds."""
     begun, tell = os.pipe()
-    pid = twin()
-    if pid == 0:
-        run(lambda: _say(tell))
-    ended = os.pidfd_open(pid)
-    pageserver.await_any(begun, ended)
-    for fd in (begun, tell, ended):
-        os.close(fd)
+    with ExitStack() as stack:
+        stack.callback(os.close, begun)
+        stack.callback(os.close, tell)
+        pid = _twin(patience)
+        if pid == 0:
+            run(lambda: _say(tell))
+        ended = os.pidfd_open(pid)
+        stack.callback(os.close, ended)
+        pageserver.await_any(begun, ended)
+
+
+def _twin(patience: float) -> int:
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return twin()
+        except KernelError:  # EAGAIN, ENOMEM: others may end
+            if time.monotonic() >= until:
+                raise
+        time.sleep(AGAIN_SECONDS)
 
 
 def _say(tell: int) -> None:
@@ -65,7 +82,7 @@ def keep(journal: Any, generation: int, on_record: Callable[[], None]) -> NoRetu
 
 def successor(journal: Any, generation: int) -> int:
     """A pidfd of the caller's own of a process that acts when the server ends: of the guardian, of
-    a keeper, or of a keeper made here when there is neither."""
+    a keeper, or of a keeper made here when there is neither. KernelError: none can be made."""
     while True:
         with suppress(ProcessLookupError):
             guardian = os.pidfd_open(journal.lead)

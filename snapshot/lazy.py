@@ -118,25 +118,36 @@ class Server:
 
     def add(self, uffd: Uffd, missing: Missing) -> Client:
         """One more process to serve. Clients are numbered in the order of these calls."""
+        client = self._know(uffd, missing)
+        self._hear(client)
+        return client
+
+    def _know(self, uffd: Uffd, missing: Missing) -> Client:
         client = Client(self._made, uffd, missing)
         self._made += 1
         self.clients[client.number] = client
-        self._by_fd[uffd.fd] = client
-        self._poll.register(uffd.fd, select.POLLIN)
         return client
+
+    def _hear(self, client: Client) -> None:
+        self._by_fd[client.uffd.fd] = client
+        self._poll.register(client.uffd.fd, select.POLLIN)
 
     def take_over(self) -> None:
         """Goes on where a server ended that was killed: after `add` of the first client.
 
         Pages that it put in place are still in the ledger; a copy tells (EEXIST).
         """
+        # The descriptor of one that is gone may be another's by now: who is left is heard.
         for number, event in self.journal.replay():
             client = self.clients.get(number)
             if event is None and client:
                 self._forget(client, close=False)
+            elif isinstance(event, Fork) and client:
+                self._know(Uffd(event.fd), client.missing.copy())
             elif event is not None and client:
                 self._apply(client, event)
         for client in list(self.clients.values()):
+            self._hear(client)
             try:
                 client.uffd.wake(*ALL_MEMORY)
             except UffdError as error:
@@ -291,8 +302,9 @@ class Server:
         if client.number not in self.clients:
             return
         del self.clients[client.number]
-        del self._by_fd[client.uffd.fd]
-        self._poll.unregister(client.uffd.fd)
+        if self._by_fd.get(client.uffd.fd) is client:
+            del self._by_fd[client.uffd.fd]
+            self._poll.unregister(client.uffd.fd)
         self._waiting = deque(each for each in self._waiting if each[0] is not client)
         if close:
             self.journal.gone(client.number)

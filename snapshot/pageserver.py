@@ -29,6 +29,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
+AGAIN = 1.0
+"""Seconds between two tries to make a keeper, when no process can be made."""
+PATIENCE = 10.0
+"""Seconds in which no process can be made before the restored one is ended, if nobody serves it."""
 ATTEMPTS = 5
 """Servers in a row that may end without having put a single page in place."""
 LAST_WORDS = 4096
@@ -94,7 +98,7 @@ def main(arguments: list[str]) -> NoReturn:
     plan = Plan(journal.plan)
     try:
         generation = journal.new_generation()
-        keeper.start(journal, generation)  # it holds all from before the server begins
+        keeper.start(journal, generation, PATIENCE)  # it holds all from before the server begins
         faults.point("keeper-made")
         journal.generation = generation
         faults.point("generation-set")
@@ -120,20 +124,22 @@ def start_server(journal: Any) -> None:
         on_record()
         serve(journal)
 
-    keeper.start_twin(run)
+    keeper.start_twin(run, PATIENCE)
 
 
 def succeed(journal: Any, generation: int) -> NoReturn:
     """A keeper has taken the lead."""
     from . import faults, keeper
+    from .errors import KernelError
 
     plan = Plan(journal.plan)
     if not alive(journal.server) and not _to_be_done(journal, plan):
         os._exit(0)
     faults.point("led")
     say(plan, f"the guardian ended; {os.getpid()} takes its place")
-    journal.keeper = -1  # it was this process
-    keeper.start(journal, generation)
+    journal.keeper = -1  # it was this process; `guard` sees to it if this fails
+    with suppress(KernelError):
+        keeper.start(journal, generation)
     faults.point("followed")
     guard(journal)
 
@@ -148,7 +154,6 @@ def _to_be_done(journal: Any, plan: Plan) -> bool:
 
 def guard(journal: Any) -> NoReturn:
     """The guardian: waits for the end of the server or of the keeper, and acts on it."""
-    from . import keeper
     from .journal import DONE
 
     name(b"snap-guardian")
@@ -159,7 +164,7 @@ def guard(journal: Any) -> NoReturn:
             break
         if not alive(journal.keeper):
             say(Plan(journal.plan), "the keeper ended; another one takes its place")
-            keeper.start(journal, journal.generation)
+            _start_keeper(journal)
     plan = Plan(journal.plan)
     if not _to_be_done(journal, plan):
         os._exit(0 if journal.state == DONE else 1)
@@ -169,13 +174,23 @@ def guard(journal: Any) -> NoReturn:
     resume(journal, plan)
 
 
+def _start_keeper(journal: Any) -> None:
+    """As soon as a process can be made; until the server ends."""
+    from . import keeper
+    from .errors import KernelError
+
+    try:
+        keeper.start(journal, journal.generation)
+    except KernelError as error:
+        say(Plan(journal.plan), f"no keeper yet: {error.message}")
+        await_any(journal.server, seconds=AGAIN)
+
+
 def resume(journal: Any, plan: Plan) -> NoReturn:
     """This process becomes a fresh guardian with the descriptors that matter."""
-    from . import keeper
-
     journal.server = -1
     if not alive(journal.keeper):  # nobody else holds what must not be closed, and exec takes long
-        keeper.start(journal, journal.generation)
+        _start_keeper(journal)
     wanted = [journal.fd, plan.control, plan.uffd, plan.pidfd, plan.lease, journal.keeper]
     wanted += journal.forked()
     for fd in wanted:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from . import keeper, pageserver
-from .errors import SnapError
+from .errors import KernelError, SnapError
 from .journal import RUNNING, Journal
-from .kernel import procfs
+from .kernel import fdcalls, procfs
 from .kernel.uffd import Uffd, UffdError
 from .lazy import Client, Server
 from .maps import parse_smaps
@@ -143,8 +143,14 @@ class Service:
         return found
 
     def _watch_successor(self) -> None:
-        """Somebody must be there to go on when we are killed."""
-        self._successor = keeper.successor(self.journal, self.journal.generation)
+        """Somebody must be there to go on when we are killed. When no process can be made just now,
+        pages are served all the same, and it is tried again."""
+        try:
+            self._successor = keeper.successor(self.journal, self.journal.generation)
+        except KernelError as error:
+            pageserver.say(self.plan, f"no keeper yet: {error.message}")
+            self._successor = fdcalls.timerfd_create(time.CLOCK_MONOTONIC)
+            fdcalls.timerfd_settime(self._successor, 0, int(pageserver.AGAIN * 1e9), 0)
         self._server.watch(self._successor, self._successor_ended)
 
     def _successor_ended(self) -> None:
