@@ -135,9 +135,10 @@ def examine(pid: int, pidfd: int) -> list[str]:
 
 
 def direct_io(pid: int) -> bool:
-    """Whether the process has files open with O_DIRECT: what it reads from them a device writes to
-    its memory, past the page tables."""
-    return any(seen.flags & os.O_DIRECT for seen in _read_all(pid).values())
+    """Whether the process, which runs, has files open with O_DIRECT: what it reads from them a
+    device writes to its memory, past the page tables."""
+    entries = fdtable.entries(pid, only_files=True)
+    return any(_seen(entry).flags & os.O_DIRECT for entry in entries)
 
 
 def _capture_one(seen: Seen, table: Table, numbers: dict[int, int], next_id: int) -> list[OpenFile]:

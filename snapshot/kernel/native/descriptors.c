@@ -114,8 +114,9 @@ static int has_no_file(const char *link) {
            !strncmp(link, "anon_inode:", 11);
 }
 
-/* Fills one record. -> its length, 0 when the descriptor is gone, or -errno. */
-static int64_t read_one(int links, int infos, const char *name, char *to, uint64_t room) {
+/* Fills one record. -> its length, 0 when the descriptor is gone or not wanted, or -errno. */
+static int64_t read_one(int links, int infos, const char *name, int only_files, char *to,
+                        uint64_t room) {
     snap_descriptor *one = (snap_descriptor *)to;
     if (room < sizeof *one + SNAP_LINK_MAX + 8)
         return -ENOSPC;
@@ -128,6 +129,8 @@ static int64_t read_one(int links, int infos, const char *name, char *to, uint64
     link[length] = 0;
     one->link_length = (uint32_t)length;
     if (has_no_file(link)) {
+        if (only_files)
+            return 0;
         const char *number = strchr(link, '[');
         one->inode = number ? strtoull(number + 1, NULL, 10) : 0;
     } else {
@@ -153,7 +156,7 @@ static int64_t read_one(int links, int infos, const char *name, char *to, uint64
     return one->length;
 }
 
-int64_t snap_descriptors_read(int pid, char *buffer, uint64_t size) {
+int64_t snap_descriptors_read(int pid, int only_files, char *buffer, uint64_t size) {
     int links = open_directory(pid, "fd");
     if (links < 0)
         return links;
@@ -167,7 +170,7 @@ int64_t snap_descriptors_read(int pid, char *buffer, uint64_t size) {
             break;
         if (entry->d_name[0] == '.')
             continue;
-        result = read_one(links, infos, entry->d_name, buffer + used, size - used);
+        result = read_one(links, infos, entry->d_name, only_files, buffer + used, size - used);
         if (result > 0)
             used += (uint64_t)result;
     }

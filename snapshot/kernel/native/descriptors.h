@@ -54,9 +54,10 @@ typedef struct {
 #define SNAP_LINK_MAX 4096
 
 /* A snap_descriptor for every descriptor of the process, in the order of /proc; one that is closed
- * meanwhile is left out. -> bytes used of `buffer` (8-byte aligned); ENOSPC when it is too small:
- * try again with a larger one. EACCES, ENOENT, ESRCH as open(2) of /proc/PID/fd. */
-int64_t snap_descriptors_read(int pid, char *buffer, uint64_t size);
+ * meanwhile is left out. only_files: so are sockets, pipes and anonymous inodes, unread. -> bytes used
+ * of `buffer` (8-byte aligned); ENOSPC when it is too small: try again with a larger one. EACCES,
+ * ENOENT, ESRCH as open(2) of /proc/PID/fd. */
+int64_t snap_descriptors_read(int pid, int only_files, char *buffer, uint64_t size);
 
 typedef struct {
     int32_t domain;
