@@ -43,6 +43,7 @@ REASONS: dict[int, str] = {
     lib.SNAP_LOST_UNARMED: "memory lost its protection before it was saved",
     lib.SNAP_LOST_GONE: "the process ended, or called exec, before its memory was saved",
     lib.SNAP_LOST_SHARED: "shared memory was mapped once more (mremap) before it was saved",
+    lib.SNAP_LOST_GROWN: "a mapping of shared memory grew over what another shows",
     lib.SNAP_LOST_STALLED: "the store took nothing for so long that the process was let go",
 }
 
@@ -61,6 +62,9 @@ class Counters(NamedTuple):
     sweep_chunks: int
     spilled_chunks: int
     events: int
+    forks: int
+    forks_ahead: int
+    objects_left: int
     stalls: int
     peak_staging_bytes: int
 
@@ -235,6 +239,22 @@ class Pump:
         lib.snap_pump_go(self._pump)
 
     # --- while the target runs ----------------------------------------------------------------
+
+    def saved(self, seconds: float) -> bool:
+        """Whether the fault thread has ended, and the target been let go; waits up to `seconds`."""
+        assert self._runner is not None
+        self._runner.join(seconds)
+        return not self._runner.is_alive()
+
+    @property
+    def complete(self) -> bool:
+        """After `saved` was true: whether everything is."""
+        return self._result == 0
+
+    def shows(self, start: int, end: int) -> bool:
+        """After `saved` was true: whether [start, end) of the target is known as mapping a shared
+        object. What is not has come, or grown, after T0, and no event told of it."""
+        return bool(lib.snap_pump_shows(self._pump, start, end))
 
     def wait(self, seconds: float) -> bool:
         """Whether everything is saved and stored; waits up to `seconds` for it."""
