@@ -5,7 +5,11 @@
  *         grow    a mapping of its first half grows over its second half, and is written there
  *         shrink  the same, and shrinks again
  *         open    its file is opened for writing, and written
- *   --mib M, --file PATH (a new file of a tmpfs; otherwise it is anonymous)
+ *         time    (without a signal) one child after the other is forked, every --pause MS, and writes
+ *                 a page of each kind; a line of --times PATH has when (CLOCK_MONOTONIC), how long
+ *                 fork took, and how long it was until the child had written, all in ns
+ *   --mib M (0: none), --private M of memory, --file PATH (a new file of a tmpfs; otherwise it is
+ *   anonymous)
  * values: address, bytes, how often it has been written. */
 #define _GNU_SOURCE
 #include "victim.h"
@@ -86,6 +90,32 @@ static void open_and_write(void)
     must(write(fd, block, bytes) == (ssize_t)bytes, "write");
 }
 
+static void time_forks(char *own)
+{
+    FILE *times = fopen(option_text("times", "/dev/null"), "w");
+    int pipes[2];
+    must(times != NULL && pipe2(pipes, O_CLOEXEC) == 0, "a file, a pipe");
+    for (;; progress[0]++) {
+        uint64_t began = now_ns(), written;
+        pid_t child = fork();
+        uint64_t forked = now_ns();
+        must(child >= 0, "fork");
+        if (child == 0) {
+            own[0]++;
+            shared[0]++;
+            written = now_ns();
+            must(write(pipes[1], &written, sizeof written) == sizeof written, "write");
+            _exit(0);
+        }
+        must(read(pipes[0], &written, sizeof written) == sizeof written, "read");
+        must(wait(NULL) == child, "wait");
+        fprintf(times, "%lu %lu %lu\n", began, forked - began, written - began);
+        fflush(times);
+        publish();
+        sleep_ms((unsigned)option("pause", 5));
+    }
+}
+
 int main(int argc, char **argv)
 {
     sigset_t usr1;
@@ -101,7 +131,12 @@ int main(int argc, char **argv)
     bytes = (size_t)option("mib", 64) * MIB;
     int fd = *file ? open(file, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600) : -1;
     must(!*file || (fd >= 0 && ftruncate(fd, (off_t)bytes) == 0), "a new file");
-    shared = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | (*file ? 0 : MAP_ANONYMOUS), fd, 0);
+    size_t own_bytes = (size_t)option("private", 1) * MIB;
+    char *own = mmap(NULL, own_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    must(own != MAP_FAILED && madvise(own, own_bytes, MADV_NOHUGEPAGE) == 0, "mmap");
+    memset(own, 'p', own_bytes);
+    shared = !bytes ? own : mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                                 MAP_SHARED | (*file ? 0 : MAP_ANONYMOUS), fd, 0);
     must(shared != MAP_FAILED, "mmap");
     if (*file)
         close(fd);
@@ -115,6 +150,8 @@ int main(int argc, char **argv)
     values[0] = (uint64_t)(uintptr_t)shared;
     values[1] = bytes;
     victim_ready();
+    if (strcmp(how, "time") == 0)
+        time_forks(own);
     for (;; round_number++) {
         publish();
         sigwait(&usr1, &number);
