@@ -14,6 +14,7 @@ from dataclasses import replace
 from . import examine, faults, others
 from .errors import DeniedError
 from .examine import Examination
+from .kernel import procfs
 from .maps import Line
 from .pump import LostError, Pump, Round
 from .resources import descriptors
@@ -42,6 +43,7 @@ class Ahead:
         that was copied counts."""
         self._dirty = EVERYTHING  # what the last round had to copy
         self._objects: dict[int, int] = {}
+        self._origin = procfs.stat(pump.pid)
         self._stack = stack
 
     def copy(self, report: Callable[[], None]) -> None:
@@ -115,8 +117,10 @@ class Ahead:
                 behind = align_up(plan.objects[line.device, line.inode].size, PAGE) - line.offset
                 if not self.pump.shows(line.start, min(line.end, line.start + behind)):
                     raise LostError(f"shared memory was mapped once more ({line.start:#x})")
-        inherited = plan.mappings if done.forks else ()
-        for other, how in others.new(pid, armed, inherited):
+        before = others.Before(
+            self._origin, plan.mappings, self.pump.t0_ticks, done.forks > 0, done.objects_left > 0
+        )
+        for other, how in others.new(before, armed):
             raise LostError(f"process {other} {how} shared memory that it did not when it began")
 
     def _open_objects(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 from .errors import SnapError
 from .kernel import procfs
@@ -28,14 +29,47 @@ def having(pid: int, keys: Collection[Key]) -> frozenset[Key]:
     return frozenset(found)
 
 
-def new(pid: int, keys: Collection[Key], inherited: Sequence[Mapping]) -> Iterator[tuple[int, str]]:
-    """Other processes that have one of the objects, and how. Not those that have no more than what
-    a child of `pid` has `inherited`, or a part of that."""
-    for other, lines, opened in _others(pid, keys):
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What tells those who had an object at T0, and children, from those who came to it."""
+
+    origin: procfs.Stat  # of the process itself
+    mappings: Sequence[Mapping]  # that a child inherits
+    ticks: int  # T0, as the start of a process is counted
+    forks: bool  # there were children since
+    left: bool  # something was not saved at T0
+
+
+def new(before: Before, keys: Collection[Key]) -> Iterator[tuple[int, str]]:
+    """Other processes that may have written to one of the objects unseen since, and how they came
+    to. Not children since T0, who waited, nor who began after T0 when all was saved."""
+    for other, lines, opened in _others(before.origin.pid, keys):
+        if _later(before, other):
+            continue
         if opened:
             yield other, "has opened"
-        elif not all(any(_part_of(line, one) for one in inherited) for line in lines):
+        elif not (before.forks and all(_inherited(before, line) for line in lines)):
             yield other, "maps"
+
+
+def _later(before: Before, pid: int) -> bool:
+    """Whether it began after T0 and can have done no harm: never, if something was left then,
+    unless it is a descendant that still has the address space it was forked with."""
+    try:
+        stat = procfs.stat(pid)
+    except SnapError:
+        return False
+    same = stat.start_stack > 1 and _layout(stat) == _layout(before.origin)
+    return stat.start_ticks > before.ticks and (not before.left or (before.forks and same))
+
+
+def _layout(stat: procfs.Stat) -> tuple[int, ...]:
+    """Where an execve(2) has put things, at random: a fork copies it."""
+    return stat.start_code, stat.start_stack, stat.arg_start, stat.env_start
+
+
+def _inherited(before: Before, line: Line) -> bool:
+    return any(_part_of(line, one) for one in before.mappings)
 
 
 def _part_of(line: Line, one: Mapping) -> bool:

@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from .errors import KernelError, SnapError, TakeError
 from .gate import Gate
+from .kernel import procfs
 from .kernel._native import ffi, lib
 from .kernel.errnames import error_text
 from .kernel.watchdog import Watchdog
@@ -155,6 +157,8 @@ class Pump:
         self._storers: list[threading.Thread] = []
         self.storing = Gate()
         """Closed while the target stands still: compressors would take its processor."""
+        self.t0_ticks = 0
+        """T0 as the start of a process is counted (proc_pid_stat(5), starttime)."""
         self._result = 0
         self._failure: BaseException | None = None
 
@@ -233,6 +237,7 @@ class Pump:
         what of it cannot be armed, and arms the rest. `trust`: whether copies of before count."""
         what = f"copying memory of process {self.pid}"
         _check(lib.snap_pump_settle(self._pump, most, trust), what, "snap check")
+        self.t0_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * procfs.CLOCK_TICKS)
 
     def go(self) -> None:
         """From here on first writes are waited for: before the target runs on."""

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import snapshot
 from snapshot import examine
 from snapshot.ahead import Ahead
 from snapshot.errors import DeniedError
+from snapshot.kernel import procfs
 from snapshot.kernel.uffd import FEATURES, Uffd
 from snapshot.manifest import TakeStats
 from snapshot.pump import Pump
@@ -159,6 +161,24 @@ def test_forked_after_t0(
     stats = exact(victim, store, at_t0=lambda: victim.signal(signal.SIGUSR1), now=True)
     assert (stats.attempts, stats.remainder_bytes > MIB << 20) == (1, True)
     victim.healthy()
+
+
+def test_a_child_is_known_wherever_it_has_the_memory(
+    spawn: Spawn, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was forked after T0 and lives in an address space of the target's making."""
+    victim = spawn("shares", mib=MIB, stay=1, move=1)
+    storing_waits(monkeypatch, lambda: written(victim))
+
+    def fork_in_a_later_tick() -> None:
+        t0 = time.clock_gettime(time.CLOCK_BOOTTIME)
+        tick = 1 / procfs.CLOCK_TICKS
+        processes.wait_until(
+            lambda: time.clock_gettime(time.CLOCK_BOOTTIME) > t0 + tick, "the next tick"
+        )
+        victim.signal(signal.SIGUSR1)
+
+    assert exact(victim, store, at_t0=fork_in_a_later_tick, now=True).attempts == 1
 
 
 @pytest.mark.parametrize("stay", [0, 1])

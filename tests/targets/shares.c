@@ -1,6 +1,7 @@
 /* shares: has shared memory, and at each SIGUSR1 writes to it in a way that nothing may tell of.
  *
- *   --how fork    --children N are forked and each writes its part of it; they --stay 1 or end
+ *   --how fork    --children N are forked and each writes its part of it; they --stay 1, then have it
+ *                 elsewhere with --move 1, or end
  *         vfork   a child that shares the address space writes to all of it
  *         grow    a mapping of its first half grows over its second half, and is written there
  *         shrink  the same, and shrinks again
@@ -34,12 +35,15 @@ static void fork_writers(void)
     int children = (int)option("children", 1), pipes[2];
     bool stay = option("stay", 0);
     size_t part = bytes / (size_t)children / PAGE * PAGE;
-    must(pipe2(pipes, O_CLOEXEC) == 0, "pipe");
+    void *room = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    must(room != MAP_FAILED && pipe2(pipes, O_CLOEXEC) == 0, "room, a pipe");
     for (int i = 0; i < children; i++) {
         pid_t child = fork();
         must(child >= 0, "fork");
         if (child == 0) {
             memset(shared + (size_t)i * part, 'b' + round_number, part);
+            if (option("move", 0))
+                must(mremap(shared, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, room) == room, "mremap");
             must(write(pipes[1], "w", 1) == 1, "write");
             while (stay)
                 pause();
@@ -53,6 +57,7 @@ static void fork_writers(void)
         must(wait(NULL) > 0, "wait");
     close(pipes[0]);
     close(pipes[1]);
+    munmap(room, bytes);
 }
 
 static int write_all(void *argument)
