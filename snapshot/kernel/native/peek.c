@@ -70,6 +70,11 @@ bool had_grown(const snap_pump *p, uint64_t from, uint64_t to)
 
 int snap_pump_shows(snap_pump *p, uint64_t start, uint64_t end)
 {
+    for (size_t i = 0; i < p->aliases.count; i++) {
+        range alias = p->aliases.at[i];
+        if (alias.start == start || (alias.start < start && end <= alias.end))
+            return 1;
+    }
     for (const window *w; start < end; start = w->is.end) {
         w = ledger_find(p, start);
         if (!w || w->is.object < 0)

@@ -82,6 +82,7 @@ void snap_pump_free(snap_pump *p)
     free(p->releases.at);
     free(p->plain_moves.at);
     free(p->disturbed.at);
+    free(p->aliases.at);
     free(p->children.at);
     free(p->closing.at);
     free(p->queue.at);

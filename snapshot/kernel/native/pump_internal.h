@@ -95,6 +95,8 @@ struct snap_pump {
     VECTOR(range) releases;     /* ranges to be released as soon as the kernel lets us */
     VECTOR(range) plain_moves;  /* callers of mremap that were seen to leave nothing behind */
     VECTOR(range) disturbed;    /* what events touched while `watching` */
+    VECTOR(range) aliases;      /* mappings of shared objects that are no window, but were told of after
+                                   T0; where one ends is not known if it is empty here */
     VECTOR(int) children;       /* their userfaultfds, held until shared memory is saved */
     uint64_t unsaved_chunks;    /* with wanted pages, from T0 on */
     uint64_t unsaved_objects;   /* of them, those of shared objects */

@@ -208,11 +208,15 @@ static int event(snap_pump *p, const uffd_message *m)
         int r = save_forget(p, from, from + m->arg[2]);
         int e = save_forget(p, to, to + m->arg[2]);
         r = r ? r : e;
-        if (!r && !p->letting_go && makes_alias(p, from, m->arg[2])) {
-            bytes = ledger_unsaved_objects(p, &where);
+        if (!r && makes_alias(p, from, m->arg[2])) {
+            bytes = p->letting_go ? 0 : ledger_unsaved_objects(p, &where);
             if (bytes)
                 return lost(p, bytes, where, SNAP_LOST_SHARED);
             save_last_objects(p);
+            range *alias = VECTOR_PUSH(&p->aliases);
+            if (!alias)
+                return -ENOMEM;
+            *alias = m->arg[2] ? (range){from, from + m->arg[2]} : (range){to, to};
         }
         return r && !p->letting_go ? r : ledger_move(p, from, to, m->arg[2]);
     }
