@@ -66,10 +66,10 @@ typedef struct {
     uint64_t sweep_chunks;  /* chunks saved by the background sweep, ahead of T0 too */
     uint64_t spilled_chunks;
     uint64_t events;        /* remap, remove and unmap messages */
+    uint64_t changes;       /* of them, those that took memory out of the plan */
     uint64_t forks;         /* children of which an event told */
     uint64_t forks_ahead;   /* of them, before T0 */
     uint64_t objects_left;  /* chunks of shared objects that were not saved when T0 was settled */
-    uint64_t changes;       /* of them, those that took memory out of the plan */
     uint64_t stalls;        /* times a writer had to wait because staging and spill were full */
     uint64_t peak_slots;    /* most staging slots in use at once */
     uint64_t lost_bytes;
@@ -86,10 +86,10 @@ typedef struct {
     uint64_t left_chunks; /* that changed while they were copied, or could not be protected */
 } snap_pump_round;
 
-/* pid: the target; uffd: of the target, handshake done, O_NONBLOCK; uffdinfo: /proc/self/fdinfo/
- * <uffd>; pagemap, mem: /proc/PID/pagemap and /proc/PID/mem, open before T0; spill: a file that may
- * grow, or -1 for none; staging: slots * 64 KiB of memory that the caller keeps until snap_pump_free.
- * The descriptors stay the caller's. */
+/* pid: the target; uffd: of the target, handshake done, O_NONBLOCK, telling of forks (EVENT_FORK) if
+ * shared objects will be armed; uffdinfo: /proc/self/fdinfo/<uffd>; pagemap, mem: /proc/PID/pagemap
+ * and /proc/PID/mem, open before T0; spill: a file that may grow, or -1 for none; staging: slots * 64
+ * KiB of memory that the caller keeps until snap_pump_free. The descriptors stay the caller's. */
 int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spill, void *staging,
                   uint64_t slots, snap_pump **pump);
 void snap_pump_free(snap_pump *pump);
