@@ -117,6 +117,12 @@ def storing_waits(monkeypatch: pytest.MonkeyPatch, until: Callable[[], None]) ->
     monkeypatch.setattr(Pump, "store", late)
 
 
+def held() -> int:
+    """Userfaultfds that this process has: one that is forgotten holds a child for ever."""
+    links = [Path(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    return sum(os.readlink(link) == "anon_inode:[userfaultfd]" for link in links if link.exists())
+
+
 def exact(
     victim: Victim, store: Path, *, at_t0: Callable[[], None] = lambda: None, **options: Any
 ) -> TakeStats:
@@ -132,6 +138,7 @@ def exact(
         victim.pid, name="image", store=store, memory=LITTLE, hooks={"frozen": frozen}, **options
     ) as image:
         assert oracle.compare(seen[-1], image, victim.pid) == []
+        assert held() == 0
         return image.manifest.stats
 
 

@@ -65,7 +65,7 @@ typedef struct {
     uint64_t fault_chunks;  /* chunks saved because of a fault or an event */
     uint64_t sweep_chunks;  /* chunks saved by the background sweep, ahead of T0 too */
     uint64_t spilled_chunks;
-    uint64_t events;        /* remap, remove and unmap messages */
+    uint64_t events;        /* remap, remove, unmap and fork messages */
     uint64_t changes;       /* of them, those that took memory out of the plan */
     uint64_t forks;         /* children of which an event told */
     uint64_t forks_ahead;   /* of them, before T0 */
