@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
-from . import examine, faults
+from . import examine, faults, others
 from .errors import DeniedError
 from .examine import Examination
+from .kernel import procfs
 from .maps import Line
 from .pump import LostError, Pump, Round
 from .resources import descriptors
 from .resources.memfd import SharedMemory
-from .units import MIB
+from .units import MIB, PAGE, align_up
 
 REMAINDER = 2 * MIB
 """Bytes that may be copied while the target stands still: some 0.5 ms. More is armed and copied
@@ -41,6 +43,7 @@ class Ahead:
         that was copied counts."""
         self._dirty = EVERYTHING  # what the last round had to copy
         self._objects: dict[int, int] = {}
+        self._origin = procfs.stat(pump.pid)
         self._stack = stack
 
     def copy(self, report: Callable[[], None]) -> None:
@@ -88,6 +91,37 @@ class Ahead:
             return
         self._open_objects()
         self.pump.plan(self.examination.plan, self._objects)
+
+    def look_for_others(self, *, forks: bool) -> None:
+        """While it runs, registered: who can write to its shared memory although nobody could when
+        it was examined? From here on children are told of (`forks`; without that nothing is sure).
+        What others have is not armed at T0."""
+        armed = self.examination.plan.armed_objects
+        found = others.having(self.pump.pid, armed) if forks else armed
+        if found:
+            elsewhere = self.examination.elsewhere | found
+            self.examination = replace(self.examination, maps=b"", elsewhere=elsewhere)
+
+    def look_back(self) -> None:
+        """Everything is saved. Raises LostError if somebody can write to shared memory that was
+        armed who could not before: what he has written meanwhile, nothing told of."""
+        plan, pid, done = self.examination.plan, self.pump.pid, self.pump.counters()
+        armed = plan.armed_objects
+        if not armed or done.forks_ahead:
+            return  # with children before T0 it was copied in the pause
+        if done.objects_left:
+            if others.written(pid, armed):
+                raise LostError("shared memory was opened for writing before it was saved")
+            for line in others.mapped(pid, armed):
+                # Behind the end of the object at T0 there was nothing.
+                behind = align_up(plan.objects[line.device, line.inode].size, PAGE) - line.offset
+                if not self.pump.shows(line.start, min(line.end, line.start + behind)):
+                    raise LostError(f"shared memory was mapped once more ({line.start:#x})")
+        before = others.Before(
+            self._origin, plan.mappings, self.pump.t0_ticks, done.forks > 0, done.objects_left > 0
+        )
+        for other, how in others.new(before, armed):
+            raise LostError(f"process {other} {how} shared memory that it did not when it began")
 
     def _open_objects(self) -> None:
         for number, source in self.examination.plan.object_source.items():

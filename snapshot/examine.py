@@ -6,7 +6,8 @@ import os
 import stat
 from dataclasses import dataclass
 
-from .errors import DeniedError, SnapError, TargetError, UnsupportedError
+from . import others
+from .errors import DeniedError, TargetError, UnsupportedError
 from .kernel import pidfd as pidfds
 from .kernel import procfs
 from .maps import Line, parse_maps
@@ -33,7 +34,7 @@ class Examination:
         """Whether the plan still fits the target, which is stopped and needs `needed`."""
         if procfs.read(self.pid, "maps") != self.maps or needed != self.needed:
             return False
-        return not self.plan.objects or written_files(self.pid) == self.written
+        return not self.plan.objects or others.written(self.pid) == self.written
 
 
 def target(pid: int) -> None:
@@ -82,7 +83,7 @@ def examine(
     GiB). `needed`: the shared objects that descriptors lead to, where the target is stopped."""
     needed = needed if needed is not None else earlier.needed if earlier else {}
     lines = procfs.smaps(pid)
-    written = written_files(pid)
+    written = others.written(pid)
     elsewhere = _elsewhere(pid, lines, earlier)
     tmpfs = _tmpfs_devices(pid)
 
@@ -129,46 +130,16 @@ def refuse(pid: int, made: Plan, descriptor_problems: list[str] | None = None) -
         )
 
 
-def written_files(pid: int) -> frozenset[tuple[int, int]]:
-    """(device, inode) of the shared memory files that a descriptor of the process can write to."""
-    found = set()
-    for name in procfs.names(pid, "fd"):
-        path = f"/proc/{pid}/fd/{name}"
-        try:
-            link = os.readlink(path)
-            if not link.startswith("/"):
-                continue
-            mode = os.lstat(path).st_mode
-            if mode & stat.S_IWUSR:
-                info = os.stat(path)
-                found.add((info.st_dev, info.st_ino))
-        except OSError:
-            continue  # closed meanwhile
-    return frozenset(found)
-
-
 def _elsewhere(
     pid: int, lines: list[Line], earlier: Examination | None
 ) -> frozenset[tuple[int, int]]:
-    """(device, inode) of the shared memory that other processes map too: what they write there, no
-    fault of the target tells. What is new since `earlier` is taken for such, for the target may
-    stand still now and the other processes of a machine are many."""
+    """(device, inode) of the shared memory that other processes have too. What was not armed in the
+    plan of `earlier` is taken for such: nobody has looked for the others since, for the target may
+    stand still now and they are many, nor has an event told of children."""
     mapped = {(line.device, line.inode) for line in lines if line.shared and line.inode}
     if earlier is not None:
-        return earlier.elsewhere | (mapped - earlier.plan.objects.keys())
-    texts = {
-        key: b" %02x:%02x %d " % (os.major(key[0]), os.minor(key[0]), key[1]) for key in mapped
-    }
-    found = set()
-    for name in os.listdir("/proc") if texts else ():
-        if not name.isdecimal() or int(name) == pid:
-            continue
-        try:
-            other = procfs.read(int(name), "maps")
-        except SnapError:
-            continue  # it has ended; or it is not ours to look at, nor then likely the target's
-        found |= {key for key, text in texts.items() if text in other}
-    return frozenset(found)
+        return earlier.elsewhere | (mapped - earlier.plan.armed_objects)
+    return others.having(pid, mapped)
 
 
 def _tmpfs_devices(pid: int) -> frozenset[int]:

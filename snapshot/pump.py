@@ -11,6 +11,7 @@ import mmap
 import os
 import struct
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from .errors import KernelError, SnapError, TakeError
 from .gate import Gate
+from .kernel import procfs
 from .kernel._native import ffi, lib
 from .kernel.errnames import error_text
 from .kernel.watchdog import Watchdog
@@ -43,6 +45,7 @@ REASONS: dict[int, str] = {
     lib.SNAP_LOST_UNARMED: "memory lost its protection before it was saved",
     lib.SNAP_LOST_GONE: "the process ended, or called exec, before its memory was saved",
     lib.SNAP_LOST_SHARED: "shared memory was mapped once more (mremap) before it was saved",
+    lib.SNAP_LOST_GROWN: "a mapping of shared memory grew over what another shows",
     lib.SNAP_LOST_STALLED: "the store took nothing for so long that the process was let go",
 }
 
@@ -61,6 +64,9 @@ class Counters(NamedTuple):
     sweep_chunks: int
     spilled_chunks: int
     events: int
+    forks: int
+    forks_ahead: int
+    objects_left: int
     stalls: int
     peak_staging_bytes: int
 
@@ -151,6 +157,8 @@ class Pump:
         self._storers: list[threading.Thread] = []
         self.storing = Gate()
         """Closed while the target stands still: compressors would take its processor."""
+        self.t0_ticks = 0
+        """T0 as the start of a process is counted (proc_pid_stat(5), starttime)."""
         self._result = 0
         self._failure: BaseException | None = None
 
@@ -229,12 +237,29 @@ class Pump:
         what of it cannot be armed, and arms the rest. `trust`: whether copies of before count."""
         what = f"copying memory of process {self.pid}"
         _check(lib.snap_pump_settle(self._pump, most, trust), what, "snap check")
+        self.t0_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * procfs.CLOCK_TICKS)
 
     def go(self) -> None:
         """From here on first writes are waited for: before the target runs on."""
         lib.snap_pump_go(self._pump)
 
     # --- while the target runs ----------------------------------------------------------------
+
+    def saved(self, seconds: float) -> bool:
+        """Whether the fault thread has ended, and the target been let go; waits up to `seconds`."""
+        assert self._runner is not None
+        self._runner.join(seconds)
+        return not self._runner.is_alive()
+
+    @property
+    def complete(self) -> bool:
+        """After `saved` was true: whether everything is."""
+        return self._result == 0
+
+    def shows(self, start: int, end: int) -> bool:
+        """After `saved` was true: whether [start, end) of the target is known as mapping a shared
+        object. What is not has come, or grown, after T0, and no event told of it."""
+        return bool(lib.snap_pump_shows(self._pump, start, end))
 
     def wait(self, seconds: float) -> bool:
         """Whether everything is saved and stored; waits up to `seconds` for it."""

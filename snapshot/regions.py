@@ -64,6 +64,12 @@ class Plan:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def armed_objects(self) -> frozenset[tuple[int, int]]:
+        """(device, inode) of the shared objects of which something is armed."""
+        ids = {one.object for one in self.windows if one.armed}
+        return frozenset(key for key, known in self.objects.items() if known.id in ids)
+
 
 def plan(
     lines: Iterable[Line],

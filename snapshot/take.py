@@ -148,6 +148,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
     before = examine.examine(job.pid)
     examine.refuse(job.pid, before.plan)
     foreign = preflight.namespaces(job.pid)
+    shares = bool(before.plan.armed_objects)
     identity = ProcessIdentity(procfs.boot_id(), job.pid, procfs.stat(job.pid).start_ticks)
     with ExitStack() as stack:
         writer = stack.enter_context(job.store.begin(job.name, identity))
@@ -159,26 +160,27 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
             faults.point("begun")
             with freeze(job.pid) as first:
                 faults.point("first-stop")
-                protection = stack.enter_context(WriteProtection.create(first))
+                protection = stack.enter_context(WriteProtection.create(first, forks=shares))
                 faults.point("created")
                 first.close_remote()
                 faults.point("clean")
                 pump = Pump(job.pid, protection, job.staging, watchdog, job.stall)
                 ahead = Ahead(stack.enter_context(pump), objects, before)
                 pump.start()
-                if copying:
+                if copying or shares:  # what is registered tells of its events
                     ahead.plan()
                     faults.point("registered")
                     pump.release()
             job.stops_us.append(first.stopped_us)
             faults.point("first-resumed")
             pump.store(writer.put, os.cpu_count() or 1)
+            ahead.look_for_others(forks=protection.forks)
             if copying:
                 ahead.copy(lambda: _report(job, pump, "copying ahead"))
             instant = _instant(job, ahead, first, EVERYTHING if guarded else REMAINDER)
             faults.point("resumed")
             job.hooks.run("resumed", pid=job.pid, image=job.name)
-            _wait(job, pump)
+            _wait(job, ahead)
             faults.point("saved")
         except LostError as error:
             log.info("%d: %s", job.pid, error.message)
@@ -227,8 +229,13 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int) -> _Instant:
     return _Instant(taken_at, process, plan, gathered, clock.stages_us)
 
 
-def _wait(job: _Take, pump: Pump) -> None:
+def _wait(job: _Take, ahead: Ahead) -> None:
     """Until all is saved and stored; the target runs. Raises what went wrong."""
+    pump = ahead.pump
+    while not pump.saved(PROGRESS_SECONDS):
+        _report(job, pump, "saving")
+    if pump.complete:
+        ahead.look_back()
     while not pump.wait(PROGRESS_SECONDS):
         _report(job, pump, "saving")
     _report(job, pump, "saving")

@@ -13,6 +13,7 @@ import errno
 import os
 import socket
 import struct
+from contextlib import suppress
 
 from . import faults
 from .errors import DeniedError, KernelError
@@ -25,7 +26,8 @@ from .kernel.remote import Call
 from .kernel.uffd import FEATURES, Uffd
 
 NEEDED = ("PAGEFAULT_FLAG_WP", "EVENT_REMAP", "EVENT_REMOVE", "EVENT_UNMAP", "WP_HUGETLBFS_SHMEM")
-"""Not EVENT_FORK: a child then drops the userfaultfd and runs free, its parent stays armed."""
+"""EVENT_FORK only where shared memory is armed, which a child could write to unseen. Without it a
+child drops the userfaultfd and runs free, its parent stays armed, and a fork costs nothing."""
 DEVICE = "/dev/userfaultfd"
 USERFAULTFD_IOC_NEW = 0xAA00  # _IO(0xAA, 0), include/uapi/linux/userfaultfd.h
 SOCKET_FLAGS = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
@@ -34,12 +36,15 @@ SOCKET_FLAGS = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
 class WriteProtection(Closing):
     """A target's userfaultfd, handshake done. `close` (or the end of the process) ends it."""
 
-    def __init__(self, uffd: Uffd) -> None:
+    def __init__(self, uffd: Uffd, *, forks: bool) -> None:
         self.uffd = uffd
+        self.forks = forks
+        """Whether it tells of children (EVENT_FORK)."""
 
     @classmethod
-    def create(cls, frozen: Frozen) -> WriteProtection:
-        """Inject the creation into the stopped target; nothing of it stays there.
+    def create(cls, frozen: Frozen, *, forks: bool = False) -> WriteProtection:
+        """Inject the creation into the stopped target; nothing of it stays there. `forks`: it shall
+        tell of children, if that is allowed (CAP_SYS_PTRACE).
 
         Raises DeniedError when neither userfaultfd(2) nor /dev/userfaultfd is allowed,
         UnsupportedError when the kernel lacks one of NEEDED.
@@ -57,14 +62,25 @@ class WriteProtection(Closing):
             )
         uffd = Uffd(made)
         try:
-            uffd.api(sum(FEATURES[name] for name in NEEDED))
+            forks = _handshake(uffd, forks)
         except BaseException:
             uffd.close()
             raise
-        return cls(uffd)
+        return cls(uffd, forks=forks)
 
     def close(self) -> None:
         self.uffd.close()
+
+
+def _handshake(uffd: Uffd, forks: bool) -> bool:
+    """-> whether it tells of forks."""
+    needed = sum(FEATURES[name] for name in NEEDED)
+    if forks:
+        with suppress(DeniedError):
+            uffd.api(needed | FEATURES["EVENT_FORK"])
+            return True
+    uffd.api(needed)
+    return False
 
 
 def _make(frozen: Frozen, call: Call) -> int:

@@ -1,4 +1,5 @@
-"""kcmp(2): which descriptors of a process are the same struct file, which file an epoll watches.
+"""kcmp(2): which descriptors of a process are the same struct file, which file an epoll watches,
+which processes share their memory.
 
 Needs ptrace access to the process and a kernel with CONFIG_KCMP.
 """
@@ -36,6 +37,11 @@ def groups(pid: int, fds: Iterable[int]) -> list[list[int]]:
         else:
             together.append([fd])
     return sorted(together)
+
+
+def same_memory(pid: int, other: int) -> bool:
+    """Have two processes one address space (CLONE_VM)? False when one has ended."""
+    return int(lib.snap_kcmp_memory(pid, other)) == SAME
 
 
 def watches(pid: int, fd: int, epoll: int, number: int, nth: int = 0) -> bool:

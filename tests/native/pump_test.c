@@ -1,11 +1,12 @@
 /* The pump against a hostile target, without Python and ptrace: built with ASan and UBSan.
  *
- * A child process writes, discards and moves its memory from several threads at full speed. The
+ * A child process writes, discards and moves its memory from several threads at full speed, and has
+ * children that write to what it shares with them. The
  * parent copies it ahead in some rounds (or in none), parks the threads (they wait at a flag), reads
  * all memory as the oracle, settles, lets go and compares what the pump saved with the oracle, byte
  * for byte, many times over.
  *
- * usage: pump_test ROUNDS SEED [OPERATIONS]   operations: w write, d discard, m move (default wdm)
+ * usage: pump_test ROUNDS SEED [OPERATIONS]   operations: w write, d discard, m move, f fork (default wdmf)
  */
 #define _GNU_SOURCE
 #include "pump.h"
@@ -33,6 +34,9 @@
 #define CHUNK 65536ul
 #define REGION (24ul << 20) /* of one thread */
 #define THREADS 3
+#define SHARED (8ul << 20) /* of all threads, and of their children */
+#define TOTAL (THREADS * 2 * REGION + SHARED)
+#define OBJECT_SPACE 65536
 #define SLOTS 64
 #define CHECK(condition)                                                              \
     do {                                                                              \
@@ -47,10 +51,13 @@ typedef struct {
     atomic_int local; /* writers keep to a few pages at a time: what was copied ahead mostly stays */
     _Atomic(uint64_t) base[THREADS];  /* where each thread's region is now */
     _Atomic(uint64_t) place[THREADS]; /* it lies in [place, place + 2 * REGION) */
+    _Atomic(uint64_t) object;         /* where the shared memory is */
 } control;
 
 static control *shared;
-static const char *operations = "wdm";
+static const char *operations = "wdmf";
+static int object; /* a memfd */
+static bool told;  /* of forks */
 
 static uint64_t next_random(uint64_t *state)
 {
@@ -60,6 +67,24 @@ static uint64_t next_random(uint64_t *state)
 }
 
 /* ---- the target -------------------------------------------------------------------------------- */
+
+static void write_shared(uint64_t r)
+{
+    *(uint64_t *)(uintptr_t)(shared->object + (r >> 20) % (SHARED / 8) * 8) = r;
+}
+
+static void fork_writer(uint64_t *random)
+{
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (!child) {
+        for (int i = 0; i < 200; i++)
+            write_shared(next_random(random));
+        _exit(0);
+    }
+    int status;
+    CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && !WEXITSTATUS(status));
+}
 
 static void *mutate(void *arg)
 {
@@ -76,12 +101,15 @@ static void *mutate(void *arg)
     CHECK(base == place);
     shared->base[me] = (uint64_t)(uintptr_t)base;
     uint64_t writes = 0;
+    bool forks = me == 0 && strchr(operations, 'f');
     while (!shared->leave) {
         if (shared->park) {
             shared->parked++;
             while (shared->park)
                 sched_yield();
             shared->parked--;
+            if (forks) /* right after T0 */
+                fork_writer(&random);
         }
         uint64_t r = next_random(&random);
         uint64_t page = r % (REGION / PAGE), kind = (r >> 32) % (shared->local ? 10000000 : 100000);
@@ -100,6 +128,10 @@ static void *mutate(void *arg)
                        -1, 0) == base);
             base = moved;
             shared->base[me] = (uint64_t)(uintptr_t)base;
+        } else if (kind < 8 && forks) {
+            fork_writer(&random);
+        } else if (r >> 60 == 0) {
+            write_shared(r);
         } else {
             *(uint64_t *)(void *)(base + page * PAGE + (r >> 40) % 500 * 8) = r;
         }
@@ -111,6 +143,10 @@ static void target(int channel)
 {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     pthread_t threads[THREADS];
+    void *at = mmap(NULL, SHARED, PROT_READ | PROT_WRITE, MAP_SHARED, object, 0);
+    CHECK(at != MAP_FAILED);
+    memset(at, 1, SHARED);
+    shared->object = (uint64_t)(uintptr_t)at;
     for (intptr_t i = 0; i < THREADS; i++)
         CHECK(!pthread_create(&threads[i], NULL, mutate, (void *)i));
     char byte;
@@ -150,7 +186,9 @@ static int receive_uffd(int channel)
     memcpy(&fd, CMSG_DATA(header), sizeof fd);
     uint64_t features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_EVENT_REMAP |
                         UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP;
-    CHECK(!uffd_api(fd, &features, NULL));
+    uint64_t with_forks = features | UFFD_FEATURE_EVENT_FORK;
+    told = !uffd_api(fd, &with_forks, NULL);
+    CHECK(told || !uffd_api(fd, &features, NULL));
     return fd;
 }
 
@@ -180,7 +218,9 @@ static void *consume(void *arg)
             return NULL;
         CHECK(n >= 0);
         for (int i = 0; i < n; i++) {
-            char *to = image + offset_of(saved[i].address);
+            bool of_object = saved[i].space == OBJECT_SPACE;
+            char *to = image + (of_object ? THREADS * 2 * REGION + saved[i].address
+                                          : offset_of(saved[i].address));
             char from[CHUNK] = {0};
             if (saved[i].pages && saved[i].place >= 0)
                 memcpy(from, staging + (uint64_t)saved[i].place * CHUNK, CHUNK);
@@ -221,6 +261,8 @@ static void plan_windows(snap_window *windows)
         windows[k] = (snap_window){.start = base, .end = base + REGION, .at = base, .object = -1,
                                    .armed = 1};
     }
+    windows[THREADS] = (snap_window){.start = shared->object, .end = shared->object + SHARED,
+                                     .space = OBJECT_SPACE, .object = object, .armed = told};
 }
 
 static void park(void)
@@ -232,12 +274,12 @@ static void park(void)
 
 static void hold_and_plan(snap_pump *pump)
 {
-    snap_window windows[THREADS];
+    snap_window windows[THREADS + 1];
     uint64_t where;
     CHECK(!snap_pump_order_hold(pump));
     await(pump, NULL);
     plan_windows(windows);
-    CHECK(!snap_pump_plan(pump, windows, THREADS, &where));
+    CHECK(!snap_pump_plan(pump, windows, THREADS + 1, &where));
 }
 
 static void unpark(void)
@@ -267,7 +309,8 @@ static void copy_ahead(snap_pump *pump, int rounds)
 /* What the image should be: at the same offsets. */
 static void read_oracle(int pid)
 {
-    memset(oracle, 0, THREADS * 2 * REGION);
+    memset(oracle, 0, TOTAL);
+    CHECK(pread(object, oracle + THREADS * 2 * REGION, SHARED, 0) == (ssize_t)SHARED);
     for (int k = 0; k < THREADS; k++) {
         struct iovec local = {oracle + offset_of(shared->base[k]), REGION};
         struct iovec remote = {(void *)(uintptr_t)shared->base[k], REGION};
@@ -287,7 +330,7 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
     snprintf(path, sizeof path, "/proc/%d/mem", pid);
     int mem = open(path, O_RDONLY | O_CLOEXEC);
     CHECK(info >= 0 && pagemap >= 0 && mem >= 0);
-    memset(image, 0, THREADS * 2 * REGION);
+    memset(image, 0, TOTAL);
 
     snap_pump *pump;
     CHECK(!snap_pump_new(pid, uffd, info, pagemap, mem, spill, staging, SLOTS, &pump));
@@ -319,17 +362,18 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
                 (unsigned long long)counters.lost_address);
         return 1;
     }
-    for (uint64_t at = 0; at < THREADS * 2 * REGION; at += PAGE)
+    for (uint64_t at = 0; at < TOTAL; at += PAGE)
         if (memcmp(oracle + at, image + at, PAGE)) {
-            uint64_t place = shared->place[at / (2 * REGION)] + at % (2 * REGION);
+            int k = (int)(at / (2 * REGION));
+            uint64_t place = (k < THREADS ? shared->place[k] : shared->object) + at % (2 * REGION);
             fprintf(stderr, "round %d: page %llx differs\n", number, (unsigned long long)place);
             exit(1);
         }
     printf("round %d: %d ahead, remainder %llu KiB; %llu faults, %llu + %llu chunks, %llu spilled, "
-           "%llu events\n", number, rounds, (unsigned long long)counters.remainder_bytes / 1024,
+           "%llu events, %llu forks\n", number, rounds, (unsigned long long)counters.remainder_bytes / 1024,
            (unsigned long long)counters.faults, (unsigned long long)counters.fault_chunks,
            (unsigned long long)counters.sweep_chunks, (unsigned long long)counters.spilled_chunks,
-           (unsigned long long)counters.events);
+           (unsigned long long)counters.events, (unsigned long long)counters.forks);
     return 0;
 }
 
@@ -344,6 +388,8 @@ int main(int argc, char **argv)
         operations = argv[3];
     shared = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     CHECK(shared != MAP_FAILED);
+    object = memfd_create("shared", MFD_CLOEXEC);
+    CHECK(object >= 0 && !ftruncate(object, (off_t)SHARED));
     int pair[2];
     CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
     pid_t pid = fork();
@@ -356,8 +402,8 @@ int main(int argc, char **argv)
     for (int k = 0; k < THREADS; k++)
         while (!shared->base[k])
             sched_yield();
-    oracle = malloc(THREADS * 2 * REGION);
-    image = malloc(THREADS * 2 * REGION);
+    oracle = malloc(TOTAL);
+    image = malloc(TOTAL);
     char *staging = mmap(NULL, SLOTS * CHUNK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     int spill = open("/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
     CHECK(oracle && image && staging != MAP_FAILED && spill >= 0);

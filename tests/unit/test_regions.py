@@ -134,6 +134,15 @@ def test_an_object_that_a_descriptor_can_write_is_copied_in_the_pause() -> None:
     assert [w.armed for w in found.windows] == [False]
 
 
+def test_which_objects_are_armed() -> None:
+    """Only for them is the kernel asked to tell of forks, and are others looked for."""
+    private = line(0x90000, 1)
+    both = [memfd(0x10000, 2), memfd(0x20000, 2, offset=4 * PAGE), private]
+    assert plan(both, 0, lambda _: box()).armed_objects == {(1, 5)}
+    assert plan(both, 0, lambda _: box(written=True)).armed_objects == frozenset()
+    assert plan([private], 0, lambda _: facts()).armed_objects == frozenset()
+
+
 def test_an_object_that_only_a_descriptor_holds_is_in_the_plan() -> None:
     memory = SharedMemory(1, 5, 3 * PAGE, 4, "memfd", b"box", 0, 0o100777)
     found = plan([], 0, lambda _: facts(), [memory])

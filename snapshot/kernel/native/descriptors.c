@@ -42,6 +42,11 @@ int snap_kcmp_file(int pid, int a, int b) {
     return order < 0 ? -errno : (int)order;
 }
 
+int snap_kcmp_memory(int pid, int other) {
+    long order = syscall(SYS_kcmp, pid, other, KCMP_VM, 0, 0);
+    return order < 0 ? -errno : (int)order;
+}
+
 int snap_kcmp_epoll(int pid, int fd, int efd, uint32_t tfd, uint32_t nth) {
     struct kcmp_epoll_slot slot = {.efd = (uint32_t)efd, .tfd = tfd, .toff = nth};
     long order = syscall(SYS_kcmp, pid, pid, KCMP_EPOLL_TFD, (unsigned long)fd, &slot);

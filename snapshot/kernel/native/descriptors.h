@@ -15,6 +15,8 @@ int snap_pidfd_getfd(int pidfd, int fd);
 /* Compares the struct files of descriptor a and b of a process -> SNAP_KCMP_*. Needs ptrace
  * access; ENOSYS: a kernel without CONFIG_KCMP. */
 int snap_kcmp_file(int pid, int a, int b);
+/* The same of the address spaces of two processes. */
+int snap_kcmp_memory(int pid, int other);
 /* Is the file of descriptor fd what epoll descriptor efd watches as the `nth` (from 0, in the
  * order of fdinfo) of its registrations numbered tfd? -> SNAP_KCMP_*; ENOENT: no such one. */
 int snap_kcmp_epoll(int pid, int fd, int efd, uint32_t tfd, uint32_t nth);

@@ -39,8 +39,52 @@ bool makes_alias(const snap_pump *p, uint64_t from, uint64_t length)
     return length == 0 || ledger_shared(p, from, from + length);
 }
 
-/* Saves what is unsaved of all shared objects. */
-static int save_objects(snap_pump *p)
+/* Whether any of the bytes [from, to) of a shared object is armed. */
+static bool any_armed(const snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
+{
+    for (size_t k = ledger_first(p, space, from); k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[k].is;
+        if (w->space != space || w->at >= to)
+            break;
+        if (w->armed && w->at + (w->end - w->start) > from)
+            return true;
+    }
+    return false;
+}
+
+bool had_grown(const snap_pump *p, uint64_t from, uint64_t to)
+{
+    for (size_t k = ledger_above(p, from - 1); k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[p->by_start[k]].is;
+        uint64_t until = to, behind = w->at + (w->end - w->start);
+        if (w->start >= to)
+            break;
+        if (k + 1 < p->windows.count && p->windows.at[p->by_start[k + 1]].is.start < to)
+            until = p->windows.at[p->by_start[k + 1]].is.start;
+        if (w->object >= 0 && w->end < until &&
+            any_armed(p, w->space, behind, behind + (until - w->end)))
+            return true;
+    }
+    return false;
+}
+
+int snap_pump_shows(snap_pump *p, uint64_t start, uint64_t end)
+{
+    for (size_t i = 0; i < p->aliases.count; i++) {
+        range alias = p->aliases.at[i];
+        if (alias.start == start || (alias.start < start && end <= alias.end))
+            return 1;
+    }
+    for (const window *w; start < end; start = w->is.end) {
+        w = ledger_find(p, start);
+        if (!w || w->is.object < 0)
+            return 0;
+    }
+    return 1;
+}
+
+/* Saves what is unsaved of all shared objects. -EAGAIN: not all could be. */
+int save_objects(snap_pump *p)
 {
     int later = 0;
     for (size_t k = 0; k < p->blocks.count; k++) {
@@ -89,7 +133,8 @@ static int save_ahead_of(snap_pump *p, int tasks, DIR *names, int *waiting, int 
             ++*running;
             continue;
         }
-        if (nr == SYS_munmap || nr == SYS_mremap || nr == SYS_brk || nr == SYS_mmap || nr == SYS_shmdt)
+        if (nr == SYS_munmap || nr == SYS_mremap || nr == SYS_brk || nr == SYS_mmap || nr == SYS_shmdt ||
+            nr == SYS_fork || (nr == SYS_clone && !(start & CLONE_VM)))
             ++*waiting;
         int r = 0;
         if (nr == SYS_mremap)

@@ -55,6 +55,7 @@ int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spi
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_cond_init(&p->ready, &attr);
     pthread_cond_init(&p->told, &attr);
+    pthread_cond_init(&p->leave, &attr);
     pthread_condattr_destroy(&attr);
     *pump = p;
     return 0;
@@ -70,6 +71,7 @@ void snap_pump_free(snap_pump *p)
 {
     if (!p)
         return;
+    children_end(p);
     for (size_t i = 0; i < p->blocks.count; i++)
         free(p->blocks.at[i]);
     free(p->blocks.at);
@@ -80,6 +82,9 @@ void snap_pump_free(snap_pump *p)
     free(p->releases.at);
     free(p->plain_moves.at);
     free(p->disturbed.at);
+    free(p->aliases.at);
+    free(p->children.at);
+    free(p->closing.at);
     free(p->queue.at);
     free(p->waiting.at);
     free(p->free_slots);
@@ -89,13 +94,17 @@ void snap_pump_free(snap_pump *p)
     pthread_mutex_destroy(&p->lock);
     pthread_cond_destroy(&p->ready);
     pthread_cond_destroy(&p->told);
+    pthread_cond_destroy(&p->leave);
     free(p);
 }
 
 static bool is_registered(snap_pump *p, const snap_window *w)
 {
     const window *old = ledger_find(p, w->start);
-    return old && old->registered && old->is.start == w->start && old->is.end == w->end;
+    if (!old || !old->registered)
+        return false;
+    /* What shall not be armed any more may still be protected, and its writers wait. */
+    return !w->armed || (old->is.start == w->start && old->is.end == w->end);
 }
 
 int snap_pump_plan(snap_pump *p, const snap_window *windows, size_t count, uint64_t *address)
@@ -117,13 +126,19 @@ int snap_pump_plan(snap_pump *p, const snap_window *windows, size_t count, uint6
             r = -EINVAL;
         else if (w->armed && !made[i].registered)
             r = uffd_register(p->uffd, w->start, w->end - w->start, UFFDIO_REGISTER_MODE_WP, NULL);
-        made[i].registered = w->armed && !r;
+        made[i].registered = made[i].registered || (w->armed && !r);
     }
     p->counters.stale = r != 0;
     return r;
 }
 
 /* ---- the sweep ----------------------------------------------------------------------------- */
+
+static void next_block(snap_pump *p)
+{
+    p->sweep_chunk = 0;
+    p->sweep_block = (p->sweep_block + 1) % p->blocks.count;
+}
 
 /* Moves the cursor to the next unsaved chunk, round and round. False when there is none. */
 static bool next_unsaved(snap_pump *p)
@@ -133,8 +148,7 @@ static bool next_unsaved(snap_pump *p)
         for (; p->sweep_chunk < BLOCK_CHUNKS; p->sweep_chunk++)
             if (b->chunks[p->sweep_chunk].want && b->chunks[p->sweep_chunk].state == UNSAVED)
                 return true;
-        p->sweep_chunk = 0;
-        p->sweep_block = (p->sweep_block + 1) % p->blocks.count;
+        next_block(p);
     }
     return false;
 }
@@ -170,19 +184,25 @@ static bool room_for(snap_pump *p, const block *b, uint32_t first, uint32_t last
     return free_places(p) >= needed || needed > p->slots - p->slots / 4;
 }
 
-/* Saves on to the end of the cursor's 2 MiB and releases what it saved there in one go. */
+/* Saves on to the end of the cursor's 2 MiB and releases what it saved there in one go. While
+ * children wait for shared memory that comes first, and no place is waited for. */
 static int sweep(snap_pump *p)
 {
-    if (!p->unsaved_chunks || !next_unsaved(p))
+    if (!p->unsaved_chunks)
+        return 0;
+    bool urgent = p->children.count && p->unsaved_objects;
+    while (urgent && p->blocks.at[p->sweep_block]->space < OBJECT_SPACE)
+        next_block(p);
+    if (!next_unsaved(p))
         return 0;
     const block *b = p->blocks.at[p->sweep_block];
     uint32_t first = p->sweep_chunk, i = first;
     uint32_t limit = (uint32_t)((first * CHUNK / STEP + 1) * STEP / CHUNK);
-    if (!room_for(p, b, first, limit))
+    if (!urgent && !room_for(p, b, first, limit))
         return -ENOBUFS;
     int r = 0;
     for (; i < limit; i++) {
-        if (is_unsaved(&b->chunks[i]) && (r = save_chunk(p, b->space, b->start + i * CHUNK, false)))
+        if (is_unsaved(&b->chunks[i]) && (r = save_chunk(p, b->space, b->start + i * CHUNK, urgent)))
             break;
         if ((i - first) % SWEEP_POLL_CHUNKS == SWEEP_POLL_CHUNKS - 1) {
             bool any;
@@ -446,6 +466,7 @@ int snap_pump_run(snap_pump *p)
     bool gone = p->counters.lost_reason == SNAP_LOST_GONE;
     if (!gone && (r || p->armed_ahead))
         (void)let_go(p); /* a courtesy: the close of the uffd does all of it */
+    children_go(p, true);
     snap_pump_end(p);
     return r;
 }

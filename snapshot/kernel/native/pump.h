@@ -25,6 +25,7 @@
 #define SNAP_LOST_GONE 4     /* the process exited or called exec */
 #define SNAP_LOST_STALLED 5  /* none: the consumers took nothing for too long, and writers waited */
 #define SNAP_LOST_SHARED 6   /* shared memory was mapped once more, by mremap, before it was saved */
+#define SNAP_LOST_GROWN 7    /* the same by a mapping of it that grew in place: perhaps written unseen */
 
 typedef struct snap_pump snap_pump;
 
@@ -64,8 +65,11 @@ typedef struct {
     uint64_t fault_chunks;  /* chunks saved because of a fault or an event */
     uint64_t sweep_chunks;  /* chunks saved by the background sweep, ahead of T0 too */
     uint64_t spilled_chunks;
-    uint64_t events;        /* remap, remove and unmap messages */
+    uint64_t events;        /* remap, remove, unmap and fork messages */
     uint64_t changes;       /* of them, those that took memory out of the plan */
+    uint64_t forks;         /* children of which an event told */
+    uint64_t forks_ahead;   /* of them, before T0 */
+    uint64_t objects_left;  /* chunks of shared objects that were not saved when T0 was settled */
     uint64_t stalls;        /* times a writer had to wait because staging and spill were full */
     uint64_t peak_slots;    /* most staging slots in use at once */
     uint64_t lost_bytes;
@@ -82,10 +86,10 @@ typedef struct {
     uint64_t left_chunks; /* that changed while they were copied, or could not be protected */
 } snap_pump_round;
 
-/* pid: the target; uffd: of the target, handshake done, O_NONBLOCK; uffdinfo: /proc/self/fdinfo/
- * <uffd>; pagemap, mem: /proc/PID/pagemap and /proc/PID/mem, open before T0; spill: a file that may
- * grow, or -1 for none; staging: slots * 64 KiB of memory that the caller keeps until snap_pump_free.
- * The descriptors stay the caller's. */
+/* pid: the target; uffd: of the target, handshake done, O_NONBLOCK, telling of forks (EVENT_FORK) if
+ * shared objects will be armed; uffdinfo: /proc/self/fdinfo/<uffd>; pagemap, mem: /proc/PID/pagemap
+ * and /proc/PID/mem, open before T0; spill: a file that may grow, or -1 for none; staging: slots * 64
+ * KiB of memory that the caller keeps until snap_pump_free. The descriptors stay the caller's. */
 int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spill, void *staging,
                   uint64_t slots, snap_pump **pump);
 void snap_pump_free(snap_pump *pump);
@@ -126,6 +130,10 @@ int snap_pump_settle(snap_pump *pump, uint64_t most, int trust);
 /* The pump that is held goes on: after T0, or still ahead of it. */
 void snap_pump_go(snap_pump *pump);
 void snap_pump_release(snap_pump *pump);
+
+/* When run has returned: whether [start, end) of the target is known as mapping a shared object. One
+ * that is not has come, or grown, after T0, and no event told of it. */
+int snap_pump_shows(snap_pump *pump, uint64_t start, uint64_t end);
 
 /* Takes up to `most` saved chunks, waiting up to timeout_ms for the first. -> count, 0 at the
  * timeout, -EPIPE when run has ended (or, without one, snap_pump_end was called) and all were taken. */

@@ -1,5 +1,5 @@
-/* Shared by ledger.c, survey.c, ahead.c, settle.c, save.c, queue.c, serve.c, peek.c and pump.c: the
- * parts of a pump. */
+/* Shared by ledger.c, survey.c, ahead.c, settle.c, save.c, queue.c, serve.c, peek.c, children.c
+ * and pump.c: the parts of a pump. */
 #ifndef SNAP_PUMP_INTERNAL_H
 #define SNAP_PUMP_INTERNAL_H
 
@@ -95,7 +95,11 @@ struct snap_pump {
     VECTOR(range) releases;     /* ranges to be released as soon as the kernel lets us */
     VECTOR(range) plain_moves;  /* callers of mremap that were seen to leave nothing behind */
     VECTOR(range) disturbed;    /* what events touched while `watching` */
+    VECTOR(range) aliases;      /* mappings of shared objects that are no window, but were told of after
+                                   T0; where one ends is not known if it is empty here */
+    VECTOR(int) children;       /* their userfaultfds, held until shared memory is saved */
     uint64_t unsaved_chunks;    /* with wanted pages, from T0 on */
+    uint64_t unsaved_objects;   /* of them, those of shared objects */
     size_t sweep_block;
     uint32_t sweep_chunk;
     uint64_t stuck_since_ns;    /* since when nothing could be saved that should; 0: it can */
@@ -105,6 +109,9 @@ struct snap_pump {
     bool watching;
     bool round_runs;            /* the order of a round has been begun */
     bool aliased;               /* ahead of T0: shared objects had mappings that were no window */
+    bool forked;                /* ahead of T0: children can write to shared memory unseen */
+    bool closes;                /* the thread `closer` runs */
+    pthread_t closer;
     bool letting_go;            /* nothing is saved any more: faults are released at once */
 
     uint64_t cursor;            /* of a round: the run-time address to go on at */
@@ -115,6 +122,9 @@ struct snap_pump {
     pthread_mutex_t lock; /* guards all below */
     pthread_cond_t ready; /* for the consumers */
     pthread_cond_t told;  /* an order was given, is done, go, or run has ended */
+    pthread_cond_t leave; /* for `closer` */
+    VECTOR(int) closing;  /* userfaultfds of children that may run */
+    bool last_closed;     /* no more will come */
     int order;
     bool held, released;
     VECTOR(queued) queue;
@@ -203,6 +213,8 @@ void save_last(snap_pump *p, uint64_t start, uint64_t end);
 /* Shared objects can be written unseen from now on: the same of all tentative copies of them. */
 void save_last_objects(snap_pump *p);
 uint64_t now_ns(void);
+/* One more chunk of the space is unsaved, or (-1) one less. */
+void count_unsaved(snap_pump *p, uint32_t space, int more);
 /* Tells the watchdog that this thread goes on. */
 void beat(snap_pump *p);
 
@@ -216,7 +228,17 @@ int save_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to);
 /* Notes why T0 is impossible now. -> -ENODATA */
 int lost(snap_pump *p, uint64_t bytes, uint64_t address, uint32_t reason);
 
+/* children.c */
+/* The target has forked; `fd`, which is ours to close, is the userfaultfd of the child. */
+int child_born(snap_pump *p, int fd);
+/* Lets the children go that have nothing to wait for any more, or all. */
+void children_go(snap_pump *p, bool all);
+/* When run has returned: the descriptors of all are closed. */
+void children_end(snap_pump *p);
+
 /* peek.c */
+/* Saves what is unsaved of all shared objects. -EAGAIN: not all could be. */
+int save_objects(snap_pump *p);
 /* An event comes next and it has not been read, so its caller does not go on yet: what it announces
  * is not yet done (madvise), or nothing has been done with it (mremap). If that is to discard
  * memory, or to map shared memory once more, it is saved now: /proc/PID/task/TID/syscall shows the
@@ -226,5 +248,9 @@ int save_before_event(snap_pump *p);
  * not protected, so that nothing tells of writes to it: a second one when it moves nothing (old size
  * 0), the old place with MREMAP_DONTUNMAP (which no event tells, but the system call). */
 bool makes_alias(const snap_pump *p, uint64_t from, uint64_t length);
+/* Whether the run-time range [from, to), of which an event tells that it goes, shows that a mapping
+ * of a shared object had grown (which no event tells) over what another shows: it goes on behind the
+ * end of the mapping as it is known. */
+bool had_grown(const snap_pump *p, uint64_t from, uint64_t to);
 
 #endif

@@ -28,6 +28,12 @@ uint64_t now_ns(void)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+void count_unsaved(snap_pump *p, uint32_t space, int more)
+{
+    p->unsaved_chunks += (uint64_t)(int64_t)more;
+    p->unsaved_objects += space >= OBJECT_SPACE ? (uint64_t)(int64_t)more : 0;
+}
+
 void beat(snap_pump *p)
 {
     if (p->watchdog)
@@ -239,7 +245,7 @@ int save_chunk(snap_pump *p, uint32_t space, uint64_t address, bool urgent)
         return r;
     }
     c->state = TENTATIVE;
-    p->unsaved_chunks--;
+    count_unsaved(p, space, -1);
     pthread_mutex_lock(&p->lock);
     if (urgent)
         p->counters.fault_chunks++;
@@ -295,7 +301,7 @@ int save_forget(snap_pump *p, uint64_t start, uint64_t end)
             continue;
         }
         ledger_chunk(p, t.saved.space, t.saved.address)->state = UNSAVED;
-        p->unsaved_chunks++;
+        count_unsaved(p, t.saved.space, 1);
         give_place(p, t.saved.place);
         if (t.only)
             r = lost(p, CHUNK, t.saved.address, SNAP_LOST_REMOVE);

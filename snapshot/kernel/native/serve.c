@@ -85,7 +85,7 @@ int release_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
         uint64_t w_end = w->at + (w->end - w->start);
         if (w->space != space || w->at >= to)
             break;
-        if (!w->armed || w_end <= from)
+        if ((!w->armed && !p->windows.at[k].registered) || w_end <= from)
             continue;
         uint64_t low = w->at > from ? w->at : from, high = w_end < to ? w_end : to;
         int r = release(p, low - w->at + w->start, high - w->at + w->start);
@@ -185,11 +185,14 @@ static int event_ahead(snap_pump *p, const uffd_message *m)
 {
     if (m->event == UFFD_EVENT_REMOVE)
         return disturb(p, m->arg[0], m->arg[1], false);
-    if (m->event == UFFD_EVENT_UNMAP)
+    if (m->event == UFFD_EVENT_UNMAP) {
+        p->aliased = p->aliased || had_grown(p, m->arg[0], m->arg[1]);
         return disturb(p, m->arg[0], m->arg[1], true);
+    }
     if (m->event != UFFD_EVENT_REMAP)
         return -EPROTO;
-    p->aliased = p->aliased || makes_alias(p, m->arg[0], m->arg[2]);
+    p->aliased = p->aliased || makes_alias(p, m->arg[0], m->arg[2]) ||
+                 had_grown(p, m->arg[0], m->arg[0] + m->arg[2]);
     int r = disturb(p, m->arg[0], m->arg[0] + m->arg[2], true);
     return r ? r : disturb(p, m->arg[1], m->arg[1] + m->arg[2], true);
 }
@@ -197,16 +200,23 @@ static int event_ahead(snap_pump *p, const uffd_message *m)
 static int event(snap_pump *p, const uffd_message *m)
 {
     uint64_t where = 0, bytes, from = m->arg[0], to = m->arg[1];
-    bool unmap = m->event == UFFD_EVENT_UNMAP;
-    if (m->event == UFFD_EVENT_REMAP) {
+    bool unmap = m->event == UFFD_EVENT_UNMAP, remap = m->event == UFFD_EVENT_REMAP;
+    if (p->counters.objects_left && !p->letting_go && (unmap || remap) &&
+        had_grown(p, from, remap ? from + m->arg[2] : to))
+        return lost(p, ledger_unsaved_objects(p, &where), from, SNAP_LOST_GROWN);
+    if (remap) {
         int r = save_forget(p, from, from + m->arg[2]);
         int e = save_forget(p, to, to + m->arg[2]);
         r = r ? r : e;
-        if (!r && !p->letting_go && makes_alias(p, from, m->arg[2])) {
-            bytes = ledger_unsaved_objects(p, &where);
+        if (!r && makes_alias(p, from, m->arg[2])) {
+            bytes = p->letting_go ? 0 : ledger_unsaved_objects(p, &where);
             if (bytes)
                 return lost(p, bytes, where, SNAP_LOST_SHARED);
             save_last_objects(p);
+            range *alias = VECTOR_PUSH(&p->aliases);
+            if (!alias)
+                return -ENOMEM;
+            *alias = m->arg[2] ? (range){from, from + m->arg[2]} : (range){to, to};
         }
         return r && !p->letting_go ? r : ledger_move(p, from, to, m->arg[2]);
     }
@@ -225,9 +235,11 @@ static int handle(snap_pump *p, const uffd_message *m)
         return fault(p, m->arg[1]);
     pthread_mutex_lock(&p->lock);
     p->counters.events++;
-    p->counters.changes += m->event != UFFD_EVENT_REMOVE;
+    p->counters.changes += m->event == UFFD_EVENT_UNMAP || m->event == UFFD_EVENT_REMAP;
     pthread_mutex_unlock(&p->lock);
-    int r = p->after_t0 || p->letting_go ? event(p, m) : event_ahead(p, m);
+    int r = m->event == UFFD_EVENT_FORK         ? child_born(p, (int)m->arg[0])
+            : p->after_t0 || p->letting_go ? event(p, m)
+                                           : event_ahead(p, m);
     p->plain_moves.count = 0;
     return r;
 }
@@ -278,5 +290,8 @@ int serve(snap_pump *p, bool *any)
             return r;
     }
     int r = serve_faults(p);
-    return r ? r : flush_releases(p);
+    if (!r)
+        r = flush_releases(p);
+    children_go(p, false);
+    return r;
 }

@@ -58,7 +58,7 @@ static int drop(snap_pump *p, uint32_t space, uint64_t address)
  * remainder. */
 static int judge(snap_pump *p)
 {
-    p->unsaved_chunks = 0;
+    p->unsaved_chunks = p->unsaved_objects = 0;
     for (size_t k = 0; k < p->blocks.count; k++) {
         block *b = p->blocks.at[k];
         for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
@@ -73,7 +73,7 @@ static int judge(snap_pump *p)
                 c->bare = c->want;
             c->bare |= (uint16_t)(c->want & ~c->kept);
             c->state = c->want && (c->bare || c->kept != c->want) ? UNSAVED : SAVED;
-            p->unsaved_chunks += c->state == UNSAVED;
+            count_unsaved(p, b->space, c->state == UNSAVED);
             p->counters.remainder_bytes += (uint64_t)__builtin_popcount(c->bare) * PAGE;
         }
     }
@@ -86,7 +86,7 @@ static int save_now(snap_pump *p, uint32_t space, uint64_t address, chunk *c)
         return 0;
     int r = save_stopped(p, space, address);
     if (!r)
-        p->unsaved_chunks--;
+        count_unsaved(p, space, -1);
     return r;
 }
 
@@ -180,6 +180,9 @@ int snap_pump_settle(snap_pump *p, uint64_t most, int trust)
             if (!trust || (p->aliased && p->blocks.at[k]->space >= OBJECT_SPACE))
                 p->blocks.at[k]->chunks[i].state = UNSAVED;
         }
+    for (size_t k = 0; p->forked && k < p->windows.count; k++)
+        if (p->windows.at[k].is.object >= 0)
+            p->windows.at[k].is.armed = 0;
     for (size_t k = 0; !r && k < p->windows.count; k++)
         r = look(p, &p->windows.at[k].is, found);
     free(found);
@@ -188,6 +191,7 @@ int snap_pump_settle(snap_pump *p, uint64_t most, int trust)
     p->counters.armed_bytes = p->counters.wanted_bytes - p->counters.remainder_bytes;
     if (!r)
         r = p->counters.remainder_bytes <= most ? save_all(p) : save_unarmed(p);
+    p->counters.objects_left = p->unsaved_objects;
     if (!r && p->unsaved_chunks)
         r = arm_unsaved(p);
     return r;
