@@ -10,6 +10,8 @@ CHUNK_SHIFT = 16
 PAGES_PER_CHUNK = CHUNK // PAGE
 HUGE = 2 * 1024 * 1024
 """What one PMD maps on x86-64: arming, releasing and sweeping go in such steps."""
+PAGE_SIZES = (PAGE, HUGE, 1024 * 1024 * 1024)
+"""Of a mapping on x86-64; the larger ones are those of hugetlbfs."""
 ALL_PAGES = (1 << PAGES_PER_CHUNK) - 1
 """The bitmap of a chunk of which every page is meant; bit i is the page at i * PAGE."""
 MIB = 1024 * 1024

@@ -29,7 +29,10 @@ CLAIMS = {
     ),
     "PROT_NONE": "live/test_rebuild.py::test_mappings_and_memory_are_those_of_the_image",
     "brk": KINDS,
-    "huge pages of hugetlbfs": REGIONS,
+    "huge pages of hugetlbfs (anonymous and memfd)": (
+        "live/test_hugepages.py::test_huge_pages_come_back"
+    ),
+    "files of hugetlbfs": REGIONS,
     "device memory": REGIONS,
     "System V shared memory": REGIONS,
     "regions of another userfaultfd": REGIONS,
