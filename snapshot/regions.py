@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from .manifest import OBJECT_SPACE, MappedFile, Mapping, MappingKind, SharedObject
 from .maps import Line
 from .resources.memfd import SharedMemory
-from .units import PAGE, align_up, mib
+from .units import HUGE, PAGE, align_up, mib
 
 KERNEL_OWN = (b"[vdso]", b"[vvar]", b"[vvar_vclock]")
 NOWHERE = 1 << 62
@@ -50,6 +50,7 @@ class Window:
     armed: bool  # write-protected at T0; otherwise copied in the pause
     object: int | None = None  # SharedObject.id whose descriptor it is read from
     whole: bool = False  # every page belongs to the image, also those that are the file's
+    huge: int = 0  # the size of its pages when it is of hugetlbfs
 
 
 @dataclass(slots=True)
@@ -98,7 +99,7 @@ def plan(
             _keep(made, line, "vdso")
         elif _is_huge(line) and not line.shared:
             _keep(made, line, "anon")
-            _save(made, line, armed=False)
+            _save(made, line, armed=line.page_size == HUGE, huge=line.page_size)
         elif line.inode == 0 or (line.name == b"/dev/zero" and not line.shared):
             # Droppable memory ("dp") may read as zeros at any time: so it may after a restore.
             _keep(made, line, "anon")
@@ -173,9 +174,13 @@ def _keep(
     )
 
 
-def _save(made: Plan, line: Line, *, armed: bool, whole: bool = False, end: int = 0) -> None:
+def _save(
+    made: Plan, line: Line, *, armed: bool, whole: bool = False, end: int = 0, huge: int = 0
+) -> None:
     end = end or line.end
-    made.windows.append(Window(made.space, line.start, end, line.start, armed=armed, whole=whole))
+    made.windows.append(
+        Window(made.space, line.start, end, line.start, armed=armed, whole=whole, huge=huge)
+    )
 
 
 def _file(made: Plan, line: Line, facts: FileFacts) -> None:
@@ -291,8 +296,9 @@ def _unmapped_parts(made: Plan) -> None:
 
 
 def _count_huge(made: Plan) -> None:
-    """Huge pages of hugetlbfs are copied in the pause: what is said of them."""
-    sizes = [one.size for one in made.mappings if one.page_size > PAGE and one.kind == "anon"]
+    """What is said of huge pages of hugetlbfs that are copied in the pause: those of shared
+    objects, and those so large that whoever writes to one would wait as long."""
+    sizes = [one.size for one in made.mappings if one.page_size > HUGE and one.kind == "anon"]
     sizes += [one.size for one in made.objects.values() if one.page_size > PAGE]
     if sizes:
         made.costs.append(

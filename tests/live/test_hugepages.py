@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import snapshot
 from tests.conftest import Snap, Spawn
 from tests.harness import hugepages
 from tests.harness.takes import compared, restored
@@ -45,9 +46,7 @@ def lines(victim: Victim) -> dict[str, list[str]]:
 
 @MODES
 @pytest.mark.parametrize("kind", [*KINDS, "all"])
-def test_huge_pages_come_back(
-    pool: None, spawn: Spawn, store: Path, kind: str, lazy: bool
-) -> None:
+def test_huge_pages_come_back(pool: None, spawn: Spawn, store: Path, kind: str, lazy: bool) -> None:
     """Byte for byte, of the same size and protection; no page that was not in use, or was given
     up, is used by the take or the restore; a second take is exact too."""
     victim = spawn("huge", pages=PAGES, kind=kind)
@@ -71,6 +70,27 @@ def test_huge_pages_come_back(
         victim.goes_on()
         victim.verify()
         assert hugepages.used() == used
+
+
+@pytest.mark.parametrize("now", [False, True], ids=["ahead", "now"])
+def test_private_ones_are_not_copied_in_the_pause(
+    pool: None, spawn: Spawn, store: Path, now: bool
+) -> None:
+    """Ahead of T0 when nobody writes to them, else armed and copied after it."""
+    victim = spawn("huge", pages=2 * PAGES, kind="private" if now else "readonly")
+    victim.goes_on()
+    huge = PAGES * hugepages.SIZE
+    assert compared(victim.pid, store, "image", now=now, guard="never") == []
+    with snapshot.open_image("image", store=store) as image:
+        stats = image.manifest.stats
+    if now:
+        assert stats.remainder_bytes >= huge
+        assert stats.armed_bytes >= huge
+    else:
+        assert stats.ahead_bytes >= huge
+        assert stats.remainder_bytes < huge
+    victim.verify()
+    victim.goes_on()
 
 
 def test_they_are_mapped_moved_discarded_and_unmapped_meanwhile(
@@ -119,10 +139,10 @@ def test_without_free_huge_pages_nothing_runs(
 
 
 def test_the_price_is_said(pool: None, spawn: Spawn, snap: Snap) -> None:
-    victim = spawn("huge", pages=PAGES, kind="private")
+    """Of shared memory: what of it is written, no fault of a mapping would tell."""
+    victim = spawn("huge", pages=PAGES, kind="shared")
     words = "8.0 MiB of hugetlbfs: what is in use of it is copied while the process stands still"
     assert words in snap("check", victim.pid).out
     assert words in snap("take", victim.pid, "--name", "image").json["warnings"]
     mappings = snap("show", "image").json["processes"][0]["mappings"]
     assert [one["page_size"] for one in mappings if one["page_size"] != 4096] == [2 << 20]
-

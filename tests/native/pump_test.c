@@ -5,7 +5,8 @@
  * all memory as the oracle, settles, lets go and compares what the pump saved with the oracle, byte
  * for byte, many times over.
  *
- * usage: pump_test ROUNDS SEED [OPERATIONS]   operations: w write, d discard, m move (default wdm)
+ * usage: pump_test ROUNDS SEED [OPERATIONS]   operations: w write, d discard, m move (default wdm);
+ *        h: all of it in huge pages of hugetlbfs, which are also read; needs HUGE_PAGES free ones
  */
 #define _GNU_SOURCE
 #include "pump.h"
@@ -33,6 +34,8 @@
 #define CHUNK 65536ul
 #define REGION (24ul << 20) /* of one thread */
 #define THREADS 3
+#define HUGE (2ul << 20)
+#define HUGE_PAGES (THREADS * REGION / HUGE)
 #define SLOTS 64
 #define CHECK(condition)                                                              \
     do {                                                                              \
@@ -51,6 +54,7 @@ typedef struct {
 
 static control *shared;
 static const char *operations = "wdm";
+static bool huge;
 
 static uint64_t next_random(uint64_t *state)
 {
@@ -66,13 +70,13 @@ static void *mutate(void *arg)
     int me = (int)(intptr_t)arg;
     uint64_t random = 88172645463325252u + (uint64_t)me * 7919 + (uint64_t)getpid();
     /* A place of twice the size, so that the region can move to its other half. */
-    char *place = mmap(NULL, 2 * REGION + CHUNK, PROT_NONE,
+    char *place = mmap(NULL, 2 * REGION + HUGE, PROT_NONE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     CHECK(place != MAP_FAILED);
-    place += -(uintptr_t)place % CHUNK;
+    place += -(uintptr_t)place % (huge ? HUGE : CHUNK);
     shared->place[me] = (uint64_t)(uintptr_t)place;
     char *base = mmap(place, REGION, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | (huge ? MAP_HUGETLB : 0), -1, 0);
     CHECK(base == place);
     shared->base[me] = (uint64_t)(uintptr_t)base;
     uint64_t writes = 0;
@@ -91,6 +95,13 @@ static void *mutate(void *arg)
             uint64_t pages = 1 + (r >> 44) % 200;
             if (page + pages > REGION / PAGE)
                 pages = REGION / PAGE - page;
+            if (huge) {
+                char *at = base + page * PAGE / HUGE * HUGE;
+                CHECK(!madvise(at, HUGE, MADV_DONTNEED));
+                if ((r >> 57) & 1) /* it is there again then, and empty */
+                    CHECK(*(volatile char *)(at + (r >> 40) % HUGE) == 0);
+                continue;
+            }
             CHECK(!madvise(base + page * PAGE, pages * PAGE, (r >> 56) & 1 ? MADV_DONTNEED : MADV_FREE));
         } else if (kind == 3 && strchr(operations, 'm')) {
             char *to = base == place ? place + REGION : place;
@@ -219,7 +230,7 @@ static void plan_windows(snap_window *windows)
     for (int k = 0; k < THREADS; k++) {
         uint64_t base = shared->base[k];
         windows[k] = (snap_window){.start = base, .end = base + REGION, .at = base, .object = -1,
-                                   .armed = 1};
+                                   .armed = 1, .huge = huge ? HUGE : 0};
     }
 }
 
@@ -342,6 +353,16 @@ int main(int argc, char **argv)
     srand((unsigned)atoi(argv[2]));
     if (argc > 3)
         operations = argv[3];
+    huge = strchr(operations, 'h');
+    if (huge) {
+        void *all = mmap(NULL, HUGE_PAGES * HUGE, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+        if (all == MAP_FAILED) {
+            printf("skipped: echo %lu > /proc/sys/vm/nr_hugepages\n", HUGE_PAGES);
+            return 0;
+        }
+        munmap(all, HUGE_PAGES * HUGE);
+    }
     shared = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     CHECK(shared != MAP_FAILED);
     int pair[2];

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from snapshot.manifest import OBJECT_SPACE
 from snapshot.maps import Line
 from snapshot.regions import FileFacts, Plan, plan
 from snapshot.resources.memfd import SharedMemory
-from snapshot.units import HUGE, PAGE
+from snapshot.units import GIB, HUGE, PAGE
 
 RW = ("rd", "wr", "mr", "mw", "me", "ac")
 
@@ -113,16 +114,22 @@ def huge(name: bytes, **changes: Any) -> Line:
     return line(HUGE, 2 * HUGE // PAGE, name, **fields)
 
 
-def test_anonymous_huge_pages_are_copied_in_the_pause_and_that_is_said() -> None:
+def test_anonymous_huge_pages_are_armed() -> None:
     found = made(huge(b"/anon_hugepage"))
-    assert [(w.start, w.end, w.armed, w.whole) for w in found.windows] == [
-        (HUGE, 3 * HUGE, False, False)
+    assert [(w.start, w.end, w.armed, w.whole, w.huge) for w in found.windows] == [
+        (HUGE, 3 * HUGE, True, False, HUGE)
     ]
     (kept,) = found.mappings
     assert (kept.kind, kept.shared, kept.page_size, kept.offset) == ("anon", False, HUGE, 0)
-    assert (found.problems, found.files, found.objects) == ([], {}, {})
+    assert (found.problems, found.files, found.objects, found.costs) == ([], {}, {}, [])
+
+
+def test_pages_of_1_gib_are_copied_in_the_pause_and_that_is_said() -> None:
+    one = line(GIB, GIB // PAGE, b"/anon_hugepage", inode=5, deleted=True)
+    found = made(replace(one, vm_flags=(*RW, "ht"), page_size=GIB))
+    assert [(w.armed, w.huge) for w in found.windows] == [(False, GIB)]
     assert found.costs == [
-        "4.0 MiB of hugetlbfs: what is in use of it is copied while the process stands still"
+        "1.00 GiB of hugetlbfs: what is in use of it is copied while the process stands still"
     ]
 
 
