@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from .manifest import OBJECT_SPACE, MappedFile, Mapping, MappingKind, SharedObject
 from .maps import Line
 from .resources.memfd import SharedMemory
-from .units import HUGE, PAGE, align_up, mib
+from .units import PAGE, PAGE_SIZES, align_up, mib
 
 KERNEL_OWN = (b"[vdso]", b"[vvar]", b"[vvar_vclock]")
 NOWHERE = 1 << 62
@@ -50,7 +50,7 @@ class Window:
     armed: bool  # write-protected at T0; otherwise copied in the pause
     object: int | None = None  # SharedObject.id whose descriptor it is read from
     whole: bool = False  # every page belongs to the image, also those that are the file's
-    huge: int = 0  # the size of its pages when it is of hugetlbfs
+    huge: int = 0  # the size of its pages when it is private and of hugetlbfs
 
 
 @dataclass(slots=True)
@@ -99,7 +99,7 @@ def plan(
             _keep(made, line, "vdso")
         elif _is_huge(line) and not line.shared:
             _keep(made, line, "anon")
-            _save(made, line, armed=line.page_size == HUGE, huge=line.page_size)
+            _save(made, line, armed=True, huge=line.page_size)
         elif line.inode == 0 or (line.name == b"/dev/zero" and not line.shared):
             # Droppable memory ("dp") may read as zeros at any time: so it may after a restore.
             _keep(made, line, "anon")
@@ -131,6 +131,8 @@ def _refusal(line: Line) -> str:
         return "a shadow stack"
     if line.name.startswith(b"/SYSV") and line.shared:
         return "System V shared memory"
+    if _page_size(line) not in PAGE_SIZES:
+        return f"huge pages of {mib(line.page_size)}"
     if _is_huge(line) and line.name.startswith(b"/memfd:") and not line.shared:
         return "a private mapping of a memfd in huge pages"
     if _is_huge(line) and line.name != ANON_HUGE and not line.name.startswith(b"/memfd:"):
@@ -296,12 +298,11 @@ def _unmapped_parts(made: Plan) -> None:
 
 
 def _count_huge(made: Plan) -> None:
-    """What is said of huge pages of hugetlbfs that are copied in the pause: those of shared
-    objects, and those so large that whoever writes to one would wait as long."""
-    sizes = [one.size for one in made.mappings if one.page_size > HUGE and one.kind == "anon"]
-    sizes += [one.size for one in made.objects.values() if one.page_size > PAGE]
+    """Objects in huge pages are copied in the pause, and whole: hugetlbfs does not say where the
+    holes of a file are."""
+    sizes = [one.size for one in made.objects.values() if one.page_size > PAGE]
     if sizes:
         made.costs.append(
-            f"{mib(sum(sizes))} of hugetlbfs: what is in use of it is copied while the process "
-            "stands still"
+            f"{mib(sum(sizes))} of shared memory in huge pages are copied while the process stands "
+            "still"
         )

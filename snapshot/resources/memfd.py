@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from ..kernel import filesystem
 from ..manifest import Descriptor, OpenFile, Record
-from ..units import PAGE
+from ..units import HUGE, PAGE, mib
 from .openfile import (
     O_PATH,
     OPEN_ONCE,
@@ -103,6 +103,8 @@ def capture(seen: Seen, table: Table) -> Captured:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         except OSError:
             seals = 0
+    if huge > HUGE:
+        raise Cannot(f"{os.fsdecode(seen.link)}: memory in huge pages of {mib(huge)}")
     if kind != filesystem.TMPFS_MAGIC and not huge:
         raise Cannot(f"{os.fsdecode(seen.link)}: memory of type {kind:#x}")
     memory = seen.link.startswith(PREFIX)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import snapshot
+from snapshot.errors import SnapError
+from snapshot.kernel import hugetlb
 from tests.conftest import Snap, Spawn
 from tests.harness import hugepages
 from tests.harness.takes import compared, restored
@@ -141,8 +143,37 @@ def test_without_free_huge_pages_nothing_runs(
 def test_the_price_is_said(pool: None, spawn: Spawn, snap: Snap) -> None:
     """Of shared memory: what of it is written, no fault of a mapping would tell."""
     victim = spawn("huge", pages=PAGES, kind="shared")
-    words = "8.0 MiB of hugetlbfs: what is in use of it is copied while the process stands still"
+    words = "8.0 MiB of shared memory in huge pages are copied while the process stands still"
     assert words in snap("check", victim.pid).out
     assert words in snap("take", victim.pid, "--name", "image").json["warnings"]
     mappings = snap("show", "image").json["processes"][0]["mappings"]
     assert [one["page_size"] for one in mappings if one["page_size"] != 4096] == [2 << 20]
+
+
+@MODES
+@pytest.mark.parametrize("kind", ["private", "reserveless", "memfd", "shared"])
+def test_the_pool_may_run_dry_after_it_was_counted(
+    pool: None,
+    spawn: Spawn,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    lazy: bool,
+) -> None:
+    """Others use it too: then an error all the same, and nothing is left."""
+    victim = spawn("huge", pages=PAGES, kind=kind)
+    snapshot.take(victim.pid, name="image", store=store).close()
+    victim.kill()
+    monkeypatch.setattr(hugetlb, "pool", lambda size: hugetlb.Pool(PAGES, PAGES))
+    taken = hugepages.free()
+    hugepages.resize(-taken)
+    try:
+        with pytest.raises(SnapError):
+            snapshot.restore("image", lazy=lazy, store=store)
+        assert not victim.lives()
+    finally:
+        hugepages.resize(taken)
+    assert hugepages.used() == 0
+    assert hugepages.free() == taken
+    with restored(victim, "image", store, lazy):
+        victim.goes_on()

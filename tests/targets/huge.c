@@ -3,7 +3,8 @@
  *   --pages N     huge pages of each kind (at least 4); of each the second half is never touched
  *   --kind WORD   private | reserveless (MAP_NORESERVE) | readonly (filled, then PROT_READ) | shared
  *                 (anonymous) | memfd | all
- *   --churn 1     one more thread maps, moves, discards and unmaps huge pages of its own
+ *   --churn 1     one more thread maps, moves, discards and unmaps huge pages of its own, discards
+ *                 and reads others that stay, and forks children that write to all of the private
  *
  * Each writing thread has a 64-byte lane in every 4 KiB page of the touched half of every writable
  * kind: a counter and its mix(), so that a torn page is seen. values: address, bytes of each kind,
@@ -16,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define HUGE (2 * MIB)
@@ -75,22 +77,55 @@ static void *writer(void *own)
     return NULL;
 }
 
+/* The child has the memory to itself: nothing of it is protected there. */
+static void fork_one(void)
+{
+    pid_t child = fork();
+    must(child >= 0, "fork");
+    if (child == 0) {
+        for (size_t page = 0; page < touched / PAGE; page++)
+            *lane(0, page, THREADS) ^= 1;
+        _exit(0);
+    }
+    int status;
+    must(waitpid(child, &status, 0) == child, "waitpid");
+    if (status != 0)
+        fault("a child that writes to huge pages: %x", (unsigned)status);
+}
+
+/* Room for a huge page at some aligned address. */
+static char *reserve(char *at, int flags)
+{
+    void *got = mmap(at, at ? HUGE : 2 * HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
+    must(got != MAP_FAILED, "mmap");
+    return got;
+}
+
 static void *churn(void *unused)
 {
     (void)unused;
+    char *room = reserve(NULL, 0);
+    room += -(uintptr_t)room % HUGE;
+    char *stays = map(CHURNED * HUGE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1);
     for (uint64_t turn = 1;; turn++) {
+        fill((uint64_t *)stays, WORDS, turn);
+        must(madvise(stays, HUGE, MADV_DONTNEED) == 0, "MADV_DONTNEED");
+        if (nonzero((uint64_t *)stays, WORDS) != WORDS) /* reads it: now it is there again */
+            fault("a discarded huge page that stays is not empty");
+        if (turn % 8 == 0)
+            fork_one();
         char *one = map(CHURNED * HUGE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1);
         fill((uint64_t *)one, WORDS, turn);
         fill((uint64_t *)(one + HUGE), WORDS, turn + 1);
-        char *two = mremap(one + HUGE, HUGE, HUGE, MREMAP_MAYMOVE | MREMAP_FIXED, one + 64 * HUGE);
-        if (two == MAP_FAILED)
-            two = one + HUGE;
+        char *two = mremap(one + HUGE, HUGE, HUGE, MREMAP_MAYMOVE | MREMAP_FIXED, room);
+        must(two == room, "mremap of a huge page");
         if (wrong((uint64_t *)two, WORDS, turn + 1) != WORDS)
             fault("a moved huge page is wrong");
         must(madvise(one, HUGE, MADV_DONTNEED) == 0, "MADV_DONTNEED");
-        if (nonzero((uint64_t *)one, WORDS))
+        if (nonzero((uint64_t *)one, WORDS) != WORDS)
             fault("a discarded huge page is not empty");
-        must(munmap(two, HUGE) == 0 && munmap(one, HUGE) == 0, "munmap");
+        must(munmap(one, HUGE) == 0, "munmap");
+        reserve(room, MAP_FIXED);
         progress[1 + THREADS] = turn;
     }
     return NULL;

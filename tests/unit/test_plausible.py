@@ -77,6 +77,7 @@ IMPOSSIBLE = {
     "half a huge page": lambda: maps(huge(size=HUGE + PAGE)),
     "a huge page that starts in another": lambda: maps(huge(BASE + PAGE)),
     "pages of 3 MiB": lambda: maps(huge(size=6 * MIB, page_size=3 * MIB)),
+    "pages of 1 GiB": lambda: maps(huge(1024 * GIB, GIB, page_size=GIB)),
     "pages of no size": lambda: maps(mapping(page_size=0)),
     "huge pages without their flag": lambda: maps(huge(vm_flags=())),
     "the flag without huge pages": lambda: maps(mapping(vm_flags=("ht",))),
@@ -162,7 +163,6 @@ IMPOSSIBLE = {
 
 POSSIBLE = {
     "private huge pages": lambda: maps(huge(), huge(BASE + HUGE, 3 * HUGE)),
-    "of 1 GiB": lambda: maps(huge(1024 * GIB, GIB, page_size=GIB)),
     "the rest of a mapping, moved": lambda: maps(huge(offset=HUGE)),
     "of an object": lambda: mapped_object(
         huge_object(4 * HUGE), huge(kind="shared", object=1, shared=True, offset=HUGE)

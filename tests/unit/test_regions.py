@@ -124,13 +124,12 @@ def test_anonymous_huge_pages_are_armed() -> None:
     assert (found.problems, found.files, found.objects, found.costs) == ([], {}, {}, [])
 
 
-def test_pages_of_1_gib_are_copied_in_the_pause_and_that_is_said() -> None:
-    one = line(GIB, GIB // PAGE, b"/anon_hugepage", inode=5, deleted=True)
+@pytest.mark.parametrize("shared", [False, True])
+def test_pages_of_1_gib_are_refused_by_name(shared: bool) -> None:
+    one = line(GIB, GIB // PAGE, b"/anon_hugepage", inode=5, deleted=True, shared=shared)
     found = made(replace(one, vm_flags=(*RW, "ht"), page_size=GIB))
-    assert [(w.armed, w.huge) for w in found.windows] == [(False, GIB)]
-    assert found.costs == [
-        "1.00 GiB of hugetlbfs: what is in use of it is copied while the process stands still"
-    ]
+    assert not found.windows
+    assert ["huge pages of 1.00 GiB" in problem for problem in found.problems] == [True]
 
 
 @pytest.mark.parametrize(
@@ -146,11 +145,13 @@ def test_shared_huge_pages_are_an_object_of_their_own(name: bytes, kind: str) ->
         (3 * HUGE, HUGE, False),
     ]
     assert (found.mappings[0].kind, found.mappings[0].page_size) == ("shared", HUGE)
-    assert "8.0 MiB of hugetlbfs" in found.costs[0]
+    assert found.costs == [
+        "8.0 MiB of shared memory in huge pages are copied while the process stands still"
+    ]
 
 
 def test_small_pages_say_so() -> None:
-    """smaps gives a page size for every mapping; that of a guard page of another kind is not it."""
+    """smaps gives a page size for every mapping: without the flag it is that of all memory."""
     assert made(line(0x10000, 4)).mappings[0].page_size == PAGE
     assert made(line(0x10000, 4)).costs == []
 

@@ -253,7 +253,7 @@ bool ledger_huge(const snap_pump *p, uint64_t start, uint64_t end)
         const snap_window *w = &p->windows.at[p->by_start[k]].is;
         if (w->start >= end)
             break;
-        if (w->huge && w->armed)
+        if (w->huge)
             return true;
     }
     return false;

@@ -153,7 +153,7 @@ int ledger_move(snap_pump *p, uint64_t from, uint64_t to, uint64_t length);
 void ledger_distrust(snap_pump *p, uint64_t start, uint64_t end);
 /* Whether a mapping of a shared object is in the run-time range [start, end). */
 bool ledger_shared(const snap_pump *p, uint64_t start, uint64_t end);
-/* Whether any armed window of hugetlbfs is in the run-time range [start, end). */
+/* Whether any window of hugetlbfs is in the run-time range [start, end). */
 bool ledger_huge(const snap_pump *p, uint64_t start, uint64_t end);
 /* Grows [*low, *high), run-time addresses in w, to whole pages: what the kernel protects at once. */
 void whole_pages(const snap_window *w, uint64_t *low, uint64_t *high);

@@ -176,7 +176,7 @@ static void distrust_discarded(snap_pump *p)
 {
     for (size_t k = 0; p->huge_removed && k < p->windows.count; k++) {
         const snap_window *w = &p->windows.at[k].is;
-        if (w->huge && w->armed)
+        if (w->huge)
             ledger_distrust(p, w->start, w->end);
     }
 }

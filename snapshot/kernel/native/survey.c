@@ -129,12 +129,12 @@ int survey(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t en
     }
     if (w->object >= 0)
         return survey_object(p, &m, start, end);
-    int r = w->huge && w->armed ? take_marks_off(p, w, start, end) : 0;
+    int r = w->huge ? take_marks_off(p, w, start, end) : 0;
     if (r)
         return r;
     /* A page that maps the shared zero page holds nothing; a page of a private file mapping is the
      * target's only when it is no longer the file's. */
-    uint64_t without = w->armed || w->huge ? SNAP_PAGE_PFNZERO : SNAP_PAGE_FILE;
+    uint64_t without = w->armed ? SNAP_PAGE_PFNZERO : SNAP_PAGE_FILE;
     return scan(p, &m, start, end, without, without, WANT);
 }
 
