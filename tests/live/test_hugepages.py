@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,16 +22,6 @@ PAGES = 4
 """Huge pages of each kind, half of them touched."""
 
 
-@pytest.fixture
-def pool() -> Iterator[None]:
-    """40 huge pages that nobody else has. Asked for before `spawn`, whose victims use them."""
-    try:
-        with hugepages.more(40):
-            yield
-    except hugepages.Unavailable as reason:
-        pytest.skip(f"{reason}; as root: echo 40 > /proc/sys/vm/nr_hugepages")
-
-
 def lines(victim: Victim) -> dict[str, list[str]]:
     """What smaps says of each kind of huge memory that the victim has."""
     blocks: dict[int, list[str]] = {}
@@ -48,7 +37,9 @@ def lines(victim: Victim) -> dict[str, list[str]]:
 
 @MODES
 @pytest.mark.parametrize("kind", [*KINDS, "all"])
-def test_huge_pages_come_back(pool: None, spawn: Spawn, store: Path, kind: str, lazy: bool) -> None:
+def test_huge_pages_come_back(
+    huge_pages: None, spawn: Spawn, store: Path, kind: str, lazy: bool
+) -> None:
     """Byte for byte, of the same size and protection; no page that was not in use, or was given
     up, is used by the take or the restore; a second take is exact too."""
     victim = spawn("huge", pages=PAGES, kind=kind)
@@ -76,7 +67,7 @@ def test_huge_pages_come_back(pool: None, spawn: Spawn, store: Path, kind: str, 
 
 @pytest.mark.parametrize("now", [False, True], ids=["ahead", "now"])
 def test_private_ones_are_not_copied_in_the_pause(
-    pool: None, spawn: Spawn, store: Path, now: bool
+    huge_pages: None, spawn: Spawn, store: Path, now: bool
 ) -> None:
     """Ahead of T0 when nobody writes to them, else armed and copied after it."""
     victim = spawn("huge", pages=2 * PAGES, kind="private" if now else "readonly")
@@ -96,7 +87,7 @@ def test_private_ones_are_not_copied_in_the_pause(
 
 
 def test_they_are_mapped_moved_discarded_and_unmapped_meanwhile(
-    pool: None, spawn: Spawn, store: Path
+    huge_pages: None, spawn: Spawn, store: Path
 ) -> None:
     victim = spawn("huge", pages=PAGES, kind="private", churn=1)
     for number in range(5):
@@ -111,7 +102,7 @@ def test_they_are_mapped_moved_discarded_and_unmapped_meanwhile(
 
 @MODES
 def test_without_free_huge_pages_nothing_runs(
-    pool: None, spawn: Spawn, snap: Snap, store: Path, lazy: bool
+    huge_pages: None, spawn: Spawn, snap: Snap, store: Path, lazy: bool
 ) -> None:
     """One error, which says how many are needed and how many are free, and what to do; then the
     restore works."""
@@ -140,7 +131,7 @@ def test_without_free_huge_pages_nothing_runs(
     assert hugepages.used() == 0
 
 
-def test_the_price_is_said(pool: None, spawn: Spawn, snap: Snap) -> None:
+def test_the_price_is_said(huge_pages: None, spawn: Spawn, snap: Snap) -> None:
     """Of shared memory: what of it is written, no fault of a mapping would tell."""
     victim = spawn("huge", pages=PAGES, kind="shared")
     words = "8.0 MiB of shared memory in huge pages are copied while the process stands still"
@@ -153,7 +144,7 @@ def test_the_price_is_said(pool: None, spawn: Spawn, snap: Snap) -> None:
 @MODES
 @pytest.mark.parametrize("kind", ["private", "reserveless", "memfd", "shared"])
 def test_the_pool_may_run_dry_after_it_was_counted(
-    pool: None,
+    huge_pages: None,
     spawn: Spawn,
     store: Path,
     monkeypatch: pytest.MonkeyPatch,
