@@ -15,7 +15,7 @@ from .kernel import hugetlb
 from .lazy import PageSource
 from .manifest import OBJECT_SPACE, Manifest, SharedObject
 from .ranges import Ranges
-from .units import PAGE, count, mib
+from .units import PAGE, align_down, count, mib
 
 
 def check(manifest: Manifest, source: PageSource) -> None:
@@ -48,8 +48,8 @@ def needs(manifest: Manifest, source: PageSource) -> dict[int, int]:
                 continue
             taken = Ranges([(mapping.start, mapping.end)])
             if "nr" in mapping.vm_flags:
-                content = _content(source, process.index, mapping.start, mapping.end)
-                taken = Ranges(content).aligned(mapping.page_size)
+                place = (process.index, mapping.start, mapping.end)
+                taken = Ranges(_in_use(source, *place, mapping.page_size))
             _add(found, mapping.page_size, taken)
     for shared in manifest.objects:
         if shared.page_size > PAGE:
@@ -64,8 +64,8 @@ def _add(found: dict[int, int], page_size: int, taken: Ranges) -> None:
 
 def _of_object(manifest: Manifest, shared: SharedObject, source: PageSource) -> Ranges:
     """What has content, and what a mapping will reserve; offsets in the object."""
-    content = _content(source, OBJECT_SPACE + shared.id, 0, shared.size)
-    taken = Ranges(content).aligned(shared.page_size)
+    place = (OBJECT_SPACE + shared.id, 0, shared.size)
+    taken = Ranges(_in_use(source, *place, shared.page_size))
     for process in manifest.processes:
         for mapping in process.mappings:
             if mapping.object == shared.id and "nr" not in mapping.vm_flags:
@@ -73,10 +73,15 @@ def _of_object(manifest: Manifest, shared: SharedObject, source: PageSource) -> 
     return taken
 
 
-def _content(source: PageSource, space: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The chunks of [start, end) that hold anything but zeros."""
+def _in_use(
+    source: PageSource, space: int, start: int, end: int, page_size: int
+) -> Iterator[tuple[int, int]]:
+    """The huge pages of [start, end) that hold anything but zeros. One chunk of each is enough."""
     known = source.addresses(space)
+    done = start
     for address in known[bisect_left(known, start) : bisect_left(known, end)]:
-        chunk = source.chunk(space, address)
+        chunk = source.chunk(space, address) if address >= done else None
         if chunk is not None and chunk.nonzero:
-            yield address, address + 1
+            page = align_down(address, page_size)
+            done = page + page_size
+            yield page, done
