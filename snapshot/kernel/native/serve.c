@@ -25,6 +25,13 @@ static int release_later(snap_pump *p, uint64_t start, uint64_t end)
 static int release(snap_pump *p, uint64_t start, uint64_t end)
 {
     int r = uffd_writeprotect(p->uffd, start, end - start, 0);
+    bool huge = r == -EINVAL && end - start == PAGE;
+    if (huge) {
+        /* A page of hugetlbfs that no window tells of, moved by a mremap: only all of it. */
+        start &= ~(STEP - 1);
+        end = start + STEP;
+        r = uffd_writeprotect(p->uffd, start, end - start, 0);
+    }
     if (r == -EAGAIN)
         return release_later(p, start, end);
     if (r == -ESRCH)
@@ -33,7 +40,7 @@ static int release(snap_pump *p, uint64_t start, uint64_t end)
     int e = save_publish(p);
     if (e || !r)
         return e;
-    if (r == -ENOENT && end - start > PAGE) {
+    if (r == -ENOENT && end - start > PAGE && !huge) {
         /* Something else was mapped into the range: release what is still ours, page by page. */
         for (uint64_t page = start; page < end && !e; page += PAGE)
             e = release(p, page, page + PAGE);
@@ -142,13 +149,13 @@ int save_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
  * Ahead of T0 nothing is saved for it: the next round will find it written. */
 static int serve_fault(snap_pump *p, uint64_t address)
 {
-    const window *w = ledger_find(p, address);
-    uint64_t unit = w && w->is.huge ? w->is.huge : CHUNK, page = w && w->is.huge ? unit : PAGE;
     if (p->letting_go)
-        return release(p, address & ~(page - 1), (address & ~(page - 1)) + page);
+        return release(p, address, address + PAGE);
+    const window *w = ledger_find(p, address);
     if (!w) /* after T0: moved here by a mremap whose event is still to be read */
         return p->after_t0 ? -EAGAIN : release(p, address, address + PAGE);
     uint32_t space = w->is.space;
+    uint64_t unit = w->is.huge ? w->is.huge : CHUNK;
     uint64_t from = (address - w->is.start + w->is.at) & ~(unit - 1);
     int r = p->after_t0 ? save_space(p, space, from, from + unit) : 0;
     return r ? r : release_space(p, space, from, from + unit);
