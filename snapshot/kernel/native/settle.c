@@ -171,7 +171,8 @@ static int arm_unsaved(snap_pump *p)
 }
 
 /* Of hugetlbfs a discarded page keeps its mark, and one that is then only read comes with it: when the
- * copy was made between the event and the discarding, nothing would tell that it is none of T0. */
+ * copy was made between the event and the discarding (its caller is awake, and preempted), nothing
+ * would tell that it is none of T0. */
 static void distrust_discarded(snap_pump *p)
 {
     for (size_t k = 0; p->huge_removed && k < p->windows.count; k++) {
