@@ -60,6 +60,7 @@ native-test: build ## the C core under AddressSanitizer and UndefinedBehaviorSan
 		gcc $(SANITIZE) -I$(NATIVE) -o $$out $$test $(wildcard $(NATIVE)/*.c) && \
 		$$out $(NATIVE_ROUNDS) 1 || exit 1; \
 	done
+	@echo "tests/native/pump_test.c, huge pages" && build/native/pump_test $(NATIVE_ROUNDS) 1 wdmh
 
 dist: build ## wheel and sdist, in dist/
 	@$(BIN)/python -m build -q

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from .errors import RestoreError
 from .kernel import arch_x86_64 as arch
-from .kernel import procfs
+from .kernel import hugetlb, procfs
 from .kernel.arch_x86_64 import NR
 from .kernel.errnames import error_name
 from .kernel.remote import Call, Remote
@@ -25,7 +25,7 @@ from .units import PAGE, align_up
 LOWEST, HIGHEST = 0x10000, (1 << 47) - PAGE
 """Where user mappings may lie: vm.mmap_min_addr, and the end of 47 bits (x86-64)."""
 
-PROT_WRITE = 2
+PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_DROPPABLE = 0x01, 0x02, 0x08
 MAP_ANONYMOUS, MAP_GROWSDOWN, MAP_NORESERVE = 0x20, 0x100, 0x4000
 MAP_STACK, MAP_FIXED_NOREPLACE = 0x20000, 0x100000
@@ -113,9 +113,12 @@ def make(mappings: Iterable[Mapping], remote: Remote, descriptor: Callable[[Mapp
         prot = mapping.prot
         if mapping.kind == "file" and "ac" in mapping.vm_flags and not mapping.shared:
             prot |= PROT_WRITE  # it was writable once, and counts as such (RELRO)
+        late = _is_filled_writable(mapping)
+        if late:
+            prot = PROT_READ | PROT_WRITE
         args = (mapping.start, mapping.size, prot, _flags(mapping, backed), fd, offset)
         steps.append((what, Call(NR.mmap, args)))
-        if prot != mapping.prot:
+        if prot != mapping.prot and not late:
             steps.append((what, Call(NR.mprotect, (mapping.start, mapping.size, mapping.prot))))
     results = demand(remote, steps)
     for (what, call), result in zip(steps, results, strict=True):
@@ -137,6 +140,23 @@ def advise(process: Process, remote: Remote, ctx: Context) -> None:
     _name_all(process, remote, ctx)
 
 
+def protect(process: Process, remote: Remote) -> None:
+    """The final protection of what had to be writable to be filled."""
+    demand(
+        remote,
+        [
+            (_describe(one), Call(NR.mprotect, (one.start, one.size, one.prot)))
+            for one in process.mappings
+            if _is_filled_writable(one)
+        ],
+    )
+
+
+def _is_filled_writable(mapping: Mapping) -> bool:
+    """Through /proc/PID/mem nobody writes to read-only memory of hugetlbfs (until Linux 6.14)."""
+    return mapping.kind == "anon" and mapping.page_size > PAGE and not mapping.prot & PROT_WRITE
+
+
 def lock(process: Process, remote: Remote, ctx: Context) -> None:
     """mlock, when the bytes are there; and mseal, after which nothing can be changed."""
     steps = []
@@ -154,7 +174,7 @@ def lock(process: Process, remote: Remote, ctx: Context) -> None:
 def _flags(mapping: Mapping, backed: bool) -> int:
     flags = MAP_FIXED_NOREPLACE
     if not backed:
-        flags |= MAP_ANONYMOUS
+        flags |= MAP_ANONYMOUS | hugetlb.map_flags(mapping.page_size)
     if "dp" in mapping.vm_flags:
         return flags | MAP_DROPPABLE
     flags |= MAP_SHARED if mapping.shared else MAP_PRIVATE
@@ -168,9 +188,10 @@ def _flags(mapping: Mapping, backed: bool) -> int:
 
 
 def _advice(mapping: Mapping) -> Iterator[tuple[int, str]]:
+    brought = {"dp": ("wf", "dd"), "ht": ("nh",)}  # along by MAP_DROPPABLE and MAP_STACK
+    given = {flag for kind in brought if kind in mapping.vm_flags for flag in brought[kind]}
     for flag in mapping.vm_flags:
-        # MAP_DROPPABLE and MAP_STACK bring some of them along.
-        if flag in _ADVICE and not ("dp" in mapping.vm_flags and flag in ("wf", "dd")):
+        if flag in _ADVICE and flag not in given:
             yield _ADVICE[flag], f"flag {flag!r}"
 
 

@@ -296,8 +296,10 @@ def _contents(pid: int) -> list[Item]:
         return [Item(name, "missing", thing, lost, show, error.exit_code) for thing in things]
     except SnapError as error:
         return [Item(name, "missing", error.message, lost, error.hint, error.exit_code)]
+    slow = [Item("pause", "degraded", one, "a short pause", "") for one in plan.costs]
     lost, show = "this much of it after a restore", f"snap take {pid}   (and snap show IMAGE)"
     return [
         Item(name, "ok"),
+        *slow,
         *(Item("not restored as it was", "degraded", one, lost, show) for one in changed),
     ]

@@ -104,7 +104,13 @@ def shown(manifest: Manifest, held: Held) -> dict[str, Any]:
         "host": {"boot_id": host.boot_id, "kernel": host.kernel, "machine": host.machine},
         "processes": [_process(process, held) for process in manifest.processes],
         "shared_objects": [
-            {"id": one.id, "kind": one.kind, "name": text(one.name), "size": one.size}
+            {
+                "id": one.id,
+                "kind": one.kind,
+                "name": text(one.name),
+                "size": one.size,
+                "page_size": one.page_size,
+            }
             for one in manifest.objects
         ],
         "stats": statistics(manifest.stats),
@@ -130,6 +136,7 @@ def _process(process: Process, held: Held) -> dict[str, Any]:
                 "permissions": permissions(mapping),
                 "kind": mapping.kind,
                 "name": text(mapping.name),
+                "page_size": mapping.page_size,
                 "image_bytes": held(process, mapping),
             }
             for mapping in process.mappings

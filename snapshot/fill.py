@@ -1,7 +1,8 @@
 """Bytes of an image into the memory of a stopped process, before it runs.
 
 All that is mapped empty for an eager restore; for a lazy one only what cannot wait: dirty pages of
-private file mappings (no userfaultfd there) and locked memory.
+private file mappings (no userfaultfd there), locked memory, and huge pages of hugetlbfs, which a
+userfaultfd takes only whole.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ def _is_private_file(mapping: Mapping) -> bool:
 
 
 def lazy_ranges(process: Process) -> list[tuple[int, int]]:
-    """What a page server may bring later: anonymous private memory that is not locked."""
+    """What a page server may bring later: anonymous private memory in small pages that is not
+    locked."""
     return [
         (mapping.start, mapping.end)
         for mapping in process.mappings
-        if mapping.kind == "anon" and not {"lo", "dp"} & set(mapping.vm_flags)
+        if mapping.kind == "anon"
+        and mapping.page_size == PAGE
+        and not {"lo", "dp"} & set(mapping.vm_flags)
     ]
 
 

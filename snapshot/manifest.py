@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from .errors import DamagedError, UnsupportedError
+from .units import PAGE
 
 MAGIC = b"SNAPMAN\n"
 VERSION = 1
@@ -59,6 +60,7 @@ class Mapping(Record, frozen=True):
     vm_flags: _Flags = ()  # smaps VmFlags, e.g. ("rd", "wr", "mr", "mw", "me", "ac")
     object: int | None = None  # SharedObject.id for kind "shared"
     file: int | None = None  # MappedFile.id for kind "file"
+    page_size: int = PAGE  # KernelPageSize; a larger one: huge pages of hugetlbfs
 
     @property
     def size(self) -> int:
@@ -89,6 +91,7 @@ class SharedObject(Record, frozen=True):
     seals: int = 0  # F_GET_SEALS of a memfd
     mode: int = 0o600
     linked: bool = False  # a tmpfs file that still has a name
+    page_size: int = PAGE  # a larger one: huge pages of hugetlbfs
 
 
 OBJECT_SPACE = 1 << 16

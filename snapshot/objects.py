@@ -13,13 +13,14 @@ import stat
 from collections.abc import Callable
 
 from .errors import RestoreError
-from .kernel import filesystem
+from .kernel import filesystem, hugetlb
 from .lazy import PageSource
 from .manifest import OBJECT_SPACE, SharedObject
-from .units import MIB, PAGE, PAGES_PER_CHUNK, align_up
+from .units import CHUNK, MIB, PAGE, PAGES_PER_CHUNK, align_down, align_up
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _F_SEAL_SEAL = 1
+_MAP_NORESERVE = 0x4000
 _ZEROS = bytes(MIB)
 
 
@@ -34,7 +35,7 @@ def open_all(
         for one in objects:
             try:
                 fd = opened[one.id] = _MAKERS[one.kind](one, warnings)
-                _fill(fd, one, source)
+                (_fill if one.page_size == PAGE else _fill_huge)(fd, one, source)
                 if one.seals and fcntl.fcntl(fd, _F_GET_SEALS) != one.seals:
                     fcntl.fcntl(fd, _F_ADD_SEALS, one.seals)
             except OSError as error:
@@ -67,7 +68,7 @@ def _memfd(one: SharedObject, warnings: list[str]) -> int:
     MFD_ALLOW_SEALING)."""
     name = os.fsdecode(one.name)
     flags = os.MFD_CLOEXEC | (0 if one.seals == _F_SEAL_SEAL else os.MFD_ALLOW_SEALING)
-    fd = os.memfd_create(name, flags)
+    fd = os.memfd_create(name, flags | hugetlb.memfd_flags(one.page_size))
     os.ftruncate(fd, one.size)
     os.fchmod(fd, one.mode)
     return fd
@@ -76,7 +77,10 @@ def _memfd(one: SharedObject, warnings: list[str]) -> int:
 def _anonymous(one: SharedObject, warnings: list[str]) -> int:
     """MAP_SHARED | MAP_ANONYMOUS has no descriptor but the one in map_files, which only
     CAP_CHECKPOINT_RESTORE (or CAP_SYS_ADMIN) may open."""
-    area = mmap.mmap(-1, align_up(one.size, PAGE), flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
+    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
+    if one.page_size > PAGE:  # the new process reserves what it did
+        flags |= _MAP_NORESERVE | hugetlb.map_flags(one.page_size)
+    area = mmap.mmap(-1, align_up(one.size, PAGE), flags=flags)
     try:
         with open("/proc/self/maps", "rb") as maps:
             start = _address(area)
@@ -84,7 +88,8 @@ def _anonymous(one: SharedObject, warnings: list[str]) -> int:
         return os.open(b"/proc/self/map_files/" + line.split()[0], os.O_RDWR | os.O_CLOEXEC)
     except PermissionError:
         warnings.append("shared anonymous memory came back as a memfd (no CAP_CHECKPOINT_RESTORE)")
-        fd = os.memfd_create("shared", os.MFD_CLOEXEC)
+        flags = os.MFD_CLOEXEC | hugetlb.memfd_flags(one.page_size)
+        fd = os.memfd_create("shared", flags)
         os.ftruncate(fd, one.size)
         return fd
     finally:
@@ -179,3 +184,22 @@ def _fill(fd: int, one: SharedObject, source: PageSource) -> None:
             if content.nonzero >> page & 1 and offset < one.size:
                 length = min(PAGE, one.size - offset)
                 os.pwrite(fd, content.data[page * PAGE : page * PAGE + length], offset)
+
+
+def _fill_huge(fd: int, one: SharedObject, source: PageSource) -> None:
+    """hugetlbfs knows no write(2). A page is allocated before it is touched, for where the pool has
+    none that is an error and not a SIGBUS; one of zeros is not."""
+    space = OBJECT_SPACE + one.id
+    if not one.size:
+        return
+    allocated = -1
+    with mmap.mmap(fd, one.size, flags=mmap.MAP_SHARED | _MAP_NORESERVE) as area:
+        for address in source.addresses(space):
+            content = source.chunk(space, address)
+            if content is None or not content.nonzero:
+                continue
+            page = align_down(address, one.page_size)
+            if page != allocated:
+                os.posix_fallocate(fd, page, one.page_size)
+                allocated = page
+            area[address : address + CHUNK] = content.data

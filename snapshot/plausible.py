@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from .errors import DamagedError
 from .manifest import OBJECT_SPACE, Manifest, MappedFile, Mapping, Process, SharedObject, Thread
-from .units import PAGE
+from .units import PAGE, PAGE_SIZES
 
 USER_END = (1 << 47) - PAGE
 """The end of user memory, 47 bits (x86-64)."""
@@ -58,12 +58,12 @@ def _manifest(manifest: Manifest) -> None:
     for shared in manifest.objects:
         _object(shared)
     files = {file.id for file in manifest.files}
-    objects = {shared.id for shared in manifest.objects}
+    objects = {shared.id: shared.page_size for shared in manifest.objects}
     for process in manifest.processes:
         _process(process, files, objects)
 
 
-def _process(process: Process, files: set[int], objects: set[int]) -> None:
+def _process(process: Process, files: set[int], objects: dict[int, int]) -> None:
     for name, number in (("ppid", process.ppid), ("pgid", process.pgid), ("sid", process.sid)):
         _number(name, number, MAX_PID + 1)
     _number("start time", process.start_ticks, _U64)
@@ -82,7 +82,8 @@ def _process(process: Process, files: set[int], objects: set[int]) -> None:
     _descriptors(process)
 
 
-def _mappings(mappings: Iterable[Mapping], files: set[int], objects: set[int]) -> None:
+def _mappings(mappings: Iterable[Mapping], files: set[int], objects: dict[int, int]) -> None:
+    """`objects`: SharedObject.id → its page size."""
     end = 0
     for one in mappings:
         where = f"the mapping {one.start:#x}-{one.end:#x}"
@@ -103,6 +104,12 @@ def _mappings(mappings: Iterable[Mapping], files: set[int], objects: set[int]) -
             _wrong(f"{where} is of file {one.file}, which the image does not have")
         if one.kind == "shared" and (one.object not in objects or not one.shared):
             _wrong(f"{where} is of shared object {one.object}, which the image does not have")
+        _page_size(where, one.page_size, one.start, one.end, one.offset)
+        huge = one.page_size > PAGE
+        own = one.page_size if one.object is None else objects.get(one.object, PAGE)
+        fits = one.kind in ("anon", "shared") or not huge
+        if not fits or own != one.page_size or huge != ("ht" in one.vm_flags):
+            _wrong(f"{where}, of kind {one.kind}, has pages of {one.page_size} bytes")
         _text(where, one.name)
 
 
@@ -158,6 +165,16 @@ def _object(shared: SharedObject) -> None:
     _number(f"{what}: seals", shared.seals, _U32)
     _number(f"{what}: mode", shared.mode, 0o10000)
     _path(what, shared.name, absolute=shared.kind == "tmpfs")
+    if shared.page_size > PAGE:  # another one's last page may be half a page
+        _page_size(what, shared.page_size, shared.size)
+    if shared.page_size < PAGE or (shared.page_size > PAGE and shared.kind == "tmpfs"):
+        _wrong(f"{what} has pages of {shared.page_size} bytes")
+
+
+def _page_size(what: str, size: int, *multiples: int) -> None:
+    """Huge pages of hugetlbfs are never mapped in part."""
+    if size not in PAGE_SIZES or any(number % size for number in multiples):
+        _wrong(f"{what} has pages of {size} bytes")
 
 
 def _pending(infos: Iterable[bytes]) -> None:

@@ -355,7 +355,7 @@ class Pump:
             os.close(fd)
 
 
-_WINDOW = struct.Struct("=QQQIiII")
+_WINDOW = struct.Struct("=QQQIiIII4x")
 
 
 def _windows(plan: Plan, objects: dict[int, int]) -> tuple[Any, int]:
@@ -369,6 +369,7 @@ def _windows(plan: Plan, objects: dict[int, int]) -> tuple[Any, int]:
             -1 if one.object is None else objects[one.object],
             one.armed,
             one.whole,
+            one.huge,
         )
         for one in plan.windows
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from . import address_space, fill, objects
+from . import address_space, fill, hugepages, objects
 from .errors import DeniedError, RestoreError, SnapError, UnsupportedError
 from .image import Image
 from .kernel import arch_x86_64 as arch
@@ -121,6 +121,7 @@ def rebuild(
     Raises RestoreError and others of snapshot/errors.py.
     """
     check(ctx.manifest)
+    hugepages.check(ctx.manifest, ctx.image)
     with ExitStack() as stack:
         originals = Originals(ctx.manifest, ctx.warnings)
         stack.callback(originals.close)
@@ -140,6 +141,7 @@ def rebuild(
         descriptors.place(process, opened, remote, ctx)
         _close_all(opened)
         memory(process, remote, ctx)
+        address_space.protect(process, remote)
         address_space.lock(process, remote, ctx)
         tracees = _threads(process, spawned, remote)
         rebuilt = Rebuilt(process, spawned, tracees, remote)

@@ -14,11 +14,13 @@ from msgspec.structs import replace
 from .manifest import OBJECT_SPACE, MappedFile, Mapping, MappingKind, SharedObject
 from .maps import Line
 from .resources.memfd import SharedMemory
-from .units import PAGE, align_up
+from .units import PAGE, PAGE_SIZES, align_up, mib
 
 KERNEL_OWN = (b"[vdso]", b"[vvar]", b"[vvar_vclock]")
 NOWHERE = 1 << 62
 """Run-time addresses from here on stand for bytes of shared objects that nobody has mapped."""
+ANON_HUGE = b"/anon_hugepage"
+"""The name that the kernel gives MAP_ANONYMOUS | MAP_HUGETLB, whose file is its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Window:
     armed: bool  # write-protected at T0; otherwise copied in the pause
     object: int | None = None  # SharedObject.id whose descriptor it is read from
     whole: bool = False  # every page belongs to the image, also those that are the file's
+    huge: int = 0  # the size of its pages when it is private and of hugetlbfs
 
 
 @dataclass(slots=True)
@@ -63,6 +66,7 @@ class Plan:
     object_ids: dict[tuple[int, int], int] = field(default_factory=dict)  # given so far
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    costs: list[str] = field(default_factory=list)  # what makes the pause long
 
     @property
     def armed_objects(self) -> frozenset[tuple[int, int]]:
@@ -99,6 +103,9 @@ def plan(
             _keep(made, line, "vsyscall")
         elif line.name in KERNEL_OWN:
             _keep(made, line, "vdso")
+        elif _is_huge(line) and not line.shared:
+            _keep(made, line, "anon")
+            _save(made, line, armed=True, huge=line.page_size)
         elif line.inode == 0 or (line.name == b"/dev/zero" and not line.shared):
             # Droppable memory ("dp") may read as zeros at any time: so it may after a restore.
             _keep(made, line, "anon")
@@ -107,6 +114,7 @@ def plan(
         elif (found := facts(line)) is not None:
             _file(made, line, found)
     _unmapped_parts(made)
+    _count_huge(made)
     return made
 
 
@@ -125,15 +133,27 @@ def _refusal(line: Line) -> str:
         return "belongs to another userfaultfd"
     if "io" in flags or "pf" in flags or "mm" in flags:
         return "memory of a device"
-    if "ht" in flags:
-        return "huge pages of hugetlbfs"
     if "ss" in flags:
         return "a shadow stack"
     if line.name.startswith(b"/SYSV") and line.shared:
         return "System V shared memory"
+    if _page_size(line) not in PAGE_SIZES:
+        return f"huge pages of {mib(line.page_size)}"
+    if _is_huge(line) and line.name.startswith(b"/memfd:") and not line.shared:
+        return "a private mapping of a memfd in huge pages"
+    if _is_huge(line) and line.name != ANON_HUGE and not line.name.startswith(b"/memfd:"):
+        return "a file of hugetlbfs"
     if line.name.startswith((b"/[aio]", b"anon_inode:", b"socket:", b"/secretmem", b"[uprobes]")):
         return "memory that the kernel shares with the process"
     return ""
+
+
+def _is_huge(line: Line) -> bool:
+    return "ht" in line.vm_flags
+
+
+def _page_size(line: Line) -> int:
+    return line.page_size if _is_huge(line) else PAGE
 
 
 def _keep(
@@ -157,19 +177,24 @@ def _keep(
             vm_flags=line.vm_flags,
             file=file,
             object=shared_object,
+            page_size=_page_size(line),
         )
     )
 
 
-def _save(made: Plan, line: Line, *, armed: bool, whole: bool = False, end: int = 0) -> None:
+def _save(
+    made: Plan, line: Line, *, armed: bool, whole: bool = False, end: int = 0, huge: int = 0
+) -> None:
     end = end or line.end
-    made.windows.append(Window(made.space, line.start, end, line.start, armed=armed, whole=whole))
+    made.windows.append(
+        Window(made.space, line.start, end, line.start, armed=armed, whole=whole, huge=huge)
+    )
 
 
 def _file(made: Plan, line: Line, facts: FileFacts) -> None:
     name = facts.path.decode("utf-8", "backslashreplace")
     memfd = line.name.startswith(b"/memfd:")
-    nameless = memfd or (line.name == b"/dev/zero" and line.shared)
+    nameless = memfd or (line.name in (b"/dev/zero", ANON_HUGE) and line.shared)
     if facts.character and not nameless:
         made.problems.append(f"{where(line)}: memory of the device {name}")
     elif line.shared and (nameless or facts.tmpfs):
@@ -219,6 +244,7 @@ def _object(made: Plan, memory: SharedMemory) -> None:
         size=memory.size,
         seals=memory.seals,
         mode=memory.mode & 0o7777,
+        page_size=memory.page_size,
     )
     made.objects[memory.device, memory.inode] = known
     made.object_source[known.id] = memory
@@ -228,7 +254,8 @@ def _shared(made: Plan, line: Line, facts: FileFacts, memfd: bool) -> None:
     key = (facts.device, facts.inode)
     known = made.objects.get(key)
     if known is None:
-        kind = "memfd" if memfd else "anon" if line.name == b"/dev/zero" else "tmpfs"
+        anonymous = line.name in (b"/dev/zero", ANON_HUGE)
+        kind = "memfd" if memfd else "anon" if anonymous else "tmpfs"
         known = SharedObject(
             id=_object_id(made, key),
             kind=kind,  # type: ignore[arg-type]
@@ -238,6 +265,7 @@ def _shared(made: Plan, line: Line, facts: FileFacts, memfd: bool) -> None:
             size=facts.size,
             mode=facts.mode & 0o7777,
             linked=facts.named and not memfd,
+            page_size=_page_size(line),
         )
         made.objects[key] = known
         made.object_source[known.id] = line
@@ -252,7 +280,7 @@ def _shared(made: Plan, line: Line, facts: FileFacts, memfd: bool) -> None:
                 line.start,
                 line.start + length,
                 line.offset,
-                armed=not facts.written,
+                armed=not facts.written and not _is_huge(line),
                 object=known.id,
             )
         )
@@ -273,3 +301,14 @@ def _unmapped_parts(made: Plan) -> None:
                 )
                 nowhere += start - at
             at = max(at, end)
+
+
+def _count_huge(made: Plan) -> None:
+    """Objects in huge pages are copied in the pause, and whole: hugetlbfs does not say where the
+    holes of a file are."""
+    sizes = [one.size for one in made.objects.values() if one.page_size > PAGE]
+    if sizes:
+        made.costs.append(
+            f"{mib(sum(sizes))} of shared memory in huge pages are copied while the process stands "
+            "still"
+        )

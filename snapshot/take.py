@@ -297,5 +297,5 @@ def _manifest(job: _Take, instant: _Instant, stats: TakeStats, foreign: list[str
         files=tuple(plan.files.values()),
         objects=tuple(plan.objects.values()),
         stats=stats,
-        warnings=(*plan.warnings, *instant.gathered.warnings(), *foreign),
+        warnings=(*plan.warnings, *plan.costs, *instant.gathered.warnings(), *foreign),
     )

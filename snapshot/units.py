@@ -10,6 +10,9 @@ CHUNK_SHIFT = 16
 PAGES_PER_CHUNK = CHUNK // PAGE
 HUGE = 2 * 1024 * 1024
 """What one PMD maps on x86-64: arming, releasing and sweeping go in such steps."""
+PAGE_SIZES = (PAGE, HUGE)
+"""Of a mapping that can be taken; the larger one is of hugetlbfs. x86-64 has one of 1 GiB too: who
+writes to such a page would wait until all of it is saved."""
 ALL_PAGES = (1 << PAGES_PER_CHUNK) - 1
 """The bitmap of a chunk of which every page is meant; bit i is the page at i * PAGE."""
 MIB = 1024 * 1024

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import kernel, processes, redis, victims
+from tests.harness import hugepages, kernel, processes, redis, victims
 from tests.harness.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,6 +126,16 @@ def store(tmp_path: Path) -> Iterator[Path]:
     """Where a store may be made; removed at once, as pytest keeps its directories for a while."""
     yield tmp_path / "store"
     shutil.rmtree(tmp_path / "store", ignore_errors=True)
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """40 huge pages that nobody else has. Asked for before `spawn`, whose victims have them."""
+    try:
+        with hugepages.more(40):
+            yield
+    except hugepages.Unavailable as reason:
+        pytest.skip(f"{reason}; as root: echo 40 > /proc/sys/vm/nr_hugepages")
 
 
 class Spawn:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from ..kernel import filesystem
 from ..manifest import Descriptor, OpenFile, Record
+from ..units import HUGE, PAGE, mib
 from .openfile import (
     O_PATH,
     OPEN_ONCE,
@@ -41,6 +42,7 @@ class State(Record, frozen=True):
     size: int
     mode: int
     seals: int = 0
+    page_size: int = PAGE  # a larger one: of hugetlbfs
 
 
 class SharedMemory(NamedTuple):
@@ -54,6 +56,7 @@ class SharedMemory(NamedTuple):
     name: bytes
     seals: int
     mode: int
+    page_size: int = PAGE
 
 
 def needed(
@@ -76,6 +79,7 @@ def needed(
             name=state.name,
             seals=state.seals,
             mode=state.mode,
+            page_size=state.page_size,
         )
     return found
 
@@ -94,13 +98,15 @@ def recognise(seen: Seen, table: Table) -> bool:
 def capture(seen: Seen, table: Table) -> Captured:
     with table.borrowed(seen) as fd:
         kind = filesystem.type_of(fd)
+        huge = os.fstat(fd).st_blksize if kind == filesystem.HUGETLBFS_MAGIC else 0
         try:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         except OSError:
             seals = 0
-    if kind != filesystem.TMPFS_MAGIC:
-        what = "in huge pages" if kind == filesystem.HUGETLBFS_MAGIC else f"of type {kind:#x}"
-        raise Cannot(f"{os.fsdecode(seen.link)}: memory {what}")
+    if huge > HUGE:
+        raise Cannot(f"{os.fsdecode(seen.link)}: memory in huge pages of {mib(huge)}")
+    if kind != filesystem.TMPFS_MAGIC and not huge:
+        raise Cannot(f"{os.fsdecode(seen.link)}: memory of type {kind:#x}")
     memory = seen.link.startswith(PREFIX)
     name = seen.link.removesuffix(DELETED)
     state = State(
@@ -111,6 +117,7 @@ def capture(seen: Seen, table: Table) -> Captured:
         size=seen.entry.size,
         mode=stat.S_IMODE(seen.entry.mode),
         seals=seals,
+        page_size=huge or PAGE,
     )
     return Captured(os.fsdecode(seen.link), state)
 

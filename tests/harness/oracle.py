@@ -19,6 +19,8 @@ PIECE = 4 << 20
 """Bytes of one pread and of one question to the image."""
 HOLES_READ = 1 << 30
 """Of empty ranges at most so many bytes are asked for; of longer ones, both ends."""
+ANON_HUGE = "/anon_hugepage (deleted)"
+"""MAP_ANONYMOUS | MAP_HUGETLB."""
 SKIPPED = ("[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]")
 
 _PRESENT, _SWAPPED, _FILE = 1 << 63, 1 << 62, 1 << 61
@@ -38,6 +40,8 @@ class Line:
     permissions: str
     inode: int
     name: str
+    offset: int = 0
+    huge: bool = False  # of hugetlbfs
 
     @property
     def shared(self) -> bool:
@@ -84,11 +88,26 @@ class Difference:
 
 def maps(pid: int) -> list[Line]:
     found = []
-    for text in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-        fields = text.split(maxsplit=5)
+    text = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    huge = _huge(pid) if ANON_HUGE in text or "/memfd:" in text else set()
+    for row in text.splitlines():
+        fields = row.split(maxsplit=5)
         start, end = (int(word, 16) for word in fields[0].split("-"))
         name = fields[5] if len(fields) > 5 else ""
-        found.append(Line(start, end, fields[1], int(fields[4]), name))
+        offset = int(fields[2], 16)
+        found.append(Line(start, end, fields[1], int(fields[4]), name, offset, start in huge))
+    return found
+
+
+def _huge(pid: int) -> set[int]:
+    """Where the mappings of hugetlbfs start."""
+    found, start = set(), 0
+    for row in Path(f"/proc/{pid}/smaps").read_text(errors="replace").splitlines():
+        word = row.split(maxsplit=1)[0]
+        if not word.endswith(":"):
+            start = int(word.split("-")[0], 16)
+        elif word == "VmFlags:" and "ht" in row.split():
+            found.add(start)
     return found
 
 
@@ -105,6 +124,9 @@ def read(pid: int) -> Memory:
         open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap,
     ):
         for line in maps(pid):
+            if line.huge:
+                _read_huge(pid, line, mem.fileno(), pagemap.fileno(), memory)
+                continue
             if line.name in SKIPPED or (line.name.startswith("/dev/") and line.inode == 0):
                 continue
             if _on_disk(line):
@@ -116,6 +138,27 @@ def read(pid: int) -> Memory:
                 elif line.inode == 0 or line.shared:
                     memory.holes.append((start, end))
     return memory
+
+
+def _read_huge(pid: int, line: Line, mem: int, pagemap: int, memory: Memory) -> None:
+    """Reading a huge page that is not there would make it: of private memory the page table says
+    which are, and an object is read as the file that it is."""
+    if line.shared:
+        with open(f"/proc/{pid}/map_files/{line.start:x}-{line.end:x}", "rb", buffering=0) as file:
+            for at in range(line.start, line.end, PIECE):
+                where = line.offset + at - line.start
+                memory.data.append((at, os.pread(file.fileno(), min(PIECE, line.end - at), where)))
+        return
+    for start, end, filled in _runs(line.start, _entries(pagemap, line.start, line.end), False):
+        if filled:
+            memory.data += _bytes(mem, start, end)
+        else:
+            memory.holes.append((start, end))
+
+
+def _entries(pagemap: int, start: int, end: int) -> tuple[int, ...]:
+    raw = os.pread(pagemap, (end - start) // PAGE * 8, start // PAGE * 8)
+    return struct.unpack(f"<{len(raw) // 8}Q", raw)
 
 
 def _on_disk(line: Line) -> bool:
@@ -138,9 +181,7 @@ def _ranges(line: Line, pagemap: int) -> Iterator[tuple[int, int, bool]]:
     own_only = bool(line.inode)  # a mapping of a file that cannot be written: changed pages only
     for begin in range(line.start, line.end, PIECE * 512):
         end = min(begin + PIECE * 512, line.end)
-        raw = os.pread(pagemap, (end - begin) // PAGE * 8, begin // PAGE * 8)
-        entries = struct.unpack(f"<{len(raw) // 8}Q", raw)
-        yield from _runs(begin, entries, own_only)
+        yield from _runs(begin, _entries(pagemap, begin, end), own_only)
 
 
 def _runs(begin: int, entries: tuple[int, ...], own_only: bool) -> Iterator[tuple[int, int, bool]]:

@@ -20,7 +20,8 @@ from snapshot.ahead import Ahead
 from snapshot.pump import Pump, Round
 from snapshot.store import Store
 from tests.conftest import Spawn
-from tests.harness import oracle
+from tests.harness import hugepages, oracle
+from tests.harness.processes import wait_until
 from tests.harness.storms import MORE, Tally, merging, swap, swapped_out
 from tests.harness.takes import take_with_oracle
 
@@ -43,6 +44,19 @@ def test_one_operation(spawn: Spawn, store: Path, what: str, now: bool) -> None:
     assert (tally.torn, tally.failed) == ([], 0), str(tally)
     victim.verify()
     victim.goes_on()
+
+
+@pytest.mark.parametrize("now", MODES, ids=label)
+@pytest.mark.parametrize("what", ["hugetlb", "mix"])
+def test_huge_pages(huge_pages: None, spawn: Spawn, store: Path, what: str, now: bool) -> None:
+    victim = spawn("storm", what=what, mib=1, threads=3, pause=1, seed=5)
+    tally = Tally()
+    for number in range(3):
+        tally.take(victim.pid, store, f"image-{number}", now=now)
+        victim.verify()
+    assert (tally.torn, tally.failed) == ([], 0), str(tally)
+    victim.goes_on()
+    wait_until(lambda: hugepages.used() > 0, "its having huge pages")
 
 
 @pytest.mark.parametrize("now", MODES, ids=label)

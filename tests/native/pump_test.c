@@ -7,6 +7,7 @@
  * for byte, many times over.
  *
  * usage: pump_test ROUNDS SEED [OPERATIONS]   operations: w write, d discard, m move, f fork (default wdmf)
+ *        h: all of it in huge pages of hugetlbfs, which are also read; needs HUGE_PAGES free ones
  */
 #define _GNU_SOURCE
 #include "pump.h"
@@ -37,6 +38,8 @@
 #define SHARED (8ul << 20) /* of all threads, and of their children */
 #define TOTAL (THREADS * 2 * REGION + SHARED)
 #define OBJECT_SPACE 65536
+#define HUGE (2ul << 20)
+#define HUGE_PAGES (THREADS * REGION / HUGE)
 #define SLOTS 64
 #define CHECK(condition)                                                              \
     do {                                                                              \
@@ -58,6 +61,7 @@ static control *shared;
 static const char *operations = "wdmf";
 static int object; /* a memfd */
 static bool told;  /* of forks */
+static bool huge;
 
 static uint64_t next_random(uint64_t *state)
 {
@@ -91,13 +95,13 @@ static void *mutate(void *arg)
     int me = (int)(intptr_t)arg;
     uint64_t random = 88172645463325252u + (uint64_t)me * 7919 + (uint64_t)getpid();
     /* A place of twice the size, so that the region can move to its other half. */
-    char *place = mmap(NULL, 2 * REGION + CHUNK, PROT_NONE,
+    char *place = mmap(NULL, 2 * REGION + HUGE, PROT_NONE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     CHECK(place != MAP_FAILED);
-    place += -(uintptr_t)place % CHUNK;
+    place += -(uintptr_t)place % (huge ? HUGE : CHUNK);
     shared->place[me] = (uint64_t)(uintptr_t)place;
     char *base = mmap(place, REGION, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | (huge ? MAP_HUGETLB : 0), -1, 0);
     CHECK(base == place);
     shared->base[me] = (uint64_t)(uintptr_t)base;
     uint64_t writes = 0;
@@ -119,6 +123,13 @@ static void *mutate(void *arg)
             uint64_t pages = 1 + (r >> 44) % 200;
             if (page + pages > REGION / PAGE)
                 pages = REGION / PAGE - page;
+            if (huge) {
+                char *at = base + page * PAGE / HUGE * HUGE;
+                CHECK(!madvise(at, HUGE, MADV_DONTNEED));
+                if ((r >> 57) & 1) /* it is there again then, and empty */
+                    CHECK(*(volatile char *)(at + (r >> 40) % HUGE) == 0);
+                continue;
+            }
             CHECK(!madvise(base + page * PAGE, pages * PAGE, (r >> 56) & 1 ? MADV_DONTNEED : MADV_FREE));
         } else if (kind == 3 && strchr(operations, 'm')) {
             char *to = base == place ? place + REGION : place;
@@ -259,7 +270,7 @@ static void plan_windows(snap_window *windows)
     for (int k = 0; k < THREADS; k++) {
         uint64_t base = shared->base[k];
         windows[k] = (snap_window){.start = base, .end = base + REGION, .at = base, .object = -1,
-                                   .armed = 1};
+                                   .armed = 1, .huge = huge ? HUGE : 0};
     }
     windows[THREADS] = (snap_window){.start = shared->object, .end = shared->object + SHARED,
                                      .space = OBJECT_SPACE, .object = object, .armed = told};
@@ -386,6 +397,16 @@ int main(int argc, char **argv)
     srand((unsigned)atoi(argv[2]));
     if (argc > 3)
         operations = argv[3];
+    huge = strchr(operations, 'h');
+    if (huge) {
+        void *all = mmap(NULL, HUGE_PAGES * HUGE, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+        if (all == MAP_FAILED) {
+            printf("skipped: echo %lu > /proc/sys/vm/nr_hugepages\n", HUGE_PAGES);
+            return 0;
+        }
+        munmap(all, HUGE_PAGES * HUGE);
+    }
     shared = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     CHECK(shared != MAP_FAILED);
     object = memfd_create("shared", MFD_CLOEXEC);

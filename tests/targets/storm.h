@@ -14,6 +14,7 @@ struct lane {
     char *shared, *alias;    /* anonymous shared memory, mapped twice */
     int memfd, file, pair[2];
     char direct[64];         /* a file that can be read with O_DIRECT */
+    char *pool;              /* two huge pages of hugetlbfs, if the machine has any */
     char *held[HELD];
     uint64_t held_key[HELD];
 };

@@ -175,6 +175,37 @@ static void fresh(struct lane *l, uint64_t key)
     fill_all(l->held[slot], l->held_key[slot] = key);
 }
 
+/* Huge pages of hugetlbfs: discarded and read again, moved, unmapped. Nothing where there are none. */
+static void hugetlb(struct lane *l, uint64_t key)
+{
+    enum { BOTH = 2 * HUGE };
+    if (!l->pool) {
+        void *got = mmap(NULL, BOTH, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+        if (got == MAP_FAILED)
+            return;
+        l->pool = got;
+    }
+    fill((uint64_t *)l->pool, BOTH / 8, key);
+    must(madvise(l->pool, HUGE, MADV_DONTNEED) == 0, "madvise");
+    expect_zero(l->pool, HUGE, "a discarded huge page");
+    fill((uint64_t *)l->pool, BOTH / 8, key + 1);
+    if (key / 16 % 2) {
+        char *room = mmap(NULL, BOTH + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        must(room != MAP_FAILED, "mmap");
+        char *to = room + -(uintptr_t)room % HUGE;
+        must(mremap(l->pool, BOTH, BOTH, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to, "mremap");
+        munmap(room, (size_t)(to - room));
+        munmap(to + BOTH, (size_t)(room + HUGE - to));
+        l->pool = to;
+    }
+    expect(l->pool, BOTH, key + 1, "huge pages that were moved");
+    if (key / 16 % 8 == 0) {
+        munmap(l->pool, BOTH);
+        l->pool = NULL;
+    }
+}
+
 /* A mapping that grows downwards, one page at a time, far from everything else. */
 static void downwards(struct lane *l, uint64_t key)
 {
@@ -333,7 +364,7 @@ const struct operation more_operations[] = {
     { "merge", merged, false },    { "lock", locked, false },     { "new", fresh, false },
     { "stack", downwards, false }, { "forks", forks, false },     { "vfork", vforks, false },
     { "read", reads, false },      { "zero", zeros, false },      { "twice", twice, false },
-    { "holes", holes, false },     { "direct", direct, true },
+    { "holes", holes, false },     { "hugetlb", hugetlb, false }, { "direct", direct, true },
 };
 const size_t more_count = sizeof more_operations / sizeof *more_operations;
 

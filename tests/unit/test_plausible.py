@@ -27,7 +27,7 @@ from snapshot.manifest import (
 )
 from snapshot.records import SpaceSummary
 from snapshot.store import Store
-from snapshot.units import CHUNK, PAGE
+from snapshot.units import CHUNK, GIB, HUGE, MIB, PAGE
 from tests.unit.images import BASE, manifest, mapping, process, raw
 
 GOOD = process(mapping())
@@ -61,7 +61,42 @@ def open_file(**fields: Any) -> Manifest:
     return with_(files=(file,), descriptors=(Descriptor(fd=3, file=1),))
 
 
+def huge(start: int = BASE, size: int = HUGE, **fields: Any) -> Any:
+    return mapping(start, size, **{"page_size": HUGE, "vm_flags": ("rd", "ht"), **fields})
+
+
+def huge_object(size: int = HUGE, kind: str = "memfd", page_size: int = HUGE) -> Manifest:
+    return shared(kind=kind, name=b"x", size=size, page_size=page_size)
+
+
+def mapped_object(made: Manifest, one: Any) -> Manifest:
+    return replace(made, processes=(replace(GOOD, mappings=(one,)),))
+
+
 IMPOSSIBLE = {
+    "half a huge page": lambda: maps(huge(size=HUGE + PAGE)),
+    "a huge page that starts in another": lambda: maps(huge(BASE + PAGE)),
+    "pages of 3 MiB": lambda: maps(huge(size=6 * MIB, page_size=3 * MIB)),
+    "pages of 1 GiB": lambda: maps(huge(1024 * GIB, GIB, page_size=GIB)),
+    "pages of no size": lambda: maps(mapping(page_size=0)),
+    "huge pages without their flag": lambda: maps(huge(vm_flags=())),
+    "the flag without huge pages": lambda: maps(mapping(vm_flags=("ht",))),
+    "huge pages of a file": lambda: replace(
+        mapped(b"/f"), processes=(replace(GOOD, mappings=(huge(kind="file", file=1),)),)
+    ),
+    "a huge mapping of a small object": lambda: mapped_object(
+        shared(kind="memfd", name=b"x"), huge(kind="shared", object=1, shared=True)
+    ),
+    "a small mapping of a huge object": lambda: mapped_object(
+        huge_object(), mapping(kind="shared", object=1, shared=True)
+    ),
+    "a huge mapping of half a page of its object": lambda: mapped_object(
+        huge_object(), huge(kind="shared", object=1, shared=True, offset=PAGE)
+    ),
+    "an object of half a huge page": lambda: huge_object(size=HUGE + PAGE),
+    "an object of pages of 3 MiB": lambda: huge_object(6 * MIB, page_size=3 * MIB),
+    "an object of no pages": lambda: huge_object(page_size=0),
+    "a file of a tmpfs in huge pages": lambda: shared(size=HUGE, page_size=HUGE),
     "overlapping": lambda: maps(mapping(), mapping(BASE + CHUNK)),
     "out of order": lambda: maps(mapping(), mapping(BASE - 64 * CHUNK)),
     "not aligned": lambda: maps(mapping(BASE + 1)),
@@ -124,6 +159,21 @@ IMPOSSIBLE = {
     "time": lambda: manifest("one", GOOD, taken_at=float("inf")),
     "no process": lambda: replace(manifest("one", GOOD), processes=()),
 }
+
+
+POSSIBLE = {
+    "private huge pages": lambda: maps(huge(), huge(BASE + HUGE, 3 * HUGE)),
+    "the rest of a mapping, moved": lambda: maps(huge(offset=HUGE)),
+    "of an object": lambda: mapped_object(
+        huge_object(4 * HUGE), huge(kind="shared", object=1, shared=True, offset=HUGE)
+    ),
+    "a small object of half a page": lambda: shared(size=1),
+}
+
+
+@pytest.mark.parametrize("name", POSSIBLE)
+def test_what_a_take_writes_is_let_through(name: str) -> None:
+    plausible.check(POSSIBLE[name]())
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)

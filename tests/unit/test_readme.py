@@ -29,7 +29,11 @@ CLAIMS = {
     ),
     "PROT_NONE": "live/test_rebuild.py::test_mappings_and_memory_are_those_of_the_image",
     "brk": KINDS,
-    "huge pages of hugetlbfs": REGIONS,
+    "huge pages of 2 MiB (anonymous and memfd)": (
+        "live/test_hugepages.py::test_huge_pages_come_back"
+    ),
+    "huge pages of 1 GiB": "unit/test_regions.py::test_pages_of_1_gib_are_refused_by_name",
+    "files of hugetlbfs": REGIONS,
     "device memory": REGIONS,
     "System V shared memory": REGIONS,
     "regions of another userfaultfd": REGIONS,

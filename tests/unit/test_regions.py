@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from snapshot.manifest import OBJECT_SPACE
 from snapshot.maps import Line
 from snapshot.regions import FileFacts, Plan, plan
 from snapshot.resources.memfd import SharedMemory
-from snapshot.units import PAGE
+from snapshot.units import GIB, HUGE, PAGE
 
 RW = ("rd", "wr", "mr", "mw", "me", "ac")
 
@@ -91,7 +92,8 @@ def test_a_shared_file_is_opened_again_and_its_bytes_stay_there() -> None:
     [
         ({"vm_flags": (*RW, "uw")}, None, "another userfaultfd"),
         ({"vm_flags": (*RW, "io", "pf")}, None, "device"),
-        ({"vm_flags": (*RW, "ht")}, None, "hugetlbfs"),
+        ({"name": b"/huge/file", "inode": 3, "vm_flags": (*RW, "ht")}, None, "hugetlbfs"),
+        ({"name": b"/memfd:x", "inode": 3, "vm_flags": (*RW, "ht")}, None, "private mapping of a"),
         ({"name": b"/SYSV00000000", "shared": True, "inode": 3}, None, "System V"),
         ({"name": b"anon_inode:[io_uring]", "shared": True, "inode": 3}, None, "kernel shares"),
         ({"name": b"/dev/card", "inode": 3}, {"character": True}, "device"),
@@ -105,6 +107,53 @@ def test_what_cannot_be_handled_is_named(
     assert len(found.problems) == 1
     assert words in found.problems[0]
     assert "10000-11000" in found.problems[0]
+
+
+def huge(name: bytes, **changes: Any) -> Line:
+    fields = {"inode": 5, "deleted": True, "vm_flags": (*RW, "ht"), "page_size": HUGE, **changes}
+    return line(HUGE, 2 * HUGE // PAGE, name, **fields)
+
+
+def test_anonymous_huge_pages_are_armed() -> None:
+    found = made(huge(b"/anon_hugepage"))
+    assert [(w.start, w.end, w.armed, w.whole, w.huge) for w in found.windows] == [
+        (HUGE, 3 * HUGE, True, False, HUGE)
+    ]
+    (kept,) = found.mappings
+    assert (kept.kind, kept.shared, kept.page_size, kept.offset) == ("anon", False, HUGE, 0)
+    assert (found.problems, found.files, found.objects, found.costs) == ([], {}, {}, [])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_pages_of_1_gib_are_refused_by_name(shared: bool) -> None:
+    one = line(GIB, GIB // PAGE, b"/anon_hugepage", inode=5, deleted=True, shared=shared)
+    found = made(replace(one, vm_flags=(*RW, "ht"), page_size=GIB))
+    assert not found.windows
+    assert ["huge pages of 1.00 GiB" in problem for problem in found.problems] == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(b"/anon_hugepage", "anon"), (b"/memfd:box", "memfd")]
+)
+def test_shared_huge_pages_are_an_object_of_their_own(name: bytes, kind: str) -> None:
+    found = made(huge(name, shared=True, offset=HUGE), facts(named=False, size=4 * HUGE))
+    (only,) = found.objects.values()
+    assert (only.kind, only.size, only.page_size) == (kind, 4 * HUGE, HUGE)
+    assert [(w.at, w.end - w.start, w.armed) for w in found.windows] == [
+        (HUGE, 2 * HUGE, False),
+        (0, HUGE, False),
+        (3 * HUGE, HUGE, False),
+    ]
+    assert (found.mappings[0].kind, found.mappings[0].page_size) == ("shared", HUGE)
+    assert found.costs == [
+        "8.0 MiB of shared memory in huge pages are copied while the process stands still"
+    ]
+
+
+def test_small_pages_say_so() -> None:
+    """smaps gives a page size for every mapping: without the flag it is that of all memory."""
+    assert made(line(0x10000, 4)).mappings[0].page_size == PAGE
+    assert made(line(0x10000, 4)).costs == []
 
 
 def memfd(start: int, pages: int, offset: int = 0) -> Line:

@@ -90,6 +90,8 @@ static int protect_dirty(snap_pump *p, const slice *s)
         uint64_t from = s->at + i * CHUNK + shift, to = s->at + j * CHUNK + shift;
         from = from > s->start ? from : s->start;
         to = to < s->end ? to : s->end;
+        if (j > i)
+            whole_pages(&s->w, &from, &to);
         int r = j > i ? uffd_writeprotect(p->uffd, from, to - from, UFFDIO_WRITEPROTECT_MODE_WP) : 0;
         if (r)
             return r;

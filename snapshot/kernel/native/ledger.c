@@ -247,6 +247,26 @@ uint64_t ledger_unsaved(snap_pump *p, uint64_t start, uint64_t end, uint8_t stat
     return bytes;
 }
 
+bool ledger_huge(const snap_pump *p, uint64_t start, uint64_t end)
+{
+    for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[p->by_start[k]].is;
+        if (w->start >= end)
+            break;
+        if (w->huge)
+            return true;
+    }
+    return false;
+}
+
+void whole_pages(const snap_window *w, uint64_t *low, uint64_t *high)
+{
+    if (!w->huge)
+        return;
+    *low &= ~(uint64_t)(w->huge - 1);
+    *high = (*high + w->huge - 1) & ~(uint64_t)(w->huge - 1);
+}
+
 bool ledger_shared(const snap_pump *p, uint64_t start, uint64_t end)
 {
     for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {

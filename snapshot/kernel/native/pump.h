@@ -38,6 +38,7 @@ typedef struct {
     int32_t object; /* descriptor of the shared object to read from at offset `at`, or -1 */
     uint32_t armed; /* it can be protected; otherwise it is copied at T0, while all stands still */
     uint32_t whole; /* every page belongs to the image, also those that are the file's */
+    uint32_t huge;  /* 2 MiB, the size of its pages, when it is private and of hugetlbfs; else 0 */
 } snap_window;
 
 /* A saved chunk on its way to the store. A later one replaces an earlier one of the same address;

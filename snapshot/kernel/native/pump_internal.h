@@ -112,6 +112,7 @@ struct snap_pump {
     bool forked;                /* ahead of T0: children can write to shared memory unseen */
     bool closes;                /* the thread `closer` runs */
     pthread_t closer;
+    bool huge_removed;          /* ahead of T0: pages of hugetlbfs were discarded (see settle.c) */
     bool letting_go;            /* nothing is saved any more: faults are released at once */
 
     uint64_t cursor;            /* of a round: the run-time address to go on at */
@@ -162,6 +163,10 @@ int ledger_move(snap_pump *p, uint64_t from, uint64_t to, uint64_t length);
 void ledger_distrust(snap_pump *p, uint64_t start, uint64_t end);
 /* Whether a mapping of a shared object is in the run-time range [start, end). */
 bool ledger_shared(const snap_pump *p, uint64_t start, uint64_t end);
+/* Whether any window of hugetlbfs is in the run-time range [start, end). */
+bool ledger_huge(const snap_pump *p, uint64_t start, uint64_t end);
+/* Grows [*low, *high), run-time addresses in w, to whole pages: what the kernel protects at once. */
+void whole_pages(const snap_window *w, uint64_t *low, uint64_t *high);
 /* Wanted bytes of shared objects in chunks that are UNSAVED. */
 uint64_t ledger_unsaved_objects(const snap_pump *p, uint64_t *where);
 /* Wanted bytes of [start, end) (run-time) in chunks that are not at least `state`. */

@@ -25,6 +25,13 @@ static int release_later(snap_pump *p, uint64_t start, uint64_t end)
 static int release(snap_pump *p, uint64_t start, uint64_t end)
 {
     int r = uffd_writeprotect(p->uffd, start, end - start, 0);
+    bool huge = r == -EINVAL && end - start == PAGE;
+    if (huge) {
+        /* A page of hugetlbfs that no window tells of, moved by a mremap: only all of it. */
+        start &= ~(STEP - 1);
+        end = start + STEP;
+        r = uffd_writeprotect(p->uffd, start, end - start, 0);
+    }
     if (r == -EAGAIN)
         return release_later(p, start, end);
     if (r == -ESRCH)
@@ -33,7 +40,7 @@ static int release(snap_pump *p, uint64_t start, uint64_t end)
     int e = save_publish(p);
     if (e || !r)
         return e;
-    if (r == -ENOENT && end - start > PAGE) {
+    if (r == -ENOENT && end - start > PAGE && !huge) {
         /* Something else was mapped into the range: release what is still ours, page by page. */
         for (uint64_t page = start; page < end && !e; page += PAGE)
             e = release(p, page, page + PAGE);
@@ -78,6 +85,20 @@ static int flush_in_the_gap(snap_pump *p)
     return r;
 }
 
+/* The same of [start, end) in w, of hugetlbfs: whole pages, but for those of which a part is unsaved. */
+static int release_huge(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end)
+{
+    whole_pages(w, &start, &end);
+    for (uint64_t page = start; page < end; page += w->huge) {
+        uint64_t where;
+        bool saved = !p->after_t0 || !ledger_unsaved(p, page, page + w->huge, TENTATIVE, &where);
+        int r = saved ? release(p, page, page + w->huge) : 0;
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
 int release_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
 {
     for (size_t k = ledger_first(p, space, from); k < p->windows.count; k++) {
@@ -88,7 +109,9 @@ int release_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
         if ((!w->armed && !p->windows.at[k].registered) || w_end <= from)
             continue;
         uint64_t low = w->at > from ? w->at : from, high = w_end < to ? w_end : to;
-        int r = release(p, low - w->at + w->start, high - w->at + w->start);
+        low = low - w->at + w->start;
+        high = high - w->at + w->start;
+        int r = w->huge ? release_huge(p, w, low, high) : release(p, low, high);
         if (r)
             return r;
     }
@@ -132,9 +155,10 @@ static int serve_fault(snap_pump *p, uint64_t address)
     if (!w) /* after T0: moved here by a mremap whose event is still to be read */
         return p->after_t0 ? -EAGAIN : release(p, address, address + PAGE);
     uint32_t space = w->is.space;
-    uint64_t from = (address - w->is.start + w->is.at) & ~(CHUNK - 1);
-    int r = p->after_t0 ? save_space(p, space, from, from + CHUNK) : 0;
-    return r ? r : release_space(p, space, from, from + CHUNK);
+    uint64_t unit = w->is.huge ? w->is.huge : CHUNK;
+    uint64_t from = (address - w->is.start + w->is.at) & ~(unit - 1);
+    int r = p->after_t0 ? save_space(p, space, from, from + unit) : 0;
+    return r ? r : release_space(p, space, from, from + unit);
 }
 
 static int serve_faults(snap_pump *p)
@@ -183,8 +207,10 @@ static int disturb(snap_pump *p, uint64_t start, uint64_t end, bool gone)
 
 static int event_ahead(snap_pump *p, const uffd_message *m)
 {
-    if (m->event == UFFD_EVENT_REMOVE)
+    if (m->event == UFFD_EVENT_REMOVE) {
+        p->huge_removed = p->huge_removed || ledger_huge(p, m->arg[0], m->arg[1]);
         return disturb(p, m->arg[0], m->arg[1], false);
+    }
     if (m->event == UFFD_EVENT_UNMAP) {
         p->aliased = p->aliased || had_grown(p, m->arg[0], m->arg[1]);
         return disturb(p, m->arg[0], m->arg[1], true);

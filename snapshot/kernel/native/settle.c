@@ -130,7 +130,10 @@ static int arm(snap_pump *p, const snap_window *w, uint64_t from, uint64_t to)
     uint64_t low = from > w->at ? from : w->at, high = to < w_end ? to : w_end;
     if (low >= high)
         return 0;
-    return uffd_writeprotect(p->uffd, low - w->at + w->start, high - low, UFFDIO_WRITEPROTECT_MODE_WP);
+    low = low - w->at + w->start;
+    high = high - w->at + w->start;
+    whole_pages(w, &low, &high);
+    return uffd_writeprotect(p->uffd, low, high - low, UFFDIO_WRITEPROTECT_MODE_WP);
 }
 
 /* Arms what is unsaved. What lies between two such chunks is saved or empty and may be armed as well:
@@ -167,6 +170,18 @@ static int arm_unsaved(snap_pump *p)
     return 0;
 }
 
+/* Of hugetlbfs a discarded page keeps its mark, and one that is then only read comes with it: when the
+ * copy was made between the event and the discarding (its caller is awake, and preempted), nothing
+ * would tell that it is none of T0. */
+static void distrust_discarded(snap_pump *p)
+{
+    for (size_t k = 0; p->huge_removed && k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[k].is;
+        if (w->huge)
+            ledger_distrust(p, w->start, w->end);
+    }
+}
+
 int snap_pump_settle(snap_pump *p, uint64_t most, int trust)
 {
     if (p->counters.stale)
@@ -183,6 +198,7 @@ int snap_pump_settle(snap_pump *p, uint64_t most, int trust)
     for (size_t k = 0; p->forked && k < p->windows.count; k++)
         if (p->windows.at[k].is.object >= 0)
             p->windows.at[k].is.armed = 0;
+    distrust_discarded(p);
     for (size_t k = 0; !r && k < p->windows.count; k++)
         r = look(p, &p->windows.at[k].is, found);
     free(found);

@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include "pagemap.h"
 #include "pump_internal.h"
+#include "uffd.h"
 
 #include <errno.h>
 #include <string.h>
@@ -51,9 +52,33 @@ static int scan(const snap_pump *p, const struct marks *m, uint64_t start, uint6
         if (n < 0)
             return (int)n;
         for (int64_t i = 0; i < n; i++) {
+            bool here = !m->w->huge || found[i].categories & SNAP_PAGE_PRESENT;
             mark(m, found[i].start, found[i].end, what);
-            if (what == WANT && found[i].categories & SNAP_PAGE_WRITTEN)
+            if (what == WANT && (found[i].categories & SNAP_PAGE_WRITTEN || !here))
                 mark(m, found[i].start, found[i].end, BARE);
+        }
+    }
+    return 0;
+}
+
+/* A page of hugetlbfs that was discarded when it was protected leaves its mark behind in an empty
+ * entry (mm/hugetlb.c, __unmap_hugepage_range), and so does protecting an empty one. Both look like a
+ * page that is swapped out or on the way to another place, and to read it would use a page of the
+ * pool: the mark is taken off, and what is then still there is a page. */
+static int take_marks_off(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t end)
+{
+    snap_page_range found[RANGES];
+    for (uint64_t next = start; next < end;) {
+        int64_t n = snap_pagemap_scan(p->pagemap, next, end, SNAP_PAGE_PRESENT,
+                                      SNAP_PAGE_PRESENT | SNAP_PAGE_SWAPPED, 0, found, RANGES, &next);
+        if (n < 0)
+            return (int)n;
+        for (int64_t i = 0; i < n; i++) {
+            uint64_t low = found[i].start, high = found[i].end;
+            whole_pages(w, &low, &high);
+            /* EAGAIN: an event is unread. It stays bare then, for the next round. */
+            if (uffd_writeprotect(p->uffd, low, high - low, 0) == -ESRCH)
+                return -ESRCH;
         }
     }
     return 0;
@@ -104,6 +129,9 @@ int survey(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t en
     }
     if (w->object >= 0)
         return survey_object(p, &m, start, end);
+    int r = w->huge ? take_marks_off(p, w, start, end) : 0;
+    if (r)
+        return r;
     /* A page that maps the shared zero page holds nothing; a page of a private file mapping is the
      * target's only when it is no longer the file's. */
     uint64_t without = w->armed ? SNAP_PAGE_PFNZERO : SNAP_PAGE_FILE;
