@@ -62,6 +62,11 @@ int64_t snap_arch_result(const void *registers)
     return (int64_t)((const struct user_regs_struct *)registers)->rax;
 }
 
+int64_t snap_arch_call(const void *registers)
+{
+    return (int64_t)((const struct user_regs_struct *)registers)->orig_rax;
+}
+
 uint64_t snap_arch_rip(const void *registers)
 {
     return ((const struct user_regs_struct *)registers)->rip;

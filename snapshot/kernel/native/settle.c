@@ -190,5 +190,5 @@ int snap_pump_settle(snap_pump *p, uint64_t most, int trust)
         r = p->counters.remainder_bytes <= most ? save_all(p) : save_unarmed(p);
     if (!r && p->unsaved_chunks)
         r = arm_unsaved(p);
-    return r;
+    return r ? r : p->unsaved_chunks > 0;
 }
