@@ -245,9 +245,9 @@ class Frozen:
         except TargetError:
             pass  # it has ended: nothing is left to put back
         finally:
-            ptrace.detach_all([tracee for tracee in self.threads if tracee is not self._stays])
-            if self._stays is not None:
+            if self._stays is not None:  # first: another could end it, and this stop at its end
                 self._stays.run_on()
+            ptrace.detach_all([tracee for tracee in self.threads if tracee is not self._stays])
             ptrace.reap(sorted(self._gone))  # or they, and so their process, would never be gone
 
 
