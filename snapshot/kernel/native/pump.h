@@ -62,7 +62,7 @@ typedef struct {
     uint64_t remainder_bytes; /* what was not saved when T0 came */
     uint64_t faults;        /* fault messages */
     uint64_t ahead_faults;  /* of them, before T0 */
-    uint64_t fault_chunks;  /* chunks saved because of a fault or an event */
+    uint64_t fault_chunks;  /* chunks saved because of a fault or an event, or while the end waited */
     uint64_t sweep_chunks;  /* chunks saved by the background sweep, ahead of T0 too */
     uint64_t spilled_chunks;
     uint64_t events;        /* remap, remove and unmap messages */
