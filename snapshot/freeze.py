@@ -5,7 +5,7 @@
         frozen.remote.call(NR.getppid)       # a system call inside the process
 
 Threads are halted with ptrace until /proc/PID/task shows none that is not ours. What a mere stop
-would do to an interrupted system call is undone (`_RESTARTED`): the program sees neither
+would do to an interrupted system call is undone (`RESTARTED`): the program sees neither
 EINTR nor an early return. A restarted relative timeout of epoll_wait, sigtimedwait, semtimedop or
 a socket with SO_RCVTIMEO starts over, as after SIGSTOP and SIGCONT with SA_RESTART; those of
 nanosleep, poll, select and futex do not.
@@ -23,10 +23,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NoReturn
 
-from .errors import KernelError, TargetError
+from .errors import KernelError, SnapError, TargetError
 from .kernel import arch_x86_64 as arch
 from .kernel import ptrace, refusal
 from .kernel.arch_x86_64 import NR, Registers
@@ -45,7 +45,7 @@ _ENDING_SECONDS = 50e-6
 _EXEC_SECONDS = 1.0
 """While a thread replaces the program its leader is a zombie for a moment: no error before this."""
 
-_RESTARTED = frozenset(
+RESTARTED = frozenset(
     (
         NR.epoll_wait,
         NR.epoll_pwait,
@@ -91,7 +91,8 @@ class Frozen:
         self.stopped_us = 0
         """The pause: from the first thread stopped to the last one let go; known afterwards."""
         self.restarted = 0
-        """Threads whose system call would have returned EINTR but for `_RESTARTED`."""
+        """Threads whose system call would have returned EINTR but for `RESTARTED`."""
+        self._stays: Tracee | None = None
         self._late = 0
         self._gone: set[int] = set()
         """Threads that have ended, or are just ending, while they were ours."""
@@ -149,6 +150,16 @@ class Frozen:
         if remote is not None:
             remote.close()
 
+    def stay(self) -> None:
+        """At the end of the block one thread runs on, but stays seized by this OS thread and stops
+        once more when it ends: it is to be served at once (kernel/exits.py). Not the leader, if
+        there is another: a signal that nobody handles never reaches a process whose leader is not
+        traced, but wakes one whose leader is, and what it is in may return EINTR.
+        """
+        self._stays = self.threads[min(1, len(self.threads) - 1)]
+        with suppress(SnapError):  # killed
+            self._stays.set_options(ptrace.TRACEEXIT)
+
     def _stop(self, timeout: float) -> bytes:
         """Rounds of listing, seizing and waiting -> the registers of all, in the order of threads.
 
@@ -176,7 +187,7 @@ class Frozen:
                 time.sleep(_ENDING_SECONDS)  # for those that are ending: we may be `urgent`
             try:
                 stopped, failed = ptrace.seize_and_stop(
-                    new, self.threads, self.pid, timeout, _RESTARTED
+                    new, self.threads, self.pid, timeout, RESTARTED
                 )
             except LateError as late:
                 self._begin_again(late)
@@ -228,7 +239,7 @@ class Frozen:
                 self._note_call(tracee.tid, number, (rip, rsp))
             elif result == NR.restart_syscall:  # it stands before the instruction
                 self._note_call(tracee.tid, number, (rip + len(arch.SYSCALL_INSTRUCTION), rsp))
-            self.restarted += result == arch.ERESTARTNOHAND and number in _RESTARTED
+            self.restarted += result == arch.ERESTARTNOHAND and number in RESTARTED
 
     def thaw(self) -> None:
         """Lets every thread go, with nothing of ours left in it."""
@@ -238,7 +249,9 @@ class Frozen:
         except TargetError:
             pass  # it has ended: nothing is left to put back
         finally:
-            ptrace.detach_all(self.threads)
+            if self._stays is not None:  # first: another could end it, and this stop at its end
+                self._stays.run_on()
+            ptrace.detach_all([tracee for tracee in self.threads if tracee is not self._stays])
             ptrace.reap(sorted(self._gone))  # or they, and so their process, would never be gone
 
 

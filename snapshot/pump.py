@@ -26,6 +26,7 @@ from .kernel.errnames import error_text
 from .kernel.watchdog import Watchdog
 from .regions import Plan
 from .store import RawChunk
+from .tracer import Tracer
 from .units import CHUNK, MIB, mib
 from .wrprotect import WriteProtection
 
@@ -37,6 +38,7 @@ TOUCHED = 8 * MIB
 MADV_POPULATE_WRITE = 23  # Linux 5.14, not in the mmap module
 NEXT_MS = 200
 AWAIT_MS = 100
+BEAT_SECONDS = 0.1
 EMPTY = memoryview(b"")
 
 REASONS: dict[int, str] = {
@@ -122,8 +124,9 @@ class Staging:
 class Pump:
     """Saves the memory of one process. Use as a context manager; see native/pump.h for the order.
 
-    `watchdog` is told that the fault thread goes on; `stall`: seconds that a writer of the target
-    waits at most for the store to make room, before the take is given up.
+    `watchdog` is told that the fault thread goes on, `tracer` when everything is saved; `stall`:
+    seconds that a writer of the target waits at most for the store to make room, before the take is
+    given up.
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class Pump:
         protection: WriteProtection,
         staging: Staging,
         watchdog: Watchdog,
+        tracer: Tracer,
         stall: float,
     ) -> None:
         self.pid = pid
@@ -152,7 +156,10 @@ class Pump:
         self._pump: Any = made[0]
         self._protection = protection
         self._watchdog = watchdog
-        lib.snap_pump_watch(self._pump, watchdog.handle, max(1, int(stall * 1000)))
+        self._tracer = tracer
+        lib.snap_pump_watch(
+            self._pump, watchdog.handle, tracer.exits.handle, max(1, int(stall * 1000))
+        )
         self._runner: threading.Thread | None = None
         self._storers: list[threading.Thread] = []
         self.storing = Gate()
@@ -232,12 +239,14 @@ class Pump:
         result = lib.snap_pump_plan(self._pump, windows, count, address)
         _check(result, f"registering the memory at {address[0]:#x}", f"snap check {self.pid}")
 
-    def settle(self, most: int, *, trust: bool) -> None:
+    def settle(self, most: int, *, trust: bool) -> bool:
         """This is T0. Finds what has no good copy: copies it if it is at most `most` bytes, else
-        what of it cannot be armed, and arms the rest. `trust`: whether copies of before count."""
+        what of it cannot be armed, and arms the rest. `trust`: whether copies of before count.
+        -> whether anything is unsaved now."""
         what = f"copying memory of process {self.pid}"
-        _check(lib.snap_pump_settle(self._pump, most, trust), what, "snap check")
+        unsaved = _check(lib.snap_pump_settle(self._pump, most, trust), what, "snap check") > 0
         self.t0_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * procfs.CLOCK_TICKS)
+        return unsaved
 
     def go(self) -> None:
         """From here on first writes are waited for: before the target runs on."""
@@ -299,6 +308,8 @@ class Pump:
             self._result = lib.snap_pump_run(self._pump)
         finally:
             self._protection.close()
+            while not self._tracer.let_go(BEAT_SECONDS):
+                self._watchdog.beat()
             self._watchdog.rest()
 
     def _store(self, sink: Callable[[Sequence[RawChunk]], None]) -> None:

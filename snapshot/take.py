@@ -16,24 +16,26 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from . import examine, faults
 from .ahead import EVERYTHING, REMAINDER, Ahead
 from .errors import TakeError
-from .freeze import Frozen, freeze
+from .freeze import RESTARTED, Frozen, freeze
 from .hooks import Hooks
 from .image import Image
 from .kernel import procfs, vdso
-from .kernel.urgency import ordinary
+from .kernel.exits import Exits
+from .kernel.refusal import capable
 from .kernel.watchdog import Watchdog
-from .manifest import Host, Manifest, Process, TakeStats
+from .manifest import Descriptor, Host, Manifest, OpenFile, Process, TakeStats
 from .pump import MEMORY, LostError, Pump, Staging
 from .records import ProcessIdentity
 from .regions import Plan
 from .resources import Gathered, descriptors, gather, preflight
 from .stats import Progress, ProgressCallback, Stopwatch
 from .store import Store, check_name
+from .tracer import Tracer
 from .writer import ImageWriter
 from .wrprotect import WriteProtection
 
@@ -60,6 +62,16 @@ class _Take:
     clock: Stopwatch = field(default_factory=Stopwatch)
     reasons: list[str] = field(default_factory=list)
     stops_us: list[int] = field(default_factory=list)
+
+
+class _Pause(NamedTuple):
+    """What was found while the target stood still."""
+
+    taken_at: float
+    gathered: Gathered
+    files: tuple[OpenFile, ...]
+    descriptors: tuple[Descriptor, ...]
+    stopped_us: int
 
 
 @dataclass(slots=True)
@@ -96,8 +108,8 @@ def take(
     target unmaps it before it is saved. `guard`: "always" copies it while the target stands still,
     so that nothing can be lost; "auto" does so when another T0 has to be tried, at most `attempts`
     times in all; "never" raises TakeError instead. `stall`: seconds that the target waits at most
-    for a store that makes no progress (TakeError), or for this process, which is ended when it
-    stands still for so long.
+    for a store that makes no progress, or at its end for what is unsaved (TakeError), or for this
+    process, which is ended when it stands still for so long.
     Raises TargetError, DeniedError, UnsupportedError (before anything is touched), StoreError,
     HookError (a hook failed before T0), TakeError. The target runs on in every case.
     """
@@ -153,6 +165,8 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
     with ExitStack() as stack:
         writer = stack.enter_context(job.store.begin(job.name, identity))
         watchdog = stack.enter_context(Watchdog(job.pid, job.stall))
+        exits = stack.enter_context(Exits(job.pid, job.stall, RESTARTED))
+        tracer = stack.enter_context(Tracer(exits, job.pid))
         objects = stack.enter_context(ExitStack())  # closed after the pump has ended
         # A device writes past the page tables to memory that it was given before.
         copying = (bool(job.reasons) or not job.now) and not descriptors.direct_io(job.pid)
@@ -164,7 +178,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                 faults.point("created")
                 first.close_remote()
                 faults.point("clean")
-                pump = Pump(job.pid, protection, job.staging, watchdog, job.stall)
+                pump = Pump(job.pid, protection, job.staging, watchdog, tracer, job.stall)
                 ahead = Ahead(stack.enter_context(pump), objects, before)
                 pump.start()
                 if copying or shares:  # what is registered tells of its events
@@ -177,7 +191,8 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
             ahead.look_for_others(forks=protection.forks)
             if copying:
                 ahead.copy(lambda: _report(job, pump, "copying ahead"))
-            instant = _instant(job, ahead, first, EVERYTHING if guarded else REMAINDER)
+            most = EVERYTHING if guarded else REMAINDER
+            instant = _instant(job, ahead, first, most, tracer)
             faults.point("resumed")
             job.hooks.run("resumed", pid=job.pid, image=job.name)
             _wait(job, ahead)
@@ -193,13 +208,31 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
     return True
 
 
-def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int) -> _Instant:
-    """The pause. Injected calls come first, while the fault thread still serves: the kernel writes
-    to the target's memory for them. `first` is the stop that made the userfaultfd."""
+def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer) -> _Instant:
+    """`first` is the stop that made the userfaultfd."""
     pump = ahead.pump
     pump.storing.close(GATE_SECONDS)
     ahead.copy_once_more()
     clock = Stopwatch()
+    pause = tracer.run(lambda: _pause(job, ahead, first, most, tracer, clock))
+    job.stops_us.append(pause.stopped_us)
+    pump.storing.open()
+    plan = ahead.examination.plan
+    process = pause.gathered.process(
+        0, mappings=tuple(plan.mappings), files=pause.files, descriptors=pause.descriptors
+    )
+    return _Instant(pause.taken_at, process, plan, pause.gathered, clock.stages_us)
+
+
+def _pause(
+    job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer, clock: Stopwatch
+) -> _Pause:
+    """Made by the tracer, which stays when something is unsaved at the end: threads that end then
+    wait for that. Injected calls come first, while the fault thread still serves: the kernel writes
+    to the target's memory for them."""
+    pump = ahead.pump
+    # With a tracer that lacks the capability an execve of the target would not be setuid.
+    allowed = capable()
     with freeze(job.pid, earlier=first) as frozen:
         faults.point("second-stop")
         clock.stages_us["freeze"] = frozen.freeze_us
@@ -215,18 +248,20 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int) -> _Instant:
             faults.point("held")
         with clock.stage("settle"):
             trust = not (ahead.direct_io or any(file.flags & os.O_DIRECT for file in files))
-            pump.settle(most, trust=trust)
+            unsaved = pump.settle(most, trust=trust)
         taken_at = time.time()
         faults.point("settled")
-        with clock.stage("hooks"), ordinary():
-            job.hooks.run("frozen", pid=job.pid, image=job.name)
+        with clock.stage("hooks"):
+            if job.hooks.wants("frozen"):
+                tracer.elsewhere(lambda: job.hooks.run("frozen", pid=job.pid, image=job.name))
+        stays = unsaved and allowed
+        if stays:
+            frozen.stay()
         pump.go()
         faults.point("let-go")
-    job.stops_us.append(frozen.stopped_us)
-    pump.storing.open()
-    plan = ahead.examination.plan
-    process = gathered.process(0, mappings=tuple(plan.mappings), files=files, descriptors=table)
-    return _Instant(taken_at, process, plan, gathered, clock.stages_us)
+    if stays:
+        faults.point("stays")
+    return _Pause(taken_at, gathered, files, table, frozen.stopped_us)
 
 
 def _wait(job: _Take, ahead: Ahead) -> None:

@@ -27,6 +27,8 @@ from .refusal import fail, refused, status, stuck
 EXITKILL: int = lib.SNAP_PTRACE_O_EXITKILL
 """The tracee is killed when its tracer ends (PTRACE_O_EXITKILL)."""
 TRACESYSGOOD: int = lib.SNAP_PTRACE_O_TRACESYSGOOD
+TRACEEXIT: int = lib.SNAP_PTRACE_O_TRACEEXIT
+"""The tracee stops when it ends, while its memory is still there (PTRACE_O_TRACEEXIT)."""
 SUSPEND_SECCOMP: int = lib.SNAP_PTRACE_O_SUSPEND_SECCOMP
 STOP_TIMEOUT = 2.0
 """Seconds that threads get to reach their stop. Only a thread that cannot be woken in the kernel
@@ -108,6 +110,13 @@ class Tracee:
     def _resume(self, how: int, signal: int) -> None:
         self.own()
         self._check(lib.snap_resume(self.tid, how, signal), "PTRACE_CONT")
+        self.stop = 0
+
+    def run_on(self) -> None:
+        """Lets it go on from an event stop; one that somebody has stopped (SIGSTOP, …) stays so. A
+        thread that has ended meanwhile is no error."""
+        self.own()
+        lib.snap_run_on(self.tid, self.stop)
         self.stop = 0
 
     def detach(self, signal: int = 0) -> None:
@@ -293,10 +302,9 @@ def seize_and_stop(
     before, count = len(known), len(tids)
     numbers = ffi.new("int[]", [*(tracee.tid for tracee in known), *tids])
     stops = ffi.new("int[]", before + count)
-    bits = sum(1 << number for number in again).to_bytes(lib.SNAP_AGAIN_CALLS // 8, "little")
     running = lib.snap_stop_all(
         *(numbers, stops, before, count, leader, TRACESYSGOOD, int(timeout * 1e6)),
-        ffi.from_buffer("uint64_t[]", bits),
+        call_set(again),
     )
     results = list(stops)[before:]
     if running:
@@ -314,6 +322,12 @@ def seize_and_stop(
         stopped.append(tracee)
     reap([tid for tid, number in failed.items() if number == errno.ESRCH], timeout=0)
     return stopped, failed
+
+
+def call_set(numbers: Collection[int]) -> Any:
+    """System calls as C takes them: uint64_t[], a bit for each."""
+    bits = sum(1 << number for number in numbers).to_bytes(lib.SNAP_AGAIN_CALLS // 8, "little")
+    return ffi.from_buffer("uint64_t[]", bits)
 
 
 def registers_of(tracees: Sequence[Tracee]) -> tuple[bytes, list[Tracee]]:

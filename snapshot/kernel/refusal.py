@@ -92,7 +92,7 @@ def _lasting(tid: int, fields: dict[str, str]) -> SnapError | None:
     ended = fields.get("State", "").startswith(("Z", "X"))
     if ended and int(fields.get("Threads", 1)) <= 1:
         return TargetError(f"{label} is a zombie", f"ps -p {tid}")
-    return None if ended or _capable() else _denied(label, tid, fields)
+    return None if ended or capable() else _denied(label, tid, fields)
 
 
 def _why_denied(tid: int, fields: dict[str, str]) -> SnapError:
@@ -102,7 +102,8 @@ def _why_denied(tid: int, fields: dict[str, str]) -> SnapError:
     return _denied(label, tid, fields)
 
 
-def _capable() -> bool:
+def capable() -> bool:
+    """Whether this process may trace whomever it likes (CAP_SYS_PTRACE)."""
     effective = int(status(os.getpid()).get("CapEff", "0"), 16)
     return bool(effective >> _CAP_SYS_PTRACE & 1)
 
@@ -115,7 +116,7 @@ def _denied(label: str, tid: int, fields: dict[str, str]) -> DeniedError:
 
 def _obstacle(tid: int, fields: dict[str, str]) -> str:
     """What to name of the conditions of ptrace(2), "Ptrace access mode checking"."""
-    if _capable():
+    if capable():
         return "a security module or its user namespace forbids it, though CAP_SYS_PTRACE is there"
     uids = set(fields.get("Uid", "").split())
     if uids != {str(os.getuid())}:

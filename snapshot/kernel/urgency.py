@@ -28,19 +28,6 @@ def urgent() -> Iterator[None]:
         _calm_down()
 
 
-@contextmanager
-def ordinary() -> Iterator[None]:
-    """Inside `urgent`: a part that is somebody else's work."""
-    hurried = os.sched_getscheduler(0) == _URGENT
-    if hurried:
-        _calm_down()
-    try:
-        yield
-    finally:
-        if hurried:
-            _hurry()
-
-
 def _hurry() -> bool:
     try:
         os.sched_setscheduler(0, _URGENT, os.sched_param(_LEAST))

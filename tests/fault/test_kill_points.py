@@ -31,6 +31,8 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(3600)]
 POINTS: tuple[faults.Point, ...] = get_args(faults.Point)
 DEVICE = ("paired", "passed")
 """Points of the way through /dev/userfaultfd, which a target without CAP_SYS_PTRACE needs."""
+UNSAVED = ("stays",)
+"""Where a take comes only if something is unsaved at T0."""
 IMAGE_EXISTS = ("committed", "synced")
 SEED = int(os.environ.get("SNAP_SEED", "3"))
 KILLS = int(os.environ.get("SNAP_KILLS", "500" if "SNAP_STRESS" in os.environ else "15"))
@@ -51,7 +53,10 @@ def test_documented() -> None:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_at_a_point(spawn: Spawn, snap: Snap, point: faults.Point) -> None:
-    victim = spawn.powerless("threads16") if point in DEVICE else spawn("threads16")
+    if point in UNSAVED:
+        victim = spawn("writer", mib=16, threads=3)
+    else:
+        victim = spawn.powerless("threads16") if point in DEVICE else spawn("threads16")
     victim.goes_on()
 
     def observe() -> dict[str, str]:
@@ -59,7 +64,8 @@ def test_at_a_point(spawn: Spawn, snap: Snap, point: faults.Point) -> None:
 
     before = settled(observe)
     fault = ("env", f"SNAP_FAULT={point}")
-    ran = snap("take", victim.pid, "--name", "image", prefix=fault, ok=False)
+    more = ["--now"] if point in UNSAVED else []
+    ran = snap("take", victim.pid, "--name", "image", *more, prefix=fault, ok=False)
     assert ran.code == -signal.SIGKILL, f"{point} was not reached: {ran.err}"
     victim.goes_on()
     assert lasting_changes(before, observe) == ""

@@ -1,8 +1,12 @@
 /* exits: fills memory, waits for SIGUSR1 and then goes away in a way of its own.
  *
- *   --how exit | group (a thread calls exit_group) | exec (of /bin/true) | abort | segv | last (the
- *         leader ends first, another thread lives on for --after ms) | kill
- *   --mib M, --after MS between the signal and the end */
+ *   --how exit | group (exit_group) | exec (of /bin/true) | abort | segv | kill | thread (it ends
+ *         alone) | each (it ends alone, then the other does, which is the last)
+ *   --by main | second: which thread does it
+ *   --alone 1: there is no second thread
+ *   --mib M, --after MS between the signal and the end
+ *
+ * The second thread, or main when the second is to end it, writes all the time, to the first quarter. */
 #define _GNU_SOURCE
 #include "victim.h"
 
@@ -16,6 +20,7 @@
 #include <unistd.h>
 
 static const char *how;
+static _Atomic bool each;
 
 static void leave(void)
 {
@@ -31,20 +36,43 @@ static void leave(void)
         *(volatile int *)(uintptr_t)option("nowhere", 8) = 1;
     if (strcmp(how, "kill") == 0)
         kill(getpid(), SIGKILL);
+    each = strcmp(how, "each") == 0;
+    if (each || strcmp(how, "thread") == 0)
+        syscall(SYS_exit, 7);
     must(false, how);
 }
 
-static void *second(void *argument)
+static void leave_when_told(void)
 {
-    uint64_t *memory = argument;
-    size_t words = (size_t)option("mib", 16) * MIB / 8;
+    sigset_t usr1;
+    int signal;
+
+    sigemptyset(&usr1);
+    sigaddset(&usr1, SIGUSR1);
+    sigwait(&usr1, &signal);
+    sleep_ms((unsigned)option("after", 0));
+    leave();
+}
+
+static void write_on(uint64_t *memory)
+{
+    size_t words = (size_t)option("mib", 16) * MIB / 8 / 4;
 
     for (uint64_t round = 0;; round++) {
         memory[mix(round) % words] = round;
         progress[1]++;
         if (round % 65536 == 0)
             publish();
+        if (each)
+            syscall(SYS_exit, 7);
     }
+}
+
+static void *second(void *argument)
+{
+    if (argument == NULL)
+        leave_when_told();
+    write_on(argument);
     return NULL;
 }
 
@@ -53,7 +81,6 @@ int main(int argc, char **argv)
     struct rlimit none = { 0, 0 };
     pthread_t thread;
     sigset_t usr1;
-    int signal;
 
     setrlimit(RLIMIT_CORE, &none);
     sigemptyset(&usr1);
@@ -68,11 +95,11 @@ int main(int argc, char **argv)
     fill(memory, bytes / 8, 1);
     values[0] = (uint64_t)(uintptr_t)memory;
     values[1] = bytes;
-    must(pthread_create(&thread, NULL, second, memory) == 0, "pthread_create");
+    bool by_second = strcmp(option_text("by", "main"), "second") == 0;
+    if (!option("alone", 0))
+        must(pthread_create(&thread, NULL, second, by_second ? NULL : memory) == 0, "pthread_create");
     victim_ready();
-    if (strcmp(how, "last") == 0)
-        syscall(SYS_exit, 0);
-    sigwait(&usr1, &signal);
-    sleep_ms((unsigned)option("after", 0));
-    leave();
+    if (by_second)
+        write_on(memory);
+    leave_when_told();
 }

@@ -62,7 +62,7 @@ int64_t snap_arch_result(const void *registers)
     return (int64_t)((const struct user_regs_struct *)registers)->rax;
 }
 
-int64_t snap_arch_number(const void *registers)
+int64_t snap_arch_call(const void *registers)
 {
     return (int64_t)((const struct user_regs_struct *)registers)->orig_rax;
 }

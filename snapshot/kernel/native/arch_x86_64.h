@@ -24,8 +24,8 @@ const unsigned char *snap_arch_loop(void);
 void snap_arch_enter_loop(void *registers, uint64_t loop, uint64_t array, uint32_t count);
 void snap_arch_enter_syscall(void *registers, uint64_t instruction, const snap_call *call);
 int64_t snap_arch_result(const void *registers);
-/* The call that the thread is in, at a system call stop. */
-int64_t snap_arch_number(const void *registers);
+/* The number of the system call that the thread is in; -1: none. */
+int64_t snap_arch_call(const void *registers);
 uint64_t snap_arch_rip(const void *registers);
 /* How many calls of the array are complete when the loop stands at these registers; *result is that
    of the last one, and *stored says that it is in the array already. */

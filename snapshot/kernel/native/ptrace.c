@@ -51,6 +51,11 @@ int snap_is_syscall_stop(int stop)
     return (unsigned)stop >> 16 == 0 && WSTOPSIG(stop) == (SIGTRAP | 0x80);
 }
 
+int snap_is_exit_stop(int stop)
+{
+    return (unsigned)stop >> 16 == PTRACE_EVENT_EXIT;
+}
+
 int snap_seize(int tid, unsigned long options)
 {
     return done(ptrace(PTRACE_SEIZE, tid, NULL, (void *)options));
@@ -75,6 +80,12 @@ int snap_resume(int tid, int how, int signal)
 int snap_detach(int tid, int signal)
 {
     return done(ptrace(PTRACE_DETACH, tid, NULL, (void *)(long)signal));
+}
+
+int snap_run_on(int tid, int stop)
+{
+    int stopped = snap_is_event_stop(stop) && WSTOPSIG(stop) != SIGTRAP;
+    return done(ptrace(stopped ? PTRACE_LISTEN : PTRACE_CONT, tid, NULL, NULL));
 }
 
 static int take_stop(int tid)

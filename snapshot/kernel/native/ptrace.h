@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #define SNAP_PTRACE_O_TRACESYSGOOD 0x1
+#define SNAP_PTRACE_O_TRACEEXIT 0x40
 #define SNAP_PTRACE_O_EXITKILL 0x100000
 #define SNAP_PTRACE_O_SUSPEND_SECCOMP 0x200000
 #define SNAP_RESUME_CONT 0
@@ -33,11 +34,15 @@ int snap_set_options(int tid, unsigned long options);
 /* Run on, or (SNAP_RESUME_SYSCALL) up to the next entry to or exit from a system call. */
 int snap_resume(int tid, int how, int signal);
 int snap_detach(int tid, int signal);
+/* Lets it go on from an event stop, or one for an event; one that somebody else has stopped (SIGSTOP,
+   …) stays so, and tells when that is over. */
+int snap_run_on(int tid, int stop);
 
 /* Waits for the next stop of the thread, for at most timeout_us: spins, then sleeps. -ETIMEDOUT;
    -ESRCH when it ended (see snap_reap). */
 int snap_wait(int tid, int64_t timeout_us, int *stop);
-/* Drops the signal of a signal-delivery stop: the thread would not get it even if we died now. */
+/* Drops the signal of a signal-delivery stop: the thread would not get it even if we died now. Of any
+   other stop nobody is told again. */
 int snap_take_signal(int tid);
 /* Takes note of the end of a thread, which stays a zombie until its tracer does. Waits at most
    timeout_us for it (-ETIMEDOUT). For a child of this process that ends its life as a zombie: the
@@ -58,6 +63,8 @@ int snap_stop_signal(int stop);
 int snap_is_event_stop(int stop);
 /* The stop is one at the entry to or the exit from a system call. */
 int snap_is_syscall_stop(int stop);
+/* The stop is that of PTRACE_O_TRACEEXIT: the thread ends, its memory is still there. */
+int snap_is_exit_stop(int stop);
 
 /* size must be that of the architecture's registers, else -ENOEXEC: the thread runs other code
    (32 bit). */

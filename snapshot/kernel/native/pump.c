@@ -61,9 +61,10 @@ int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spi
     return 0;
 }
 
-void snap_pump_watch(snap_pump *p, snap_watchdog *watchdog, int stall_ms)
+void snap_pump_watch(snap_pump *p, snap_watchdog *watchdog, snap_exits *exits, int stall_ms)
 {
     p->watchdog = watchdog;
+    p->exits = exits;
     p->stall_ns = (uint64_t)stall_ms * 1000000;
 }
 
@@ -185,7 +186,8 @@ static bool room_for(snap_pump *p, const block *b, uint32_t first, uint32_t last
 }
 
 /* Saves on to the end of the cursor's 2 MiB and releases what it saved there in one go. While
- * children wait for shared memory that comes first, and no place is waited for. */
+ * children wait for shared memory that comes first. They, and a target that is held up at its end, wait
+ * for us as a writer does: what the store cannot take yet goes to the spill file. */
 static int sweep(snap_pump *p)
 {
     if (!p->unsaved_chunks)
@@ -198,6 +200,7 @@ static int sweep(snap_pump *p)
     const block *b = p->blocks.at[p->sweep_block];
     uint32_t first = p->sweep_chunk, i = first;
     uint32_t limit = (uint32_t)((first * CHUNK / STEP + 1) * STEP / CHUNK);
+    urgent = urgent || (p->exits && snap_exits_holds(p->exits));
     if (!urgent && !room_for(p, b, first, limit))
         return -ENOBUFS;
     int r = 0;
@@ -463,6 +466,8 @@ int snap_pump_run(snap_pump *p)
         r = 0; /* it has ended, and nothing of it was needed any more */
     if (r == -ESRCH)
         r = lost(p, p->unsaved_chunks * CHUNK, 0, SNAP_LOST_GONE);
+    if (p->exits)
+        snap_exits_end(p->exits);
     bool gone = p->counters.lost_reason == SNAP_LOST_GONE;
     if (!gone && (r || p->armed_ahead))
         (void)let_go(p); /* a courtesy: the close of the uffd does all of it */

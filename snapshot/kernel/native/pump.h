@@ -12,6 +12,7 @@
 #ifndef SNAP_PUMP_H
 #define SNAP_PUMP_H
 
+#include "exits.h"
 #include "watchdog.h"
 
 #include <stddef.h>
@@ -63,7 +64,7 @@ typedef struct {
     uint64_t remainder_bytes; /* what was not saved when T0 came */
     uint64_t faults;        /* fault messages */
     uint64_t ahead_faults;  /* of them, before T0 */
-    uint64_t fault_chunks;  /* chunks saved because of a fault or an event */
+    uint64_t fault_chunks;  /* chunks saved because of a fault or an event, or while the end waited */
     uint64_t sweep_chunks;  /* chunks saved by the background sweep, ahead of T0 too */
     uint64_t spilled_chunks;
     uint64_t events;        /* remap, remove, unmap and fork messages */
@@ -94,9 +95,10 @@ typedef struct {
 int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spill, void *staging,
                   uint64_t slots, snap_pump **pump);
 void snap_pump_free(snap_pump *pump);
-/* Before run. It beats the watchdog (may be NULL), and gives up when a writer of the target would have
- * to wait for longer than stall_ms for the consumers to make room. */
-void snap_pump_watch(snap_pump *pump, snap_watchdog *watchdog, int stall_ms);
+/* Before run. It beats the watchdog (may be NULL), gives up when a writer of the target would have
+ * to wait for longer than stall_ms for the consumers to make room, and ends `exits` (may be NULL) when
+ * nothing is unsaved any more, or nothing more will be saved. */
+void snap_pump_watch(snap_pump *pump, snap_watchdog *watchdog, snap_exits *exits, int stall_ms);
 
 /* All windows, in place of those planned before, and registers what will be armed. With the target
  * stopped, and the pump held or not yet run: to register a range that is not, or no longer, a whole
@@ -126,7 +128,8 @@ int snap_pump_await(snap_pump *pump, int timeout_ms, snap_pump_round *round);
 /* T0. With the target stopped and the pump held. Looks at every page:
  * what has no copy that is still good is the remainder. A remainder of at most `most` bytes is
  * copied now, of a larger one only what cannot be armed; the other is armed. `trust` 0: no copy of
- * before is good, whatever the page tables say (a device may have written). -ESTALE: see the counters. */
+ * before is good, whatever the page tables say (a device may have written). 1: something is armed and
+ * unsaved now; 0: nothing is. -ESTALE: see the counters. */
 int snap_pump_settle(snap_pump *pump, uint64_t most, int trust);
 /* The pump that is held goes on: after T0, or still ahead of it. */
 void snap_pump_go(snap_pump *pump);

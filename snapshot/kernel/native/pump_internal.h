@@ -84,6 +84,7 @@ struct snap_pump {
     uint8_t *staging;
     uint64_t slots;
     snap_watchdog *watchdog;
+    snap_exits *exits;
     uint64_t stall_ns;
     uint8_t *bounce; /* one chunk, on its way to the spill file */
 

@@ -424,7 +424,7 @@ int snap_unmap_scratch(snap_injection *at)
         result = step_syscall(at, deadline);
         if (result == 0)
             result = snap_get_registers(at->tid, registers, sizeof registers);
-        stops += result == 0 && snap_arch_number(registers) == SYS_munmap;
+        stops += result == 0 && snap_arch_call(registers) == SYS_munmap;
         point(at);
     }
     if (result == 0) {

@@ -210,5 +210,5 @@ int snap_pump_settle(snap_pump *p, uint64_t most, int trust)
     p->counters.objects_left = p->unsaved_objects;
     if (!r && p->unsaved_chunks)
         r = arm_unsaved(p);
-    return r;
+    return r ? r : p->unsaved_chunks > 0;
 }

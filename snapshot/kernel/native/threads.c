@@ -8,8 +8,10 @@
 #include <pthread.h>
 #include <time.h>
 
-/* The reaper of snap_stop_all: any thread of the tracer's process may wait for its tracees. */
+/* Any thread of the tracer's process may wait for its tracees. */
 struct reaper {
+    pthread_t thread;
+    int runs;
     const int *tids;
     int count;
     int leader;
@@ -39,8 +41,25 @@ static void *reap_until_finished(void *argument)
     return NULL;
 }
 
-/* A failure is none: a thread that is gone is found out soon enough. */
-static void make_again(int tid, const uint64_t *again)
+static void start_reaping(struct reaper *self)
+{
+    pthread_mutex_init(&self->lock, NULL);
+    pthread_cond_init(&self->changed, NULL);
+    self->runs = pthread_create(&self->thread, NULL, reap_until_finished, self) == 0;
+}
+
+static void end_reaping(struct reaper *self)
+{
+    if (!self->runs)
+        return;
+    pthread_mutex_lock(&self->lock);
+    self->finished = 1;
+    pthread_cond_signal(&self->changed);
+    pthread_mutex_unlock(&self->lock);
+    pthread_join(self->thread, NULL);
+}
+
+void snap_make_again(int tid, const uint64_t *again)
 {
     unsigned char registers[SNAP_REGISTERS_SIZE];
     unsigned char code[2];
@@ -66,7 +85,7 @@ static int look(int tid, int *stop, int asking, const uint64_t *again)
         return 1;
     *stop = found < 0 ? found : seen;
     if (found > 0)
-        make_again(tid, again);
+        snap_make_again(tid, again);
     return 0;
 }
 
@@ -120,24 +139,22 @@ static int stop_all(const int *tids, int *stops, int count, unsigned long option
 int snap_stop_all(const int *tids, int *stops, int known, int count, int leader,
                   unsigned long options, int64_t timeout_us, const uint64_t *again)
 {
-    struct reaper reaper = {.tids = tids,
-                            .count = known + count,
-                            .leader = leader,
-                            .lock = PTHREAD_MUTEX_INITIALIZER,
-                            .changed = PTHREAD_COND_INITIALIZER};
-    pthread_t thread;
-    int reaping = known + count > 1 &&
-                  pthread_create(&thread, NULL, reap_until_finished, &reaper) == 0;
+    struct reaper reaper = {.tids = tids, .count = known + count, .leader = leader};
+    if (known + count > 1)
+        start_reaping(&reaper);
     int running = stop_all(tids + known, stops + known, count, options, timeout_us,
                            again);
-    if (reaping) {
-        pthread_mutex_lock(&reaper.lock);
-        reaper.finished = 1;
-        pthread_cond_signal(&reaper.changed);
-        pthread_mutex_unlock(&reaper.lock);
-        pthread_join(thread, NULL);
-    }
+    end_reaping(&reaper);
     return running;
+}
+
+int snap_seize_beside(int tid, int known, int leader, unsigned long options)
+{
+    struct reaper reaper = {.tids = &known, .count = 1, .leader = leader};
+    start_reaping(&reaper);
+    int result = snap_seize(tid, options);
+    end_reaping(&reaper);
+    return result;
 }
 
 void snap_detach_all(const int *tids, int *stops, int count)

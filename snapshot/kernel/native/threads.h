@@ -19,6 +19,11 @@
    see EINTR. */
 int snap_stop_all(const int *tids, int *stops, int known, int count, int leader,
                   unsigned long options, int64_t timeout_us, const uint64_t *again);
+/* Seizes one more thread, which runs on, when `known` is seized; the same is said of execve. */
+int snap_seize_beside(int tid, int known, int leader, unsigned long options);
+/* Has the system call that a stopped thread is in made again if it is one of `again` and would return
+   EINTR for no handler. A failure is none: a thread that is gone is found out soon enough. */
+void snap_make_again(int tid, const uint64_t *again);
 /* Detaches every thread with a positive stop; stops[i] becomes 0 or -errno. */
 void snap_detach_all(const int *tids, int *stops, int count);
 
