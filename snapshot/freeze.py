@@ -28,7 +28,8 @@ from typing import NoReturn
 
 from .errors import KernelError, SnapError, TargetError
 from .kernel import arch_x86_64 as arch
-from .kernel import ptrace, refusal
+from .kernel import ptrace, refusal, room
+from .kernel._native import lib
 from .kernel.arch_x86_64 import NR, Registers
 from .kernel.ptrace import STOP_TIMEOUT, LateError, Tracee
 from .kernel.remote import Remote
@@ -176,7 +177,9 @@ class Frozen:
             if count <= len(self.threads):
                 registers, gone = ptrace.registers_of(self.threads)
                 if not gone and count == len(self.threads):
-                    return registers
+                    if not self._sent_home(registers):
+                        return registers
+                    continue
                 self._gone.update(tracee.tid for tracee in gone)
                 self.threads = [tracee for tracee in self.threads if tracee not in gone]
             if time.monotonic() > began + timeout:
@@ -200,6 +203,20 @@ class Frozen:
                 if time.monotonic() > began + _EXEC_SECONDS:
                     refusal.refused(self.pid, failed[self.pid])
             # The others that failed are ending (ESRCH, EPERM) and will not be listed again.
+
+    def _sent_home(self, all_registers: bytes) -> bool:
+        """Lets threads go on that are still on their way home, since the end of a `snap` that was
+        killed (kernel/remote.py): their registers say nothing, and what leads them may not be
+        written over. Whether there were any."""
+        places = [rip for _, _, rip, _ in arch.CALL.iter_unpack(all_registers)]
+        guard = room.guard_left(self.threads[0], places) if places else range(0)
+        late = [one for one, at in zip(self.threads, places, strict=True) if at in guard]
+        for tracee in late:
+            tracee.cont()
+            time.sleep(_ENDING_SECONDS)
+            tracee.halt()
+            lib.snap_make_again(tracee.tid, ptrace.call_set(RESTARTED))
+        return bool(late)
 
     def _begin_again(self, late: LateError) -> None:
         """Lets all go, those that are late as soon as they stop. Raises `late` when one does not,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from collections.abc import Iterable
 
 from ..errors import TargetError, UnsupportedError
 from ..units import align_up
@@ -20,25 +21,45 @@ _PROCMAP_EXECUTABLE = 0x4
 def find_room(tracee: Tracee) -> tuple[int, int]:
     """Addresses of a `syscall` instruction and, in the padding behind the vdso, of room for the
     guard (0: there is none)."""
-    tid = tracee.tid
-    try:
-        with open(f"/proc/{tid}/maps", "rb", buffering=0) as maps:
-            vdso, end = _vdso(tid, maps.fileno())
-        data = tracee.read(vdso, min(end - vdso, _VDSO_MAX)) if end else b""
-    except OSError as error:
-        raise TargetError(f"process {tid}: {error.strerror}", f"ps -p {tid}") from None
+    vdso, data = _read_vdso(tracee)
     found = data.find(arch.SYSCALL_INSTRUCTION)
     if found < 0 or not data.startswith(b"\x7fELF"):
         return find_syscall(tracee), 0
     return vdso + found, vdso + room if (room := _padding(data)) else 0
 
 
+def guard_left(tracee: Tracee, addresses: Iterable[int]) -> range:
+    """Where a guard lies that was left by one who died, if any of the addresses is near; else an
+    empty range."""
+    vdso = _vdso_address(tracee.tid)
+    if not vdso or not any(vdso <= address < vdso + _VDSO_MAX for address in addresses):
+        return range(0)
+    vdso, data = _read_vdso(tracee)
+    left = data.find(_guard_code())
+    return range(vdso + left, vdso + left + lib.snap_guard_size()) if left >= 0 else range(0)
+
+
+def _read_vdso(tracee: Tracee) -> tuple[int, bytes]:
+    """Its address and its bytes; none, where it is not known."""
+    tid = tracee.tid
+    try:
+        with open(f"/proc/{tid}/maps", "rb", buffering=0) as maps:
+            vdso, end = _vdso(tid, maps.fileno())
+        return vdso, tracee.read(vdso, min(end - vdso, _VDSO_MAX)) if end else b""
+    except OSError as error:
+        raise TargetError(f"process {tid}: {error.strerror}", f"ps -p {tid}") from None
+
+
+def _guard_code() -> bytes:
+    length = ffi.new("uint64_t *")
+    code = lib.snap_guard_code(length)
+    return bytes(ffi.buffer(code, length[0]))
+
+
 def _padding(vdso: bytes) -> int:
     """Offset of zeros at the end that hold the guard, or of a guard that was left by one who died;
     0: there is no such place."""
-    length = ffi.new("uint64_t *")
-    code = lib.snap_guard_code(length)
-    left = vdso.find(bytes(ffi.buffer(code, length[0])))
+    left = vdso.find(_guard_code())
     if left >= 0:
         return left
     start = align_up(len(vdso.rstrip(b"\0")) + 8, 16)
@@ -71,11 +92,15 @@ def find_syscall(tracee: Tracee) -> int:
 
 def _vdso(tid: int, maps: int) -> tuple[int, int]:
     """Where the vdso begins, as the auxiliary vector says, and ends; 0 for what is not known."""
+    vdso = _vdso_address(tid)
+    return vdso, _executable_end(maps, vdso) if vdso else 0
+
+
+def _vdso_address(tid: int) -> int:
     with open(f"/proc/{tid}/auxv", "rb", buffering=0) as file:
         auxv = file.readall()
     words = struct.iter_unpack("QQ", auxv[: len(auxv) & ~15])
-    vdso = next((value for key, value in words if key == arch.AT_SYSINFO_EHDR), 0)
-    return vdso, _executable_end(maps, vdso) if vdso else 0
+    return next((value for key, value in words if key == arch.AT_SYSINFO_EHDR), 0)
 
 
 def _executable_end(maps: int, address: int) -> int:

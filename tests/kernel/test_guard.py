@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from snapshot.kernel.arch_x86_64 import NR
+from snapshot.freeze import freeze
+from snapshot.kernel import refusal
+from snapshot.kernel.arch_x86_64 import NR, Registers
+from snapshot.kernel.room import find_syscall
 
 from ..live.freezing import Victim, proc_state, wait_until
 from ..live.test_freeze import BLOCKED, REGISTERS, TIMED_OUT, WOKEN
@@ -183,3 +186,37 @@ def test_a_signal_that_came_meanwhile_interrupts(mode: str) -> None:
             else:
                 wait_until(lambda: victim.get("returned"), f"EINTR after {point}", 5)
                 assert (victim.get("result"), victim.get("error")) == (-1, 4)
+
+
+@pytest.mark.parametrize("mode", ["pause", "poll", "semop", "epoll_wait"])
+def test_the_next_one_lets_who_is_on_the_way_go_home(mode: str) -> None:
+    """In a process that is stopped (SIGSTOP) nobody gets home by himself when the tracer dies. The
+    next one must not take those registers for the thread's own, nor write over what leads it."""
+    with Victim(BLOCKED, mode) as victim:
+        wait_until(lambda: victim.system_call() >= 0, "the call sleeps")
+        maps = proc_state(victim.pid)["maps"]
+
+        def stopped() -> bool:
+            return refusal.status(victim.pid)["State"].startswith("T")
+
+        os.kill(victim.pid, signal.SIGSTOP)
+        wait_until(stopped, "it is stopped")
+        on_the_way = 0
+        for point in range(1, POINTS):
+            died = die(victim.pid, point)
+            on_the_way += proc_state(victim.pid)["maps"] != maps
+            with freeze(victim.pid) as frozen:
+                assert frozen.group_stopped
+                place = Registers.unpack(frozen.registers(frozen.threads[0])).rip
+                assert place < find_syscall(frozen.threads[0]), point
+            assert proc_state(victim.pid)["maps"] == maps, point
+            wait_until(stopped, "it is stopped again")
+            if not died:
+                break
+        assert on_the_way > 5
+        os.kill(victim.pid, signal.SIGCONT)
+        wait_until(lambda: victim.system_call() >= 0, "the call sleeps again")
+        assert victim.get("returned") == 0
+        victim.wake()
+        wait_until(lambda: victim.get("returned"), "the call came back")
+        assert (victim.get("result"), victim.get("error")) == WOKEN[mode]
