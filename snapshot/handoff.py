@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from .worker import Worker
+
 T = TypeVar("T")
 
 
@@ -26,7 +28,7 @@ class Handoff(Generic[T]):
         self._closed = False
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._worker: Worker | None = None
 
     def give(self, item: T, weight: int) -> None:
         with self._changed:
@@ -35,9 +37,8 @@ class Handoff(Generic[T]):
             self._check()
             self._items.append(item)
             self._weight += weight
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="snap-store", daemon=True)
-                self._thread.start()
+            if self._worker is None:
+                self._worker = Worker("snap-store", self._run)
             self._changed.notify_all()
 
     def drain(self) -> None:
@@ -53,8 +54,8 @@ class Handoff(Generic[T]):
             self._closed = True
             self._items.clear()
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
+        if self._worker is not None:
+            self._worker.join()
 
     def _check(self) -> None:
         if self._failure is not None:

@@ -10,10 +10,11 @@ import errno
 import mmap
 import os
 import struct
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
@@ -28,6 +29,7 @@ from .regions import Plan
 from .store import RawChunk
 from .tracer import Tracer
 from .units import CHUNK, MIB, mib
+from .worker import Worker
 from .wrprotect import WriteProtection
 
 BATCH = 64
@@ -160,8 +162,8 @@ class Pump:
         lib.snap_pump_watch(
             self._pump, watchdog.handle, tracer.exits.handle, max(1, int(stall * 1000))
         )
-        self._runner: threading.Thread | None = None
-        self._storers: list[threading.Thread] = []
+        self._runner: Worker | None = None
+        self._storers: list[Worker] = []
         self.storing = Gate()
         """Closed while the target stands still: compressors would take its processor."""
         self.t0_ticks = 0
@@ -176,16 +178,11 @@ class Pump:
     def store(self, sink: Callable[[Sequence[RawChunk]], None], threads: int) -> None:
         """Start the storing threads. `sink` is called from all of them at once."""
         for number in range(threads):
-            thread = threading.Thread(
-                target=self._store, args=(sink,), name=f"snap-store-{number}", daemon=True
-            )
-            self._storers.append(thread)
-            thread.start()
+            self._storers.append(Worker(f"snap-store-{number}", partial(self._store, sink)))
 
     def start(self) -> None:
         """Start the fault thread: before anything is registered."""
-        self._runner = threading.Thread(target=self._run, name="snap-faults", daemon=True)
-        self._runner.start()
+        self._runner = Worker("snap-faults", self._run)
 
     # --- ahead of T0 --------------------------------------------------------------------------
 
@@ -257,8 +254,7 @@ class Pump:
     def saved(self, seconds: float) -> bool:
         """Whether the fault thread has ended, and the target been let go; waits up to `seconds`."""
         assert self._runner is not None
-        self._runner.join(seconds)
-        return not self._runner.is_alive()
+        return self._runner.wait(seconds)
 
     @property
     def complete(self) -> bool:
@@ -272,12 +268,7 @@ class Pump:
 
     def wait(self, seconds: float) -> bool:
         """Whether everything is saved and stored; waits up to `seconds` for it."""
-        for thread in (self._runner, *self._storers):
-            if thread is not None:
-                thread.join(seconds)
-                if thread.is_alive():
-                    return False
-        return True
+        return all(one.wait(seconds) for one in (self._runner, *self._storers) if one is not None)
 
     def result(self) -> None:
         """After `wait` was true: raises LostError or what went wrong, if anything did."""
@@ -357,13 +348,14 @@ class Pump:
         if self._runner is None:
             lib.snap_pump_end(self._pump)
         self.storing.open()
-        for thread in (self._runner, *self._storers):
-            if thread is not None:
-                thread.join()
-        lib.snap_pump_free(self._pump)
-        ffi.release(self._buffer)
-        for fd in self._fds:
-            os.close(fd)
+        with ExitStack() as stack:  # whatever Ctrl-C does, nothing is freed under a thread
+            for fd in self._fds:
+                stack.callback(os.close, fd)
+            stack.callback(ffi.release, self._buffer)
+            stack.callback(lib.snap_pump_free, self._pump)
+            for one in (self._runner, *self._storers):
+                if one is not None:
+                    stack.callback(one.join)
 
 
 _WINDOW = struct.Struct("=QQQIiIII4x")

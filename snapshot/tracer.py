@@ -18,6 +18,7 @@ from typing import TypeVar
 from .errors import SnapError
 from .kernel.closing import Closing
 from .kernel.exits import Exits, await_thread
+from .worker import Worker
 
 T = TypeVar("T")
 
@@ -42,8 +43,7 @@ class Tracer(Closing):
         """Nobody is in `run` any more."""
         self._closed = False
         self._gone = False
-        self._thread = threading.Thread(target=self._live, name="snap-tracer", daemon=True)
-        self._thread.start()
+        self._worker = Worker("snap-tracer", self._live)
 
     # --- the thread that calls `take` -----------------------------------------------------------
 
@@ -125,12 +125,10 @@ class Tracer(Closing):
         return self._work is None or self._ended(seconds)
 
     def _ended(self, seconds: float) -> bool:
-        self._thread.join(seconds)
-        if self._thread.is_alive():
+        if not self._worker.wait(seconds):
             return False
         if not self._gone:  # later its number may be another's
-            assert self._thread.native_id is not None
-            await_thread(self._thread.native_id)
+            await_thread(self._worker.native_id)
             self._gone = True
         return True
 

@@ -1,0 +1,43 @@
+"""A thread of ours, whose end can be waited for whatever interrupts the waiting."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class Worker:
+    """A daemon thread that does `work` once. Not `threading.Thread.join`: an exception in it
+    (Ctrl-C) makes Python 3.11 take a thread that runs for one that has ended."""
+
+    def __init__(self, name: str, work: Callable[[], object]) -> None:
+        self._work = work
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def native_id(self) -> int:
+        assert self._thread.native_id is not None  # known when `start` returns
+        return self._thread.native_id
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the work has ended; waits up to `seconds` for it."""
+        return self._ended.wait(seconds)
+
+    def join(self) -> None:
+        """Waits for the end of the work. An exception meanwhile is raised then, not before."""
+        interrupted: BaseException | None = None
+        while not self._ended.is_set():
+            try:
+                self._ended.wait()
+            except BaseException as error:
+                interrupted = interrupted or error
+        if interrupted is not None:
+            raise interrupted
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._ended.set()
