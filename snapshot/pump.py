@@ -159,6 +159,7 @@ class Pump:
         self._protection = protection
         self._watchdog = watchdog
         self._tracer = tracer
+        watchdog.know(uffd)
         lib.snap_pump_watch(
             self._pump, watchdog.handle, tracer.exits.handle, max(1, int(stall * 1000))
         )
@@ -298,6 +299,7 @@ class Pump:
         try:
             self._result = lib.snap_pump_run(self._pump)
         finally:
+            self._watchdog.know(-1)
             self._protection.close()
             while not self._tracer.let_go(BEAT_SECONDS):
                 self._watchdog.beat()

@@ -31,5 +31,10 @@ class Watchdog(Closing):
         """The target does not wait for this process any more, until the next beat."""
         lib.snap_watchdog_rest(self.handle)
 
+    def know(self, uffd: int) -> None:
+        """The target's userfaultfd, by which it is let go if this process is stuck in the kernel
+        and does not even end when it is killed; -1: it is closed."""
+        lib.snap_watchdog_know(self.handle, uffd)
+
     def close(self) -> None:
         lib.snap_watchdog_stop(self.handle)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Snap, Spawn
+from tests.conftest import ROOT, Snap, Spawn
 from tests.harness import processes
+from tests.harness.faulting import faulting
 from tests.harness.victims import BIN, Victim
 
 pytestmark = pytest.mark.live
@@ -77,3 +79,58 @@ def test_the_store_is_stuck(spawn: Spawn, snap: Snap, tmp_path: Path) -> None:
 
 def armed(pid: int) -> bool:
     return " uw" in Path(f"/proc/{pid}/smaps").read_text()
+
+
+# Killed in a look from which the kernel lets nobody return: an epoll of FAULTING's, which holds its
+# lock for as long as nobody serves its fault.
+STUCK = f"""
+import os, signal, sys, threading
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from snapshot.hooks import Hooks
+from snapshot.take import take
+target, store, infos = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+def kill():
+    while "ep_show_fdinfo" not in Path(f"/proc/{{os.getpid()}}/wchan").read_text():
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+def look(context):
+    threading.Thread(target=kill).start()
+    (infos / sys.argv[4]).read_bytes()
+hooks = Hooks(dict(resumed=look), installed=False)
+take(target, store=store, name="image", now=True, stall={STALL}, hooks=hooks)
+"""
+
+
+def test_a_snap_that_is_killed_and_cannot_end(spawn: Spawn, snap: Snap) -> None:
+    victim = spawn("writer", kind="anon", mib=256, threads=3)
+    with faulting() as other:
+        infos = Path(f"/proc/{other}/fdinfo")
+        (epoll,) = (
+            link.name
+            for link in Path(f"/proc/{other}/fd").iterdir()
+            if "eventpoll" in os.readlink(link)
+        )
+        words = [sys.executable, "-c", STUCK, str(victim.pid), str(snap.store), str(infos), epoll]
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                processes.wait_until(lambda: has_died(process.pid), "its other threads' end")
+                assert armed(victim.pid)
+                processes.wait_until(lambda: not armed(victim.pid), "the target being let go")
+                victim.goes_on()
+                victim.verify()
+                assert process.poll() is None
+            finally:
+                os.kill(other, signal.SIGKILL)
+            _, error = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGKILL
+    assert f"process {victim.pid} is not kept waiting" in error
+    unharmed(victim)
+    assert snap.names() == []
+    snap("take", victim.pid, "--name", "next")
+
+
+def has_died(pid: int) -> bool:
+    """It was killed, and one thread, which is stuck, is left of it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return "\nThreads:\t1\n" in status and "\nState:\tD" in status

@@ -16,6 +16,7 @@ import pytest
 
 import snapshot
 from tests.conftest import ROOT, Snap, Spawn
+from tests.harness.faulting import faulting
 from tests.harness.processes import wait_until
 from tests.harness.victims import Victim
 
@@ -253,25 +254,6 @@ def test_memory_is_given_back(spawn: Spawn, store: Path) -> None:
     assert after - before < 256, "pages"
 
 
-# Its second thread stays in epoll_wait, with the epoll's lock: nobody brings the page that the
-# event is to be stored in.
-FAULTING = f"""
-import ctypes, mmap, os, select, sys, threading
-sys.path.insert(0, {str(ROOT)!r})
-from snapshot.kernel._native import lib
-from snapshot.kernel.uffd import Uffd
-area = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-address = ctypes.addressof(ctypes.c_char.from_buffer(area))
-uffd = Uffd.open()
-uffd.api(0)
-uffd.register(address, 4096, lib.UFFDIO_REGISTER_MODE_MISSING)
-epoll, event = select.epoll(), os.eventfd(1)
-epoll.register(event, select.EPOLLIN)
-wait = ctypes.CDLL(None).epoll_wait
-call = lambda: wait(epoll.fileno(), ctypes.c_void_p(address), 1, -1)
-threading.Thread(target=call, daemon=True).start()
-sys.stdin.read()
-"""
 LOOKING = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -283,21 +265,10 @@ print(descriptors.direct_io(int(sys.argv[1])))
 def test_a_look_while_it_runs_takes_no_lock_of_a_writer_that_waits() -> None:
     """Or `snap`, killed in that look, could not end: its userfaultfd would stay open, and with it
     the writer would wait for ever."""
-    command = [sys.executable, "-c", FAULTING]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as faulting:
-        try:
-            tasks = Path(f"/proc/{faulting.pid}/task")
-
-            def faults() -> bool:
-                places = [(task / "wchan").read_text() for task in tasks.iterdir()]
-                return any("handle_userfault" in place for place in places)
-
-            wait_until(faults, "the fault")
-            look = [sys.executable, "-c", LOOKING, str(faulting.pid)]
-            with subprocess.Popen(look, stdout=subprocess.PIPE, text=True) as looking:
-                try:
-                    assert looking.communicate(timeout=10)[0] == "False\n"
-                finally:
-                    faulting.kill()  # nothing else ends a look that waits
-        finally:
-            faulting.kill()
+    with faulting() as pid:
+        look = [sys.executable, "-c", LOOKING, str(pid)]
+        with subprocess.Popen(look, stdout=subprocess.PIPE, text=True) as looking:
+            try:
+                assert looking.communicate(timeout=10)[0] == "False\n"
+            finally:
+                os.kill(pid, signal.SIGKILL)  # nothing else ends a look that waits

@@ -13,5 +13,8 @@ int snap_watchdog_start(int target, int stall_ms, snap_watchdog **made);
 void snap_watchdog_beat(snap_watchdog *watchdog);
 /* Nobody waits for this process any more: it may take its time until the next beat. */
 void snap_watchdog_rest(snap_watchdog *watchdog);
+/* The target's userfaultfd: should this process not even end when it is killed (it is stuck in the
+ * kernel), the other one releases the target by it. -1: there is none (any more). */
+void snap_watchdog_know(snap_watchdog *watchdog, int uffd);
 /* Ends and reaps it. */
 void snap_watchdog_stop(snap_watchdog *watchdog);
