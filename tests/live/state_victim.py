@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from snapshot.freeze import Frozen, freeze
 from snapshot.kernel import procfs
 from snapshot.kernel.arch_x86_64 import NR
+from snapshot.kernel.ptrace import EXITKILL
 from snapshot.manifest import Process, pack, unpack
 from snapshot.resources import capture_process, stages
 from snapshot.resources.timers import State as Timers
@@ -88,6 +89,8 @@ def rebuild(process: Process, pid: int, parent_stays: bool = True) -> list[str]:
     ctx = Ctx()
     with freeze(pid) as frozen:
         process = renumbered(process, frozen)
+        for tracee in frozen.threads:  # as there: no guard, which would put back what is changed
+            tracee.set_options(tracee.options | EXITKILL)
         remote = frozen.remote
         remotes = {tracee.tid: remote.on(tracee) for tracee in frozen.threads}
         for tracee in frozen.threads:
