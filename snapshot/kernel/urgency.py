@@ -14,8 +14,8 @@ _LEAST = 1
 def urgent() -> Iterator[None]:
     """The calling thread runs whenever it can (SCHED_FIFO), if it is an ordinary one and allowed to
     (CAP_SYS_NICE, RLIMIT_RTPRIO). For while others stand still because of it: on a busy machine an
-    ordinary thread waits for its turn, again and again, which is seconds for a stop of 16 threads.
-    Never for waiting in a loop without sleep.
+    ordinary thread waits for its turn, again and again (bench/stops.py). Never for waiting in a
+    loop without sleep: the thread that is waited for may be on this very processor.
 
     What it starts meanwhile is ordinary again: SCHED_RESET_ON_FORK.
     """
