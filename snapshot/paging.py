@@ -109,20 +109,28 @@ class PageServer:
             self._await_end()
         return None
 
-    def _await_end(self) -> None:
-        """Guardian and server share their end of the connection: it closes with the last one."""
+    def _await_end(self) -> str | None:
+        """Guardian and server share their end of the connection: it closes with the last one.
+        -> why they ended, if they say so."""
+        reason = None
         with suppress(OSError):
             self._control.settimeout(_SECONDS)
-            while self._control.recv(MESSAGE_BYTES):
-                pass
+            while data := self._control.recv(MESSAGE_BYTES):
+                reason = json.loads(data).get("message", reason)
         self._control.close()
+        return reason
 
-    def abandon(self) -> None:
-        """The process is no more, or never was: waits for the end of guardian and server."""
+    def abandon(self) -> str | None:
+        """The process is no more, or never was: waits for the end of guardian and server. -> why
+        they ended, if that came first."""
         self._process.wait()
         with suppress(OSError):
             self._control.shutdown(socket.SHUT_WR)
-        self._await_end()
+        return self._await_end()
+
+    @property
+    def hint(self) -> str:
+        return f"tail {self._log}"
 
     def _expect(self, event: str) -> dict[str, Any]:
         message = self._message(_SECONDS)
@@ -141,10 +149,10 @@ class PageServer:
                 f"the page server did not answer in {seconds} s", f"cat {self._log}"
             ) from None
         if not data:
-            raise RestoreError("the page server ended", f"tail {self._log}")
+            raise RestoreError("the page server ended", self.hint)
         message: dict[str, Any] = json.loads(data)
         if message["event"] == "failed":
-            raise RestoreError(f"page server: {message['message']}", f"tail {self._log}")
+            raise RestoreError(f"page server: {message['message']}", self.hint)
         return message
 
 

@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from . import address_space, fill
-from .errors import DamagedError, UnsupportedError
+from .errors import DamagedError, RestoreError, TargetError, UnsupportedError
 from .image import Image
 from .kernel.remote import Remote
 from .manifest import Process
@@ -127,8 +127,11 @@ class _Restore:
         server = PageServer(self._image, process)
         try:
             yield server
-        except BaseException:
-            server.abandon()
+        except BaseException as error:
+            reason = server.abandon()
+            if reason is not None and isinstance(error, TargetError):
+                # A call made in it met a page that cannot be had, so the server has killed it.
+                raise RestoreError(f"page server: {reason}", server.hint) from error
             raise
 
     def fill(self, process: Process, remote: Remote, ctx: Context) -> None:

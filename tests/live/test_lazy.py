@@ -10,18 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from snapshot import faults, pageserver, service
-from snapshot.errors import SnapError
+from snapshot.errors import RestoreError, SnapError
 from snapshot.image import Image
 from snapshot.records import NUMBER
 from snapshot.restore import Restored, restore
 from snapshot.store import Store
+from snapshot.take import take
+from snapshot.units import CHUNK, align_down
+from tests.conftest import Spawn
 from tests.harness.processes import become_subreaper, children, kill, state, wait_until
 from tests.live.servers import await_end, servers
 from tests.live.stopped_copy import copy
@@ -320,19 +323,30 @@ def test_it_outlives_snap_restore(
     await_end()
 
 
+@contextmanager
+def damaged_at(image: Image, address: int, store: Path) -> Iterator[Image]:
+    """A copy of the image in `store`, with one damaged chunk."""
+    shutil.copytree(image.store_path, store)
+    damage(image, address, store)
+    with Store.open(store).image(image.name) as damaged:
+        yield damaged
+
+
+def far_away(image: Image) -> int:
+    """A chunk of the large area, that nothing touches by itself."""
+    largest = max(image.mappings, key=lambda one: one.size * (one.kind == "anon"))
+    return next(at for at in image.addresses(0) if at > largest.start + 4 * 1024 * 1024)
+
+
 def test_a_damaged_chunk_ends_the_process(
     place: tuple[Path, Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never wrong bytes: it is killed, and the message says what is damaged."""
     directory, image = place
     monkeypatch.setenv(service.PAUSE, "20")
-    store = tmp_path / "store"
-    shutil.copytree(image.store_path, store)
-    largest = max(image.mappings, key=lambda one: one.size * (one.kind == "anon"))
-    address = next(at for at in image.addresses(0) if at > largest.start + 4 * 1024 * 1024)
-    damage(image, address, store)
+    store, address = tmp_path / "store", far_away(image)
     (directory / "done").unlink(missing_ok=True)
-    with Store.open(store).image(image.name) as damaged:
+    with damaged_at(image, address, store) as damaged:
         lazy = Lazy(directory, restore(damaged, lazy=True))
         try:
             lazy.command("all")
@@ -348,18 +362,30 @@ def test_a_damaged_chunk_ends_the_process(
     await_end()
 
 
+def test_a_damaged_chunk_that_a_restore_itself_needs(spawn: Spawn, tmp_path: Path) -> None:
+    """A call made in the process on its way meets it: one error, which says so."""
+    victim = spawn("threads16")
+    with take(victim.pid, store=tmp_path / "good") as image:
+        victim.kill()
+        rseq = image.manifest.processes[0].threads[-1].rseq
+        if rseq is None:
+            pytest.skip("this C library registers no rseq area")
+        address = align_down(rseq.address, CHUNK)
+        refused = pytest.raises(RestoreError, match=f"{address:#x}")
+        with damaged_at(image, address, tmp_path / "store") as damaged, refused:
+            restore(damaged, lazy=True)
+    await_end()
+    assert not Path(f"/proc/{victim.pid}").exists()
+
+
 def test_a_damaged_chunk_ends_children_that_have_outlived_their_parent_too(
     place: tuple[Path, Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, image = place
     monkeypatch.setenv(service.PAUSE, "20")
     store = tmp_path / "store"
-    shutil.copytree(image.store_path, store)
-    largest = max(image.mappings, key=lambda one: one.size * (one.kind == "anon"))
-    address = next(at for at in image.addresses(0) if at > largest.start + 4 * 1024 * 1024)
-    damage(image, address, store)
     (directory / "done").unlink(missing_ok=True)
-    with Store.open(store).image(image.name) as damaged:
+    with damaged_at(image, far_away(image), store) as damaged:
         lazy = Lazy(directory, restore(damaged, lazy=True))
         try:
             assert lazy.does("orphan") == "ok"
@@ -382,10 +408,12 @@ def damage(image: Image, address: int, store: Path) -> None:
             NUMBER.pack(entry.sequence), db=image._environment.databases["chunks"]
         )
         found = bytes(value)
-    data = bytearray((store / "data.mdb").read_bytes())
-    at = data.index(found) + len(found) // 2
-    data[at] ^= 1
-    (store / "data.mdb").write_bytes(data)
+    data = (store / "data.mdb").read_bytes()
+    assert found in data
+    middle = len(found) // 2
+    changed = found[:middle] + bytes([found[middle] ^ 1]) + found[middle + 1 :]
+    # A page that LMDB has copied is in the file twice.
+    (store / "data.mdb").write_bytes(data.replace(found, changed))
 
 
 def test_a_store_that_is_gone_is_an_error_before_the_process_runs(

@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/ptrace.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -177,13 +178,37 @@ void snap_doze_end(snap_doze *doze)
     pthread_sigmask(SIG_SETMASK, &doze->before, NULL);
 }
 
+/* The end of a leader is told when all others are reaped, which may be ours too: not in the time of a
+   wait for it. */
+static int is_zombie(int tid)
+{
+    char path[32], text[128];
+    snprintf(path, sizeof path, "/proc/%d/stat", tid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t got = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+    if (fd >= 0)
+        close(fd);
+    text[got < 0 ? 0 : got] = 0;
+    const char *state = strrchr(text, ')');
+    return fd < 0 || (state && (state[2] == 'Z' || state[2] == 'X'));
+}
+
 static int sleep_until_stop(int tid, int64_t deadline, int *stop)
 {
     snap_doze doze;
+    int64_t ask_at = snap_now_us() + SNAP_ASK_AFTER_US;
     int found;
     snap_doze_begin(&doze);
-    while ((found = poll_stop(tid, stop)) == 0 && snap_now_us() < deadline)
+    while ((found = poll_stop(tid, stop)) == 0 && snap_now_us() < deadline) {
         snap_doze_until(&doze, deadline);
+        if (snap_now_us() < ask_at)
+            continue;
+        ask_at = snap_now_us() + SNAP_ASK_AFTER_US;
+        if (is_zombie(tid)) {
+            found = -ESRCH;
+            break;
+        }
+    }
     snap_doze_end(&doze);
     return found == 0 ? -ETIMEDOUT : found;
 }

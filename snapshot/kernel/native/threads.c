@@ -27,7 +27,7 @@ static void *reap_until_finished(void *argument)
     pthread_mutex_lock(&self->lock);
     while (!self->finished) {
         struct timespec until;
-        clock_gettime(CLOCK_REALTIME, &until);
+        clock_gettime(CLOCK_MONOTONIC, &until);
         until.tv_nsec += REAP_AFTER_NS;
         until.tv_sec += until.tv_nsec / 1000000000;
         until.tv_nsec %= 1000000000;
@@ -43,8 +43,12 @@ static void *reap_until_finished(void *argument)
 
 static void start_reaping(struct reaper *self)
 {
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_mutex_init(&self->lock, NULL);
-    pthread_cond_init(&self->changed, NULL);
+    pthread_cond_init(&self->changed, &monotonic);
+    pthread_condattr_destroy(&monotonic);
     self->runs = pthread_create(&self->thread, NULL, reap_until_finished, self) == 0;
 }
 
