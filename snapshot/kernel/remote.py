@@ -46,6 +46,9 @@ Not covered:
  3. A signal that arrives in the few instructions between the guard's look at what is pending and
     the end of the mask: an interrupted call is then made again after its handler, as if the signal
     had come just before the call. The same while `open` makes its mapping.
+ 4. A handler that runs on the way, and still does when the next one makes calls in the process: it
+    returns to where the guard lay, which is written over. (Threads on the way themselves are let
+    home first: freeze.py.)
 """
 
 from __future__ import annotations
