@@ -98,12 +98,13 @@ def look(context):
     threading.Thread(target=kill).start()
     (infos / sys.argv[4]).read_bytes()
 hooks = Hooks(dict(resumed=look), installed=False)
-take(target, store=store, name="image", now=True, stall={STALL}, hooks=hooks)
+take(target, store=store, name="image", memory=4 << 20, now=True, stall={STALL}, hooks=hooks)
 """
 
 
 def test_a_snap_that_is_killed_and_cannot_end(spawn: Spawn, snap: Snap) -> None:
-    victim = spawn("writer", kind="anon", mib=256, threads=3)
+    # The sweep waits for the store, and few writes go past it: there is time to be killed in.
+    victim = spawn("writer", kind="anon", mib=512, threads=2, rate=300)
     with faulting() as other:
         infos = Path(f"/proc/{other}/fdinfo")
         (epoll,) = (
