@@ -133,5 +133,5 @@ def test_a_snap_that_is_killed_and_cannot_end(spawn: Spawn, snap: Snap) -> None:
 
 def has_died(pid: int) -> bool:
     """It was killed, and one thread, which is stuck, is left of it."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return "\nThreads:\t1\n" in status and "\nState:\tD" in status
+    status, place = (Path(f"/proc/{pid}/{name}").read_text() for name in ("status", "wchan"))
+    return "\nThreads:\t1\n" in status and "ep_show_fdinfo" in place

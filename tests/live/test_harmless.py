@@ -83,6 +83,10 @@ def changes(before: dict[str, str], after: dict[str, str]) -> str:
     return "\n".join(found)
 
 
+OWN = 20
+"""A thread that has blocked all signals in so many looks has done so itself, it is not new."""
+
+
 def settled(observe: Callable[[], dict[str, str]]) -> dict[str, str]:
     """What is observed once it is the same twice in a row: a thread that is just being made, a
     connection that is just being closed are the program's own doing."""
@@ -90,7 +94,8 @@ def settled(observe: Callable[[], dict[str, str]]) -> dict[str, str]:
 
     def same() -> bool:
         seen.append(observe())
-        return seen[-1] == seen[-2]
+        making = any("SigBlk:\tffffff" in text for text in seen[-1].values())
+        return seen[-1] == seen[-2] and (not making or len(seen) > OWN)
 
     wait_until(same, "the program's state settling")
     return seen[-1]
