@@ -70,6 +70,8 @@ class Environment:
         self._active = 0  # transactions of this process; growth waits until there are none
         self._growing = False
         self._writing = threading.Lock()
+        self._stopped: lmdb.Error | None = None
+        """Why a write failed first: LMDB may refuse everything from then on (PanicError)."""
         with self._understood("cannot open"), _none_missing(path):
             if not create:
                 soundness.check_head(path / DATA)
@@ -116,9 +118,17 @@ class Environment:
                         return work(transaction)
                 except lmdb.MapFullError:
                     pass
+                except lmdb.Error as error:  # without its frames, which hold views
+                    self._stopped = self._stopped or type(error)(*error.args)
+                    raise
                 finally:
                     self.leave()
                 self._resize(2 * int(self._lmdb.info()["map_size"]))
+
+    def await_writer(self) -> None:
+        """Until a write that is under way has ended, and said why it failed."""
+        with self._writing:
+            pass
 
     def sync(self) -> None:
         """When it returns, all that was committed outlives a power failure."""
@@ -254,6 +264,8 @@ class Environment:
 
     def failure(self, doing: str, error: Exception) -> SnapError:
         """What an error of LMDB or of the system means, with the space that is left."""
+        if isinstance(error, lmdb.PanicError) and self._stopped is not None:
+            error = self._stopped
         if isinstance(error, _DAMAGE):
             return self.damage(error)
         try:
@@ -284,6 +296,8 @@ class Reading:
             self._transaction = environment.begin(False, self._buffers)
         except BaseException as error:
             environment.leave()
+            if isinstance(error, lmdb.PanicError):
+                environment.await_writer()
             if isinstance(error, (lmdb.Error, OSError)):
                 raise environment.failure("cannot read", error) from error
             raise
