@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from .worker import Worker
+from .worker import Worker, clear_frames
 
 T = TypeVar("T")
 
@@ -74,6 +74,8 @@ class Handoff(Generic[T]):
             try:
                 self._work(part)
             except BaseException as error:
+                clear_frames(error)
+                part.clear()  # for the error keeps this frame too
                 self._failure = error
                 self._closed = True
             with self._changed:

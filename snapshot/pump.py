@@ -11,25 +11,24 @@ import mmap
 import os
 import struct
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
 from .errors import KernelError, SnapError, TakeError
 from .gate import Gate
 from .kernel import procfs
 from .kernel._native import ffi, lib
+from .kernel.closing import Closing
 from .kernel.errnames import error_text
 from .kernel.watchdog import Watchdog
 from .regions import Plan
 from .store import RawChunk
 from .tracer import Tracer
 from .units import CHUNK, MIB, mib
-from .worker import Worker
+from .worker import Worker, clear_frames
 from .wrprotect import WriteProtection
 
 BATCH = 64
@@ -123,7 +122,7 @@ class Staging:
         self.memory.close()
 
 
-class Pump:
+class Pump(Closing):
     """Saves the memory of one process. Use as a context manager; see native/pump.h for the order.
 
     `watchdog` is told that the fault thread goes on, `tracer` when everything is saved; `stall`:
@@ -318,7 +317,7 @@ class Pump:
                     if self._failure is None:
                         sink([self._chunk(saved[i]) for i in range(count)])
             except BaseException as error:  # of any kind: it is raised again by result()
-                traceback.clear_frames(error.__traceback__)  # they hold views of the staging
+                clear_frames(error)
                 self._failure = self._failure or error
                 lib.snap_pump_stop(self._pump)
             lib.snap_pump_done(self._pump, saved, count)
@@ -336,15 +335,7 @@ class Pump:
         patch = saved.patch & ~lib.SNAP_PATCH if saved.patch else None
         return RawChunk(saved.space, saved.address, saved.pages, data, patch)
 
-    def __enter__(self) -> Pump:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Stops the threads if they still run, and frees everything but the uffd."""
         lib.snap_pump_stop(self._pump)
         if self._runner is None:
@@ -355,6 +346,7 @@ class Pump:
                 stack.callback(os.close, fd)
             stack.callback(ffi.release, self._buffer)
             stack.callback(lib.snap_pump_free, self._pump)
+            stack.callback(lambda: clear_frames(self._failure))  # of all threads, now
             for one in (self._runner, *self._storers):
                 if one is not None:
                     stack.callback(one.join)

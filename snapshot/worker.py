@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable
 
 
@@ -41,3 +42,12 @@ class Worker:
             self._work()
         finally:
             self._ended.set()
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """For who keeps an error: its frames, and those of the errors that it came from, hold views of
+    memory that is to be closed. Frames that are running are left, those of other threads that
+    raise the same error as well."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
