@@ -34,7 +34,9 @@ SHRINKS = 0.7
 class Ahead:
     """The pump of an attempt with what it is to save: examined, and kept up to date."""
 
-    def __init__(self, pump: Pump, stack: ExitStack, examination: Examination) -> None:
+    def __init__(
+        self, pump: Pump, stack: ExitStack, examination: Examination, origin: procfs.Stat
+    ) -> None:
         self.pump = pump
         self.examination = examination
         self.rounds = 0
@@ -43,7 +45,7 @@ class Ahead:
         that was copied counts."""
         self._dirty = EVERYTHING  # what the last round had to copy
         self._objects: dict[int, int] = {}
-        self._origin = procfs.stat(pump.pid)
+        self._origin = origin
         self._stack = stack
 
     def copy(self, report: Callable[[], None]) -> None:

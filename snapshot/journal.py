@@ -56,8 +56,36 @@ class Entry(NamedTuple):
     event: Event | None
 
 
+class _Word:
+    """A number of the journal, there for all processes at once. `none`: what stands for a zero."""
+
+    def __init__(self, offset: int, none: int = 0) -> None:
+        self._offset = offset
+        self._none = none
+
+    def __get__(self, journal: Journal, _: type[Journal]) -> int:
+        return journal._get(self._offset) + self._none
+
+    def __set__(self, journal: Journal, value: int) -> None:
+        journal._set(self._offset, value - self._none)
+
+
 class Journal:
     """A memfd, mapped by the guardian and the server; `fd` is theirs in common."""
+
+    state = _Word(_STATE)
+    filled = _Word(_FILLED)
+    """Pages put in place so far, by all servers."""
+    server = _Word(_SERVER, -1)
+    """A pidfd of the server, in the shared table; -1 while none has begun."""
+    keeper = _Word(_KEEPER, -1)
+    """A pidfd of the newest keeper, in the shared table; -1 without one."""
+    newest = _Word(_NEWEST)
+    """The pid of the newest keeper."""
+    lead = _Word(_LEAD)
+    """The pid of the guardian (keeper.py)."""
+    generation = _Word(_GENERATION)
+    """Of descriptor tables: keepers of an older one must not act."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -72,23 +100,6 @@ class Journal:
         return journal
 
     @property
-    def state(self) -> int:
-        return self._get(_STATE)
-
-    @state.setter
-    def state(self, value: int) -> None:
-        self._set(_STATE, value)
-
-    @property
-    def filled(self) -> int:
-        """Pages put in place so far, by all servers."""
-        return self._get(_FILLED)
-
-    @filled.setter
-    def filled(self, value: int) -> None:
-        self._set(_FILLED, value)
-
-    @property
     def futile(self) -> int:
         """Servers in a row that ended and had put no page in place."""
         return 0 if self.filled > self._get(_BEFORE) else self._get(_STARTS)
@@ -98,55 +109,10 @@ class Journal:
         self._set(_STARTS, self.futile + 1)
         self._set(_BEFORE, self.filled)
 
-    @property
-    def server(self) -> int:
-        """A pidfd of the server, in the shared table; -1 while none has begun."""
-        return self._get(_SERVER) - 1
-
-    @server.setter
-    def server(self, value: int) -> None:
-        self._set(_SERVER, value + 1)
-
-    @property
-    def keeper(self) -> int:
-        """A pidfd of the newest keeper, in the shared table; -1 without one."""
-        return self._get(_KEEPER) - 1
-
-    @keeper.setter
-    def keeper(self, value: int) -> None:
-        self._set(_KEEPER, value + 1)
-
-    @property
-    def newest(self) -> int:
-        """The pid of the newest keeper."""
-        return self._get(_NEWEST)
-
-    @newest.setter
-    def newest(self, value: int) -> None:
-        self._set(_NEWEST, value)
-
-    @property
-    def lead(self) -> int:
-        """The pid of the guardian (keeper.py)."""
-        return self._get(_LEAD)
-
-    @lead.setter
-    def lead(self, value: int) -> None:
-        self._set(_LEAD, value)
-
     def claim(self, before: int, pid: int) -> bool:
         """Gives the lead to `pid` if `before` has it: one atomic step."""
         word = ffi.from_buffer("uint64_t[]", self._memory, require_writable=True)
         return bool(lib.snap_claim(word + _LEAD // 8, before, pid))
-
-    @property
-    def generation(self) -> int:
-        """Of descriptor tables: keepers of an older one must not act."""
-        return self._get(_GENERATION)
-
-    @generation.setter
-    def generation(self, value: int) -> None:
-        self._set(_GENERATION, value)
 
     def new_generation(self) -> int:
         """A number that no table had. Only for who has the lead."""

@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Callable
 
+from .address_space import MAP_NORESERVE
 from .errors import RestoreError
 from .kernel import filesystem, hugetlb
 from .lazy import PageSource
@@ -20,7 +21,6 @@ from .units import CHUNK, MIB, PAGE, PAGES_PER_CHUNK, align_down, align_up
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _F_SEAL_SEAL = 1
-_MAP_NORESERVE = 0x4000
 _ZEROS = bytes(MIB)
 
 
@@ -79,7 +79,7 @@ def _anonymous(one: SharedObject, warnings: list[str]) -> int:
     CAP_CHECKPOINT_RESTORE (or CAP_SYS_ADMIN) may open."""
     flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
     if one.page_size > PAGE:  # the new process reserves what it did
-        flags |= _MAP_NORESERVE | hugetlb.map_flags(one.page_size)
+        flags |= MAP_NORESERVE | hugetlb.map_flags(one.page_size)
     area = mmap.mmap(-1, align_up(one.size, PAGE), flags=flags)
     try:
         with open("/proc/self/maps", "rb") as maps:
@@ -193,7 +193,7 @@ def _fill_huge(fd: int, one: SharedObject, source: PageSource) -> None:
     if not one.size:
         return
     allocated = -1
-    with mmap.mmap(fd, one.size, flags=mmap.MAP_SHARED | _MAP_NORESERVE) as area:
+    with mmap.mmap(fd, one.size, flags=mmap.MAP_SHARED | MAP_NORESERVE) as area:
         for address in source.addresses(space):
             content = source.chunk(space, address)
             if content is None or not content.nonzero:

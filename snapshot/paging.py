@@ -128,9 +128,9 @@ class PageServer:
             self._control.shutdown(socket.SHUT_WR)
         return self._await_end()
 
-    @property
-    def hint(self) -> str:
-        return f"tail {self._log}"
+    def failed(self, reason: str) -> RestoreError:
+        """What it said of its end, as an error."""
+        return RestoreError(f"page server: {reason}", f"tail {self._log}")
 
     def _expect(self, event: str) -> dict[str, Any]:
         message = self._message(_SECONDS)
@@ -149,10 +149,10 @@ class PageServer:
                 f"the page server did not answer in {seconds} s", f"cat {self._log}"
             ) from None
         if not data:
-            raise RestoreError("the page server ended", self.hint)
+            raise RestoreError("the page server ended", f"tail {self._log}")
         message: dict[str, Any] = json.loads(data)
         if message["event"] == "failed":
-            raise RestoreError(f"page server: {message['message']}", self.hint)
+            raise self.failed(message["message"])
         return message
 
 

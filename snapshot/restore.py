@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from . import address_space, fill
-from .errors import DamagedError, RestoreError, TargetError, UnsupportedError
+from .errors import DamagedError, TargetError, UnsupportedError
 from .image import Image
 from .kernel.remote import Remote
 from .manifest import Process
@@ -131,7 +131,7 @@ class _Restore:
             reason = server.abandon()
             if reason is not None and isinstance(error, TargetError):
                 # A call made in it met a page that cannot be had, so the server has killed it.
-                raise RestoreError(f"page server: {reason}", server.hint) from error
+                raise server.failed(reason) from error
             raise
 
     def fill(self, process: Process, remote: Remote, ctx: Context) -> None:

@@ -161,7 +161,8 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
     examine.refuse(job.pid, before.plan)
     foreign = preflight.namespaces(job.pid)
     shares = bool(before.plan.armed_objects)
-    identity = ProcessIdentity(procfs.boot_id(), job.pid, procfs.stat(job.pid).start_ticks)
+    origin = procfs.stat(job.pid)
+    identity = ProcessIdentity(procfs.boot_id(), job.pid, origin.start_ticks)
     with ExitStack() as stack:
         writer = stack.enter_context(job.store.begin(job.name, identity))
         watchdog = stack.enter_context(Watchdog(job.pid, job.stall))
@@ -179,7 +180,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                 first.close_remote()
                 faults.point("clean")
                 pump = Pump(job.pid, protection, job.staging, watchdog, tracer, job.stall)
-                ahead = Ahead(stack.enter_context(pump), objects, before)
+                ahead = Ahead(stack.enter_context(pump), objects, before, origin)
                 pump.start()
                 if copying or shares:  # what is registered tells of its events
                     ahead.plan()

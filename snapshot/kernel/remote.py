@@ -212,7 +212,7 @@ class Remote:
             self._loop_allowed = False
             scratch, self.scratch = self.scratch, 0
             if self._guard and scratch:
-                self._went_home(lib.snap_unmap_scratch(self._at))
+                self._finish(lib.snap_unmap_scratch(self._at), [Call(NR.munmap)])
             elif scratch:
                 for fd in self._owed():
                     self.call(NR.close, fd)
@@ -258,16 +258,13 @@ class Remote:
         packed = b"".join(_pack(call) for call in calls)
         ffi.memmove(array, packed, len(packed))
         (self._maker or self)._last = self._at
-        result = lib.snap_inject(self._at, array, count)
+        self._finish(lib.snap_inject(self._at, array, count), calls)
+        return [array[i].result for i in range(count)]
+
+    def _finish(self, result: int, calls: Sequence[Call]) -> None:
         self.tracee.stop = self._at.stop
         if result < 0:
             self._failed(-result, calls)
-        return [array[i].result for i in range(count)]
-
-    def _went_home(self, result: int) -> None:
-        self.tracee.stop = self._at.stop
-        if result < 0:
-            self._failed(-result, [Call(NR.munmap)])
 
     def registers(self, tracee: Tracee) -> bytes:
         """A thread's own registers, 216 bytes, also where it has others as long as the scratch is

@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import ROOT, Snap, Spawn
 from tests.fault.test_stall import unharmed
+from tests.harness.cgroups import cgroup
 from tests.harness.victims import BIN, build
 
 pytestmark = pytest.mark.live
@@ -70,24 +71,11 @@ def test_a_stop_while_the_clock_jumps() -> None:
     assert "1 passed" in ran.stdout
 
 
-MEMORY = Path("/sys/fs/cgroup/memory")
-
-
 @contextmanager
 def little_memory(mib: int) -> Iterator[tuple[str, ...]]:
     """Words before a command that then has so much memory, page cache included."""
-    group = MEMORY / f"snap-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(mib << 20))
-    except OSError as error:
-        pytest.skip(f"no memory controller (cgroup v1): {error.strerror}")
-    try:
-        yield ("sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "sh")
-    finally:
-        for left in (group / "cgroup.procs").read_text().split():
-            (MEMORY / "cgroup.procs").write_text(left)
-        group.rmdir()
+    with cgroup("memory", "memory.limit_in_bytes", mib << 20) as members:
+        yield ("sh", "-c", f'echo $$ > {members}; exec "$@"', "sh")
 
 
 def test_little_memory(spawn: Spawn, snap: Snap) -> None:

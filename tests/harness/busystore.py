@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import TracebackType
+
+from snapshot.kernel.closing import Closing
 
 HOLDER = """
 import sys, lmdb
@@ -16,17 +17,14 @@ with lmdb.open(path, max_dbs=16, lock=True).begin(write=True):
 """
 
 
-class BusyStore:
+class BusyStore(Closing):
     """`hold` returns when the store is taken; `release`, or the end of the block, gives it back."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    def __enter__(self) -> BusyStore:
         self.process = subprocess.Popen(
             [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        return self
 
     def hold(self) -> None:
         assert self.process.stdin is not None
@@ -38,12 +36,7 @@ class BusyStore:
     def release(self) -> None:
         self.process.communicate()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         if self.process.returncode is None:
             self.process.kill()
             self.process.communicate()

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,13 +13,14 @@ import pytest
 from snapshot import service
 from snapshot.image import Image
 from snapshot.restore import restore
+from tests.harness.cgroups import cgroup
 from tests.harness.processes import command_line, descendants, threads, wait_until
 from tests.harness.seeds import seeded
 from tests.live.server_kills import COMMANDS, kill_some, living
 from tests.live.servers import await_end, servers
-from tests.live.test_lazy import Lazy, missing, place, program
+from tests.live.test_lazy import Lazy, lazily, missing, place, program
 
-__all__ = ["place", "program"]  # fixtures
+__all__ = ["lazily", "place", "program"]  # fixtures
 pytestmark = [
     pytest.mark.live,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: sudo pytest tests/live"),
@@ -78,52 +77,22 @@ def test_kills_at_random_instants(
     assert sum(found.values()) >= 1
 
 
-PIDS = Path("/sys/fs/cgroup/pids")
-
-
-@contextmanager
-def no_more_processes(pids: list[int]) -> Iterator[None]:
-    """None of these can fork (EAGAIN) in the block."""
-    group = PIDS / f"snap-test-{os.getpid()}"
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"no pids controller (cgroup v1): {error.strerror}")
-    try:
-        for pid in pids:
-            (group / "cgroup.procs").write_text(str(pid))
-        (group / "pids.max").write_text("0")
-        yield
-    finally:
-        for left in (group / "cgroup.procs").read_text().split():
-            (PIDS / "cgroup.procs").write_text(left)
-        group.rmdir()
-
-
-def test_when_no_process_can_be_made_the_server_goes_on_alone(
-    place: tuple[Path, Image], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory, image = place
-    monkeypatch.setenv(service.PAUSE, "100")
-    for name in ("do", "done"):
-        (directory / name).unlink(missing_ok=True)
-    lazy = Lazy(directory, restore(image, lazy=True))
-    log = directory / "store" / "pageserver.log"
+@pytest.mark.parametrize("lazily", [100], indirect=True)
+def test_when_no_process_can_be_made_the_server_goes_on_alone(lazily: Lazy) -> None:
+    log = lazily.directory / "store" / "pageserver.log"
 
     def tried(times: int) -> bool:
-        return log.read_text().count(f" {lazy.pid}: copy-{lazy.pid}: no keeper yet") >= times
+        return log.read_text().count(f" {lazily.pid}: copy-{lazily.pid}: no keeper yet") >= times
 
-    try:
-        server = living("snap-pages")
-        with no_more_processes(servers()):
-            for other in [*living("snap-guardian"), *living("snap-keeper")]:
-                os.kill(other, signal.SIGKILL)
-            wait_until(lambda: tried(2), "the server being alone")
-            assert living("snap-pages") == server
-        wait_until(lambda: bool(living("snap-keeper")), "a keeper, now that one can be made")
-        os.kill(server[0], signal.SIGKILL)
-        lazy.command("all")
-        assert lazy.answer(60) == "ok"
-    finally:
-        lazy.end()
-        await_end()
+    server = living("snap-pages")
+    with cgroup("pids", "pids.max", 0) as members:
+        for pid in servers():
+            members.write_text(str(pid))
+        for other in [*living("snap-guardian"), *living("snap-keeper")]:
+            os.kill(other, signal.SIGKILL)
+        wait_until(lambda: tried(2), "the server being alone")
+        assert living("snap-pages") == server
+    wait_until(lambda: bool(living("snap-keeper")), "a keeper, now that one can be made")
+    os.kill(server[0], signal.SIGKILL)
+    lazily.command("all")
+    assert lazily.answer(60) == "ok"

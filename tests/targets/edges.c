@@ -260,11 +260,8 @@ static void fill_all(void)
 
 int main(int argc, char **argv)
 {
-    sigset_t usr1;
 
-    sigemptyset(&usr1);
-    sigaddset(&usr1, SIGUSR1);
-    sigprocmask(SIG_BLOCK, &usr1, NULL);
+    sigset_t usr1 = block_usr1();
     victim_start(argc, argv);
     victim_lanes(1);
     bytes = (size_t)option("mib", 4) * MIB;

@@ -44,11 +44,9 @@ static void leave(void)
 
 static void leave_when_told(void)
 {
-    sigset_t usr1;
     int signal;
 
-    sigemptyset(&usr1);
-    sigaddset(&usr1, SIGUSR1);
+    sigset_t usr1 = block_usr1();
     sigwait(&usr1, &signal);
     sleep_ms((unsigned)option("after", 0));
     leave();
@@ -80,12 +78,9 @@ int main(int argc, char **argv)
 {
     struct rlimit none = { 0, 0 };
     pthread_t thread;
-    sigset_t usr1;
 
     setrlimit(RLIMIT_CORE, &none);
-    sigemptyset(&usr1);
-    sigaddset(&usr1, SIGUSR1);
-    pthread_sigmask(SIG_BLOCK, &usr1, NULL);
+    block_usr1();
     victim_start(argc, argv);
     victim_lanes(2);
     how = option_text("how", "exit");

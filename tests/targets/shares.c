@@ -123,12 +123,9 @@ static void time_forks(char *own)
 
 int main(int argc, char **argv)
 {
-    sigset_t usr1;
     int number;
 
-    sigemptyset(&usr1);
-    sigaddset(&usr1, SIGUSR1);
-    sigprocmask(SIG_BLOCK, &usr1, NULL);
+    sigset_t usr1 = block_usr1();
     victim_start(argc, argv);
     victim_lanes(1);
     const char *how = option_text("how", "fork");

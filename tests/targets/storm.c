@@ -233,12 +233,9 @@ static void *run(void *argument)
 int main(int argc, char **argv)
 {
     size_t threads;
-    sigset_t usr1;
     pthread_t thread;
 
-    sigemptyset(&usr1);
-    sigaddset(&usr1, SIGUSR1);
-    pthread_sigmask(SIG_BLOCK, &usr1, NULL);
+    sigset_t usr1 = block_usr1();
     victim_start(argc, argv);
     bytes = (size_t)option("mib", 4) * MIB;
     settle_malloc();

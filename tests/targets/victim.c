@@ -63,6 +63,15 @@ void sleep_ms(unsigned ms)
               (unsigned long long)(now_ns() - before));
 }
 
+sigset_t block_usr1(void)
+{
+    sigset_t usr1;
+    sigemptyset(&usr1);
+    sigaddset(&usr1, SIGUSR1);
+    pthread_sigmask(SIG_BLOCK, &usr1, NULL);
+    return usr1;
+}
+
 void victim_lanes(unsigned lanes)
 {
     lanes_used = lanes;

@@ -6,6 +6,7 @@
 #ifndef VICTIM_H
 #define VICTIM_H
 
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stddef.h>
@@ -36,6 +37,7 @@ extern uint64_t values[VALUES];
 /* Options of every victim: --status PATH, --ready FD, --life SECONDS; others are looked up by name:
  * `--name NUMBER` or `--name WORD`. */
 void victim_start(int argc, char **argv);
+sigset_t block_usr1(void);          /* for this thread and those it makes: it is waited for */
 void victim_lanes(unsigned lanes);  /* how many of `progress` are used */
 long option(const char *name, long otherwise);
 const char *option_text(const char *name, const char *otherwise);

@@ -217,13 +217,10 @@ int main(int argc, char **argv)
     const char *kinds[] = { "anon", "thp", "many", "memfd", "shm", "brk", "stack", "data", "file",
                             "ro" };
     char *stack = alloca((STATIC_PAGES + 1) * PAGE);
-    sigset_t usr1;
     pthread_t thread;
 
     stack = (char *)(((uintptr_t)stack + PAGE - 1) & ~(PAGE - 1));
-    sigemptyset(&usr1);
-    sigaddset(&usr1, SIGUSR1);
-    pthread_sigmask(SIG_BLOCK, &usr1, NULL);
+    sigset_t usr1 = block_usr1();
     victim_start(argc, argv);
     victim_lanes(1 + (unsigned)option("threads", 2));
     writers = (size_t)option("threads", 2);

@@ -17,9 +17,6 @@
 #include <time.h>
 #include <unistd.h>
 
-/* SIGCHLD wakes us for a stop, and for the end. One that comes between our look and our sleep can go
-   to another thread of this program, and where the program ignores SIGCHLD there is none. */
-#define LOOK_NS 1000000
 #define GONE_NS 20000
 #define PART_US 5000
 #define PF_EXITING 4 /* linux/sched.h; in field 9 of /proc/PID/stat */
@@ -79,26 +76,18 @@ static int serves(snap_exits *e, int tid)
 }
 
 /* Whether a thread that was seized just now has begun to end before: it will not stop any more. */
-static int is_ending(int pid, int tid)
+static int is_ending(int tid)
 {
-    char path[64], text[512];
-    unsigned flags = PF_EXITING;
-    snprintf(path, sizeof path, "/proc/%d/task/%d/stat", pid, tid);
-    FILE *file = fopen(path, "re");
-    if (!file)
-        return 1;
-    text[fread(text, 1, sizeof text - 1, file)] = 0;
-    fclose(file);
-    const char *fields = strrchr(text, ')');
-    return !fields || sscanf(fields, ") %*c %*d %*d %*d %*d %*d %u", &flags) != 1 ||
-           flags & PF_EXITING;
+    char state;
+    unsigned flags;
+    return snap_stat(tid, &state, &flags) < 0 || flags & PF_EXITING;
 }
 
 static int takes_over(const snap_exits *e, int tid, int ending)
 {
     return tid != ending && tid > 0 &&
            snap_seize_beside(tid, ending, e->pid, SNAP_PTRACE_O_TRACEEXIT) == 0 &&
-           !is_ending(e->pid, tid);
+           !is_ending(tid);
 }
 
 /* Seizes another thread in place of one that ends alone; the leader if there is nobody else, as
@@ -182,9 +171,8 @@ static void part(snap_exits *e)
     }
 }
 
-static int serve(snap_exits *e, int self, const sigset_t *child)
+static int serve(snap_exits *e, int self, snap_doze *doze)
 {
-    int swallowed = 0, result = 0;
     siginfo_t info;
     while (serves(e, self)) {
         if (look(&info) < 0)
@@ -197,32 +185,24 @@ static int serve(snap_exits *e, int self, const sigset_t *child)
         } else if (tid) {
             snap_reap_ended(tid);
         } else if (e->held_since_us && snap_now_us() - e->held_since_us > e->stall_us) {
-            result = -ETIMEDOUT;
-            break;
+            return -ETIMEDOUT;
         } else {
-            struct timespec limit = {0, LOOK_NS};
-            int number = sigtimedwait(child, &info, &limit);
-            swallowed |= number == SIGCHLD && info.si_code != CLD_TRAPPED &&
-                         info.si_code != CLD_STOPPED && info.si_code != SI_TKILL;
+            snap_doze_until(doze, INT64_MAX);
         }
     }
-    if (swallowed) /* it told the program of an end of a child */
-        kill(getpid(), SIGCHLD);
-    return result;
+    return 0;
 }
 
 int snap_exits_serve(snap_exits *e)
 {
-    sigset_t child, before;
-    sigemptyset(&child);
-    sigaddset(&child, SIGCHLD);
-    pthread_sigmask(SIG_BLOCK, &child, &before);
-    int result = serve(e, (int)syscall(SYS_gettid), &child);
+    snap_doze doze;
+    snap_doze_begin(&doze);
+    int result = serve(e, (int)syscall(SYS_gettid), &doze);
     part(e);
     pthread_mutex_lock(&e->lock);
     e->tid = 0;
     pthread_mutex_unlock(&e->lock);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    snap_doze_end(&doze);
     return result;
 }
 

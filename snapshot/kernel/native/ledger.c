@@ -247,18 +247,6 @@ uint64_t ledger_unsaved(snap_pump *p, uint64_t start, uint64_t end, uint8_t stat
     return bytes;
 }
 
-bool ledger_huge(const snap_pump *p, uint64_t start, uint64_t end)
-{
-    for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
-        const snap_window *w = &p->windows.at[p->by_start[k]].is;
-        if (w->start >= end)
-            break;
-        if (w->huge)
-            return true;
-    }
-    return false;
-}
-
 void whole_pages(const snap_window *w, uint64_t *low, uint64_t *high)
 {
     if (!w->huge)
@@ -267,16 +255,37 @@ void whole_pages(const snap_window *w, uint64_t *low, uint64_t *high)
     *high = (*high + w->huge - 1) & ~(uint64_t)(w->huge - 1);
 }
 
-bool ledger_shared(const snap_pump *p, uint64_t start, uint64_t end)
+static bool any_window(const snap_pump *p, uint64_t start, uint64_t end,
+                       bool (*is_one)(const snap_window *))
 {
     for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
         const snap_window *w = &p->windows.at[p->by_start[k]].is;
         if (w->start >= end)
             break;
-        if (w->object >= 0)
+        if (is_one(w))
             return true;
     }
     return false;
+}
+
+static bool is_shared(const snap_window *w)
+{
+    return w->object >= 0;
+}
+
+static bool is_huge(const snap_window *w)
+{
+    return w->huge;
+}
+
+bool ledger_shared(const snap_pump *p, uint64_t start, uint64_t end)
+{
+    return any_window(p, start, end, is_shared);
+}
+
+bool ledger_huge(const snap_pump *p, uint64_t start, uint64_t end)
+{
+    return any_window(p, start, end, is_huge);
 }
 
 uint64_t ledger_unsaved_objects(const snap_pump *p, uint64_t *where)

@@ -21,7 +21,7 @@
 #define EVENT_STOP 128 /* PTRACE_EVENT_STOP */
 #define SIGSET_BYTES 8
 /* SIGCHLD tells of stops; where the program has turned that off we look this often. */
-#define LOOK_NS 500000
+#define LOOK_US 500
 #define REAP_NS 50000
 
 static int done(long result)
@@ -165,9 +165,10 @@ void snap_doze_until(snap_doze *doze, int64_t deadline)
     sigset_t child;
     child_signal(&child);
     siginfo_t info;
-    struct timespec limit = {0, left * 1000 < LOOK_NS ? left * 1000 : LOOK_NS};
+    struct timespec limit = {0, (left < LOOK_US ? left : LOOK_US) * 1000};
     int number = sigtimedwait(&child, &info, &limit);
-    if (number == SIGCHLD && info.si_code != CLD_TRAPPED && info.si_code != CLD_STOPPED)
+    if (number == SIGCHLD && info.si_code != CLD_TRAPPED && info.si_code != CLD_STOPPED &&
+        info.si_code != SI_TKILL)
         doze->swallowed = 1;
 }
 
@@ -178,19 +179,30 @@ void snap_doze_end(snap_doze *doze)
     pthread_sigmask(SIG_SETMASK, &doze->before, NULL);
 }
 
+int snap_stat(int tid, char *state, unsigned *flags)
+{
+    char path[32], text[512];
+    snprintf(path, sizeof path, "/proc/%d/stat", tid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    ssize_t got = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (got < 0)
+        return -errno;
+    text[got] = 0;
+    const char *fields = strrchr(text, ')'); /* the name before it may hold anything */
+    return fields && sscanf(fields, ") %c %*d %*d %*d %*d %*d %u", state, flags) == 2 ? 0 : -EPROTO;
+}
+
 /* The end of a leader is told when all others are reaped, which may be ours too: not in the time of a
    wait for it. */
 static int is_zombie(int tid)
 {
-    char path[32], text[128];
-    snprintf(path, sizeof path, "/proc/%d/stat", tid);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t got = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
-    if (fd >= 0)
-        close(fd);
-    text[got < 0 ? 0 : got] = 0;
-    const char *state = strrchr(text, ')');
-    return fd < 0 || (state && (state[2] == 'Z' || state[2] == 'X'));
+    char state;
+    unsigned flags;
+    int result = snap_stat(tid, &state, &flags);
+    return result == -ENOENT || result == -ESRCH || (result == 0 && (state == 'Z' || state == 'X'));
 }
 
 static int sleep_until_stop(int tid, int64_t deadline, int *stop)

@@ -18,7 +18,8 @@
 int64_t snap_now_us(void);
 
 /* Sleeping between two looks at threads. SIGCHLD is blocked and waited for, which disturbs no handler
-   of the program: one that tells of a real end of a child is sent again at the end. */
+   of the program: one that tells of a real end of a child is sent again at the end. Who sends one to
+   the very thread (tgkill) wakes it, and tells of nothing. */
 typedef struct {
     sigset_t before;
     int swallowed;
@@ -27,6 +28,10 @@ void snap_doze_begin(snap_doze *doze);
 /* Until a thread may have stopped, or the time is over (CLOCK_MONOTONIC, us). */
 void snap_doze_until(snap_doze *doze, int64_t deadline);
 void snap_doze_end(snap_doze *doze);
+
+/* Of /proc/TID/stat: the state ('R', 'Z', …) and the flags (PF_… of linux/sched.h). -ENOENT, -ESRCH:
+   there is no such thread. */
+int snap_stat(int tid, char *state, unsigned *flags);
 
 /* One look at a thread that has been interrupted. 1: it is in an event stop; 0: it runs (one that
    stopped elsewhere is sent on). `asking`: also ask the thread itself. */

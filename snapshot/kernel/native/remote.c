@@ -1,22 +1,16 @@
 #define _GNU_SOURCE
 #include "remote.h"
 
+#include "ptrace_internal.h"
+
 #include <errno.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #define SIGNAL_BIT(signal) (1ull << ((signal) - 1))
 #define RSEQ_CS_OFFSET 8 /* struct rseq: cpu_id_start, cpu_id, then rseq_cs */
-
-static int64_t now_us(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
-}
 
 /* Between two steps of which each changes something in the target. */
 static void point(snap_injection *at)
@@ -240,7 +234,7 @@ int snap_give_back(snap_injection *at)
 static int wait_until(snap_injection *at, int64_t deadline)
 {
     at->stop = 0;
-    int result = snap_wait(at->tid, deadline - now_us(), &at->stop);
+    int result = snap_wait(at->tid, deadline - snap_now_us(), &at->stop);
     if (result == 0 && snap_is_event_stop(at->stop))
         at->event_stop = at->stop;
     return result;
@@ -382,7 +376,7 @@ static int keep_mapped(snap_injection *at, int64_t mapped)
 
 int snap_inject(snap_injection *at, snap_call *calls, int count)
 {
-    int64_t deadline = now_us() + at->timeout_us;
+    int64_t deadline = snap_now_us() + at->timeout_us;
     int result = borrow(at);
     int complete = 0;
     int trapped = 0;
@@ -409,7 +403,7 @@ int snap_make(snap_injection *at, snap_call *call)
     int result = borrow(at);
     at->undo = 0;
     if (result == 0)
-        result = step_call(at, call, now_us() + at->timeout_us);
+        result = step_call(at, call, snap_now_us() + at->timeout_us);
     at->fault = at->stop;
     return result;
 }
@@ -417,7 +411,7 @@ int snap_make(snap_injection *at, snap_call *call)
 int snap_unmap_scratch(snap_injection *at)
 {
     unsigned char registers[SNAP_REGISTERS_SIZE];
-    int64_t deadline = now_us() + at->timeout_us;
+    int64_t deadline = snap_now_us() + at->timeout_us;
     at->use_loop = 0;
     int result = borrow(at);
     for (int stops = 0; result == 0 && stops < 2;) {
@@ -443,7 +437,7 @@ int snap_unmake(snap_injection *at, int64_t descriptor)
 {
     /* The guard's record still says close: of what this call returns, that is of nothing. */
     snap_call closing = {.nr = SYS_close, .args = {(uint64_t)descriptor}};
-    int result = descriptor < 0 ? 0 : step_call(at, &closing, now_us() + at->timeout_us);
+    int result = descriptor < 0 ? 0 : step_call(at, &closing, snap_now_us() + at->timeout_us);
     at->fault = at->stop;
     int back = snap_give_back(at);
     return result < 0 ? result : back;
