@@ -26,7 +26,9 @@ from .hooks import Hooks
 from .image import Image
 from .kernel import procfs, vdso
 from .kernel.exits import Exits
+from .kernel.ptrace import Tracee
 from .kernel.refusal import capable
+from .kernel.room import find_room
 from .kernel.watchdog import Watchdog
 from .manifest import Descriptor, Host, Manifest, OpenFile, Process, TakeStats
 from .pump import MEMORY, LostError, Pump, Staging
@@ -173,7 +175,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
         copying = (bool(job.reasons) or not job.now) and not descriptors.direct_io(job.pid)
         try:
             faults.point("begun")
-            with freeze(job.pid) as first:
+            with freeze(job.pid, room=find_room(Tracee(job.pid, 0))) as first:
                 faults.point("first-stop")
                 protection = stack.enter_context(WriteProtection.create(first, forks=shares))
                 faults.point("created")

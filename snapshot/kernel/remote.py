@@ -55,6 +55,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import re
 import signal
 import struct
@@ -70,7 +71,7 @@ from .arch_x86_64 import NR
 from .errnames import error_name
 from .ptrace import EXITKILL, SUSPEND_SECCOMP, Tracee, reap
 from .refusal import status, stop_name
-from .room import find_room, find_syscall
+from .room import Room, find_room, find_syscall, is_still
 
 SCRATCH_SIZE = 64 * 1024
 CALL_TIMEOUT = 10.0
@@ -110,8 +111,13 @@ class Remote:
     itself."""
 
     def __init__(
-        self, tracee: Tracee, size: int = SCRATCH_SIZE, timeout: float = CALL_TIMEOUT
+        self,
+        tracee: Tracee,
+        size: int = SCRATCH_SIZE,
+        timeout: float = CALL_TIMEOUT,
+        room: Room | None = None,
     ) -> None:
+        """`room`: where it was when somebody looked, if that is known."""
         self.tracee = tracee
         self.timeout = timeout
         self.scratch = 0
@@ -124,7 +130,9 @@ class Remote:
         self._parked = ffi.new("snap_injection **")  # who would unmap it; shared with `on`
         self._last: Any = None  # keeps alive what that points to
         self._loop_allowed = False
+        self.room = room
         self._guard = 0  # where the way home lies in the target, 0: there is none
+        self._mem = -1  # its /proc/PID/mem, as long as there is a guard
         self._caught = self._ignored = 0
 
     @property
@@ -141,11 +149,13 @@ class Remote:
         Raises UnsupportedError when the target has no `syscall` instruction to borrow, DeniedError
         when a seccomp filter of it cannot be suspended, KernelError when mmap fails.
         """
-        instruction, room = find_room(self.tracee)
-        if room and not self.tracee.options & EXITKILL:
-            self._guard = room
+        if self.room is None or not is_still(self.tracee, self.room):
+            self.room = find_room(self.tracee)
+        if self.room.guard and not self.tracee.options & EXITKILL:
+            self._guard = self.room.guard
             self._caught, self._ignored = dispositions(self.tracee.tid)
-        self._prepare(instruction)
+            self._mem = _open_memory(self.tracee.tid)
+        self._prepare(self.room.instruction)
         self._at.undo = self.scratch_size if self._guard else 0
         self._at.undo_call = NR.munmap
         if self._guard and (placed := lib.snap_guard_place(self._at)) < 0:
@@ -196,6 +206,7 @@ class Remote:
         at.timeout_us = int(self.timeout * 1e6)
         maker = self._maker or self
         at.guard, at.caught, at.ignored = maker._guard, maker._caught, maker._ignored
+        at.mem = maker._mem
         if maker._guard:
             at.parked = maker._parked
         if self._maker is not None and maker._guard:
@@ -221,6 +232,9 @@ class Remote:
         finally:
             self._at = None
             self._guard = 0
+            if self._mem >= 0:
+                os.close(self._mem)
+                self._mem = -1
 
     def renew(self) -> None:
         """Finds another `syscall` instruction: after the vdso was unmapped or put elsewhere, which
@@ -246,20 +260,20 @@ class Remote:
         """
         results: list[int] = []
         for start in range(0, len(calls), self.capacity):
-            results += self._run(calls[start : start + self.capacity])
+            some = calls[start : start + self.capacity]
+            results += self.packed(some, pack(some))
         return results
 
-    def _run(self, calls: Sequence[Call]) -> list[int]:
+    def packed(self, calls: Sequence[Call], data: bytes) -> list[int]:
+        """`batch` of calls that were packed before (`pack`), at most `capacity` of them."""
         self.tracee.own()
         assert self._at is not None, "open() comes first"
         self._at.use_loop = self._may_use_loop(calls)
-        count = len(calls)
-        array = ffi.new("snap_call[]", count)
-        packed = b"".join(_pack(call) for call in calls)
-        ffi.memmove(array, packed, len(packed))
+        array = bytearray(data)
         (self._maker or self)._last = self._at
-        self._finish(lib.snap_inject(self._at, array, count), calls)
-        return [array[i].result for i in range(count)]
+        count = len(calls)
+        self._finish(lib.snap_inject(self._at, ffi.from_buffer("snap_call[]", array), count), calls)
+        return [result for (result,) in _RESULT.iter_unpack(array)]
 
     def _finish(self, result: int, calls: Sequence[Call]) -> None:
         self.tracee.stop = self._at.stop
@@ -293,7 +307,7 @@ class Remote:
         self.tracee.own()
         assert self._at is not None, "open() comes first"
         made = ffi.new("snap_call *")
-        ffi.memmove(made, _pack(call), CALL_BYTES)
+        ffi.memmove(made, pack([call]), CALL_BYTES)
         result = lib.snap_make(self._at, made)
         descriptor = int(made.result) if result == 0 else -1
         try:
@@ -353,11 +367,18 @@ class Remote:
 
 
 _CALL = struct.Struct("7Qq")
+_RESULT = struct.Struct("56xq")
 
 
-def _pack(call: Call) -> bytes:
-    args = [value & arch.NO_SYSCALL for value in call.args]
-    return _CALL.pack(call.nr, *args, *([0] * (6 - len(args))), 0)
+def pack(calls: Sequence[Call]) -> bytes:
+    """snap_call[]"""
+    return b"".join(
+        _CALL.pack(call.nr, *(value & arch.NO_SYSCALL for value in (*call.args, *_NOTHING)[:6]), 0)
+        for call in calls
+    )
+
+
+_NOTHING = (0,) * 6
 
 
 def _checked(tid: int, nr: int, args: tuple[int, ...], result: int) -> int:
@@ -369,6 +390,13 @@ def _checked(tid: int, nr: int, args: tuple[int, ...], result: int) -> int:
             f"snap check {tid}",
         )
     return result
+
+
+def _open_memory(pid: int) -> int:
+    try:
+        return os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise TargetError(f"process {pid}: {error.strerror}", f"ps -p {pid}") from None
 
 
 def suspend_seccomp(tracee: Tracee) -> None:

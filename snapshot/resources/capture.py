@@ -18,7 +18,7 @@ from .registry import PROCESS_MODULES, THREAD_MODULES
 
 if TYPE_CHECKING:
     from ..freeze import Frozen
-    from ..kernel.ptrace import Tracee
+    from ..kernel.ptrace import State
 
 STOP_SIGNALS = (SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU)
 """ptrace(2): in a group-stop a seized thread reports the signal that stopped it."""
@@ -39,11 +39,8 @@ class _ThreadQuestions:
 @dataclass(frozen=True)
 class _RawThread:
     tid: int
-    registers: bytes
-    xstate: bytes
-    signal_mask: int
+    state: State
     pending: Sequence[bytes]
-    rseq: manifest.Rseq | None
     questions: _ThreadQuestions
     answers: Answers
 
@@ -74,13 +71,13 @@ class Gathered:
         return Thread(
             tid=self.facts.inner(raw.tid),
             comm=own.comm,
-            registers=raw.registers,
-            xstate=raw.xstate,
-            signal_mask=raw.signal_mask,
+            registers=raw.state.registers,
+            xstate=raw.state.xstate,
+            signal_mask=raw.state.signal_mask,
             altstack=own.altstack,
             robust_list=own.robust_list,
             clear_child_tid=own.clear_child_tid,
-            rseq=raw.rseq,
+            rseq=_rseq(raw.state),
             pending=pending.complete(raw.pending, status.mask("SigPnd")),
             state=state,
         )
@@ -139,6 +136,7 @@ def gather(frozen: Frozen) -> Gathered:
     About 0.3 ms and 0.1 ms a thread when the files of /proc/PID were looked at before (Facts).
     """
     leader = frozen.threads[0]
+    states = frozen.states()
     remote = frozen.remote
     facts = Facts.read(frozen.pid, [tracee.tid for tracee in frozen.threads])
     first = Inquiry(remote.data, remote.data_size)
@@ -148,16 +146,13 @@ def gather(frozen: Frozen) -> Gathered:
     questions = _ThreadQuestions(Inquiry(remote.data, remote.data_size), facts)
     process_answers = first.run(remote)
     raw = []
-    for tracee in frozen.threads:
+    for tracee, state in zip(frozen.threads, states, strict=True):
         lead = tracee is leader
         raw.append(
             _RawThread(
                 tid=tracee.tid,
-                registers=frozen.registers(tracee),
-                xstate=tracee.xstate(),
-                signal_mask=tracee.signal_mask(),
-                pending=tracee.pending(shared=False),
-                rseq=_rseq(tracee),
+                state=state,
+                pending=tracee.pending(shared=False) if state.pending else (),
                 questions=leader_questions if lead else questions,
                 answers=process_answers if lead else questions.inquiry.run(remote.on(tracee)),
             )
@@ -173,19 +168,17 @@ def gather(frozen: Frozen) -> Gathered:
     )
 
 
-def _rseq(tracee: Tracee) -> manifest.Rseq | None:
+def _rseq(state: State) -> manifest.Rseq | None:
     """The registration with the critical section that was interrupted; injected calls clear that
-    field, and Remote has put it back."""
-    found = tracee.rseq()
-    if found is None:
+    field, and Remote puts it back."""
+    if state.rseq is None:
         return None
-    raw = tracee.read(found.address + threads.CRITICAL_SECTION, threads.CRITICAL_SECTION)
     return manifest.Rseq(
-        address=found.address,
-        size=found.size,
-        signature=found.signature,
-        flags=found.flags,
-        critical_section=int.from_bytes(raw, "little"),
+        address=state.rseq.address,
+        size=state.rseq.size,
+        signature=state.rseq.signature,
+        flags=state.rseq.flags,
+        critical_section=state.critical_section,
     )
 
 

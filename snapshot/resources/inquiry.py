@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from ..kernel.remote import Call
+from ..kernel.remote import Call, pack
 
 if TYPE_CHECKING:
     from ..kernel.remote import Remote
@@ -56,6 +56,7 @@ class Inquiry:
         self._rounds: list[list[Call]] = [[]]
         self._used = [0]
         self._count = 0
+        self._packed: list[bytes] | None = None
 
     def space(self, size: int) -> Slot:
         """Reserve `size` bytes, aligned to 8."""
@@ -77,8 +78,13 @@ class Inquiry:
         """Make the calls in the thread of `remote`."""
         results: list[int] = []
         data = []
-        for calls, used in zip(self._rounds, self._used, strict=True):
-            results += remote.batch(calls) if calls else []
+        if self._packed is None:
+            self._packed = [pack(calls) for calls in self._rounds]
+        for calls, packed, used in zip(self._rounds, self._packed, self._used, strict=True):
+            if len(calls) > remote.capacity:
+                results += remote.batch(calls)
+            elif calls:
+                results += remote.packed(calls, packed)
             data.append(remote.get(self._data, used) if used else b"")
         return Answers(results, data)
 

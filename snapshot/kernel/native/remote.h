@@ -45,6 +45,8 @@ typedef struct snap_injection {
     /* For tests: the process kills itself (SIGKILL) when it passes the die_at-th point. */
     int die_at;
     int passed;
+    /* /proc/PID/mem of the process, to write where it may not itself; open for reading and writing. */
+    int mem;
 } snap_injection;
 
 /* Before the first call of all with a guard. */
