@@ -106,16 +106,24 @@ class Frozen:
         self._calls_at: dict[int, tuple[tuple[int, int], int]] = {}
         """By tid: where (rip, rsp) a thread is in a call that goes on as restart_syscall, and its
         own number."""
+        self.scratch: int = earlier.scratch if earlier is not None else 0
+        """Where it was at its last use, and in it:"""
+        self.data = (0, 0)
+        """Where answers go: address and size."""
         self._owner = threading.get_native_id()
 
     @property
     def remote(self) -> Remote:
         """Calls inside the process, in its leader; the scratch is mapped at the first use."""
-        if self._remote is None:
-            remote = Remote(self.threads[0], room=self._room)
-            remote.open()
-            self._remote, self._room = remote, remote.room
-        return self._remote
+        return self._remote if self._remote is not None else self.open_remote()
+
+    def open_remote(self, status_text: bytes = b"") -> Remote:
+        """The same at the first use, with /proc/PID/status as it is now, if that has been read."""
+        remote = Remote(self.threads[0], room=self._room)
+        remote.open(near=self.scratch, status_text=status_text)
+        self._remote, self._room, self.scratch = remote, remote.room, remote.scratch
+        self.data = remote.data, remote.data_size
+        return remote
 
     @property
     def group_stopped(self) -> bool:

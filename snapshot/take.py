@@ -34,7 +34,7 @@ from .manifest import Descriptor, Host, Manifest, OpenFile, Process, TakeStats
 from .pump import MEMORY, LostError, Pump, Staging
 from .records import ProcessIdentity
 from .regions import Plan
-from .resources import Gathered, descriptors, gather, preflight
+from .resources import Gathered, Preparation, descriptors, gather, preflight
 from .stats import Progress, ProgressCallback, Stopwatch
 from .store import Store, check_name
 from .tracer import Tracer
@@ -216,7 +216,8 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer)
     pump.storing.close(GATE_SECONDS)
     ahead.last_rounds(lambda: _report(job, pump, "protecting"))
     clock = Stopwatch()
-    pause = tracer.run(lambda: _pause(job, ahead, first, most, tracer, clock))
+    with Preparation(job.pid, first.data) as prepared:
+        pause = tracer.run(lambda: _pause(job, ahead, first, prepared, most, tracer, clock))
     job.stops_us.append(pause.stopped_us)
     pump.storing.open()
     plan = ahead.examination.plan
@@ -227,7 +228,13 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer)
 
 
 def _pause(
-    job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer, clock: Stopwatch
+    job: _Take,
+    ahead: Ahead,
+    first: Frozen,
+    prepared: Preparation,
+    most: int,
+    tracer: Tracer,
+    clock: Stopwatch,
 ) -> _Pause:
     """Made by the tracer, which stays when something is unsaved at the end: threads that end then
     wait for that. Injected calls come first, while the fault thread still serves: the kernel writes
@@ -239,7 +246,7 @@ def _pause(
         faults.point("second-stop")
         clock.stages_us["freeze"] = frozen.freeze_us
         with clock.stage("capture"):
-            gathered = gather(frozen)
+            gathered = gather(frozen, prepared)
             faults.point("captured")
             frozen.close_remote()
             faults.point("clean-again")

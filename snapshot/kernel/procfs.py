@@ -91,7 +91,10 @@ def comm(pid: int, tid: int | None = None) -> bytes:
 
 def cmdline(pid: int) -> tuple[bytes, ...]:
     """The arguments; empty for a kernel thread or a zombie."""
-    text = read(pid, "cmdline")
+    return split_cmdline(read(pid, "cmdline"))
+
+
+def split_cmdline(text: bytes) -> tuple[bytes, ...]:
     return tuple(text.removesuffix(b"\0").split(b"\0")) if text else ()
 
 

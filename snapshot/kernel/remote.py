@@ -143,8 +143,9 @@ class Remote:
     def data_size(self) -> int:
         return self.scratch_size - self._data_offset
 
-    def open(self, hint: int | None = None) -> None:
-        """Maps the scratch, at `hint` exactly (which must be free) or where the kernel likes.
+    def open(self, hint: int | None = None, near: int = 0, status_text: bytes = b"") -> None:
+        """Maps the scratch, at `hint` exactly (which must be free) or where the kernel likes, if
+        possible at `near`. `status_text`: /proc/PID/status as it is now, if that has been read.
 
         Raises UnsupportedError when the target has no `syscall` instruction to borrow, DeniedError
         when a seccomp filter of it cannot be suspended, KernelError when mmap fails.
@@ -153,7 +154,7 @@ class Remote:
             self.room = find_room(self.tracee)
         if self.room.guard and not self.tracee.options & EXITKILL:
             self._guard = self.room.guard
-            self._caught, self._ignored = dispositions(self.tracee.tid)
+            self._caught, self._ignored = dispositions(self.tracee.tid, text=status_text)
             self._mem = _open_memory(self.tracee.tid)
         self._prepare(self.room.instruction)
         self._at.undo = self.scratch_size if self._guard else 0
@@ -164,7 +165,7 @@ class Remote:
         if hint is not None:
             flags |= _MAP_FIXED_NOREPLACE
         protection = mmap.PROT_READ | mmap.PROT_WRITE if self._guard else _PROT_RWX
-        args = (hint or 0, self.scratch_size, protection, flags, arch.NO_SYSCALL, 0)
+        args = (hint or near, self.scratch_size, protection, flags, arch.NO_SYSCALL, 0)
         try:
             address = self.batch([Call(NR.mmap, args)])[0]
             self.scratch = self._at.scratch
@@ -274,6 +275,38 @@ class Remote:
         count = len(calls)
         self._finish(lib.snap_inject(self._at, ffi.from_buffer("snap_call[]", array), count), calls)
         return [result for (result,) in _RESULT.iter_unpack(array)]
+
+    def packed_in(
+        self, tracees: Sequence[Tracee], calls: Sequence[Call], data: bytes, size: int
+    ) -> list[tuple[list[int], bytes]] | None:
+        """`packed` in each of these threads -> results, and the first `size` bytes of the data
+        area afterwards. None: it has to be done one by one."""
+        count, threads = len(calls), len(tracees)
+        if not (self.tracee.options & SUSPEND_SECCOMP and self._loop_allowed):
+            return None
+        options = self.tracee.options
+        each = ffi.new("snap_injection[]", threads)
+        numbers = [tracee.tid for tracee in tracees]
+        stops = ffi.new("int[]", [tracee.stop for tracee in tracees])
+        results, answers = bytearray(8 * count * threads), bytearray(size * threads)
+        error = ffi.new("int *")
+        self._at.use_loop = 1
+        self._last = each
+        done = lib.snap_inject_each(
+            *(self._at, each, numbers, stops, threads, options),
+            *(ffi.from_buffer("snap_call[]", data), count, self.data, size),
+            *(ffi.from_buffer("int64_t[]", results), ffi.from_buffer(answers), error),
+        )
+        for i, tracee in enumerate(tracees[: done + 1]):
+            tracee.stop, tracee.options = stops[i], options
+        if done < threads:
+            other = Remote(tracees[done], self.scratch_size, self.timeout)
+            other._at = each + done
+            other._failed(-error[0], calls)
+        rows = struct.iter_unpack(f"{count}q", results) if count else [()] * threads
+        return [
+            (list(row), bytes(answers[i * size : (i + 1) * size])) for i, row in enumerate(rows)
+        ]
 
     def _finish(self, result: int, calls: Sequence[Call]) -> None:
         self.tracee.stop = self._at.stop
@@ -419,11 +452,14 @@ def suspend_seccomp(tracee: Tracee) -> None:
         )
 
 
-def dispositions(pid: int, every: bool = False) -> tuple[int, int]:
+def dispositions(pid: int, every: bool = False, text: bytes = b"") -> tuple[int, int]:
     """Signals with a handler, and those that the process ignores and that may be sent to it
-    without any effect (`every`: all that it says it ignores), bit n-1 for signal n."""
-    with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
-        found = dict(_SIGNALS.findall(file.readall()))
+    without any effect (`every`: all that it says it ignores), bit n-1 for signal n. `text`: its
+    /proc/PID/status, if that has been read."""
+    if not text:
+        with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
+            text = file.readall()
+    found = dict(_SIGNALS.findall(text))
     caught, ignored = int(found[b"SigCgt"], 16), int(found[b"SigIgn"], 16)
     if every:
         return caught, ignored

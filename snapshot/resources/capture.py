@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .. import manifest
+from ..kernel import procfs
+from ..kernel.closing import Closing
+from ..kernel.remote import dispositions
 from ..manifest import Descriptor, Mapping, OpenFile, Process, Thread, pack
 from . import credentials, layout, pending, threads
-from .facts import Facts
+from .facts import Facts, Open
 from .inquiry import Answer, Answers, Inquiry
 from .registry import PROCESS_MODULES, THREAD_MODULES
 
@@ -130,41 +133,80 @@ class Gathered:
         return sorted(text for text in found if text)
 
 
-def gather(frozen: Frozen) -> Gathered:
-    """In the pause: reads /proc, asks every thread by one injected batch each, decodes nothing.
+class Questions:
+    """What a process is asked in the pause: put into words before it, from facts of then."""
 
-    About 0.3 ms and 0.1 ms a thread when the files of /proc/PID were looked at before (Facts).
-    """
-    leader = frozen.threads[0]
+    def __init__(self, facts: Facts, data: int, size: int) -> None:
+        """[data, data + size): where the answers go."""
+        self.facts = facts
+        self.place = (data, size)
+        self.about = _about(facts)
+        self.first = Inquiry(data, size)
+        self.layout = layout.ask(self.first, facts)
+        self.modules = [(module.NAME, module.ask(self.first, facts)) for module in PROCESS_MODULES]
+        self.leader = _ThreadQuestions(self.first, facts)
+        self.others = _ThreadQuestions(Inquiry(data, size), facts)
+
+    def now(self, facts: Facts, data: int, size: int) -> Questions:
+        """As they have to be: these, if they are still right."""
+        if (data, size) != self.place or _about(facts) != self.about:
+            return Questions(facts, data, size)
+        self.facts.renew(facts)
+        return self
+
+
+class Preparation(Closing):
+    """What `gather` can have ready before the pause, from the process as it runs. `place`: where
+    the answers will probably go."""
+
+    def __init__(self, pid: int, place: tuple[int, int]) -> None:
+        self.files = Open(pid)
+        try:
+            self.questions = Questions(Facts.read(pid, procfs.threads(pid), self.files), *place)
+        except BaseException:
+            self.files.close()
+            raise
+
+    def close(self) -> None:
+        self.files.close()
+
+
+def _about(facts: Facts) -> tuple[object, ...]:
+    """What decides which calls are made."""
+    return dispositions(facts.pid, True, facts.status_texts[facts.pid]), facts.timers_text
+
+
+def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
+    """In the pause: reads /proc, asks every thread by one injected batch each, decodes nothing."""
+    leader, others = frozen.threads[0], frozen.threads[1:]
     states = frozen.states()
-    remote = frozen.remote
-    facts = Facts.read(frozen.pid, [tracee.tid for tracee in frozen.threads])
-    first = Inquiry(remote.data, remote.data_size)
-    layout_answer = layout.ask(first, facts)
-    modules = [(module.NAME, module.ask(first, facts)) for module in PROCESS_MODULES]
-    leader_questions = _ThreadQuestions(first, facts)
-    questions = _ThreadQuestions(Inquiry(remote.data, remote.data_size), facts)
-    process_answers = first.run(remote)
-    raw = []
-    for tracee, state in zip(frozen.threads, states, strict=True):
-        lead = tracee is leader
-        raw.append(
-            _RawThread(
-                tid=tracee.tid,
-                state=state,
-                pending=tracee.pending(shared=False) if state.pending else (),
-                questions=leader_questions if lead else questions,
-                answers=process_answers if lead else questions.inquiry.run(remote.on(tracee)),
-            )
+    files = prepared.files if prepared else None
+    facts = Facts.read(frozen.pid, [tracee.tid for tracee in frozen.threads], files)
+    remote = frozen.open_remote(facts.status_texts[frozen.pid])
+    place = (remote.data, remote.data_size)
+    questions = prepared.questions.now(facts, *place) if prepared else Questions(facts, *place)
+    leader_answers = questions.first.run(remote)
+    answers = questions.others.inquiry.run_in(remote, others)
+    raw = [
+        _RawThread(
+            tid=tracee.tid,
+            state=state,
+            pending=tracee.pending(shared=False) if state.pending else (),
+            questions=questions.leader if tracee is leader else questions.others,
+            answers=answer,
         )
+        for tracee, state, answer in zip(
+            frozen.threads, states, [leader_answers, *answers], strict=True
+        )
+    ]
     return Gathered(
-        facts=facts,
+        facts=questions.facts,
         stopped=(leader.stop >> 8 & 0xFF) in STOP_SIGNALS,
         pending=leader.pending(shared=True),
         raw_threads=tuple(raw),
-        process_answers=process_answers,
-        layout=layout_answer,
-        modules=modules,
+        process_answers=leader_answers,
+        layout=questions.layout,
+        modules=questions.modules,
     )
 
 

@@ -7,12 +7,13 @@ mean is worked out after the target runs on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ..kernel.remote import Call, pack
 
 if TYPE_CHECKING:
+    from ..kernel.ptrace import Tracee
     from ..kernel.remote import Remote
 
 T_co = TypeVar("T_co", covariant=True)
@@ -87,6 +88,15 @@ class Inquiry:
                 results += remote.packed(calls, packed)
             data.append(remote.get(self._data, used) if used else b"")
         return Answers(results, data)
+
+    def run_in(self, remote: Remote, tracees: Sequence[Tracee]) -> list[Answers]:
+        """The same in other threads of the process."""
+        if len(self._rounds) == 1 and len(self._rounds[0]) <= remote.capacity:
+            calls = self._rounds[0]
+            found = remote.packed_in(tracees, calls, pack(calls), self._used[0]) if calls else None
+            if found is not None:
+                return [Answers(results, [data]) for results, data in found]
+        return [self.run(remote.on(tracee)) for tracee in tracees]
 
 
 Answer = Callable[[Answers], T_co]
