@@ -182,10 +182,9 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                 pump = Pump(job.pid, protection, job.staging, watchdog, tracer, job.stall)
                 ahead = Ahead(stack.enter_context(pump), objects, before, origin)
                 pump.start()
-                if copying or shares:  # what is registered tells of its events
-                    ahead.plan()
-                    faults.point("registered")
-                    pump.release()
+                ahead.plan()  # what is registered tells of its events
+                faults.point("registered")
+                pump.release()
             job.stops_us.append(first.stopped_us)
             faults.point("first-resumed")
             pump.store(writer.put, os.cpu_count() or 1)
@@ -213,7 +212,7 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer)
     """`first` is the stop that made the userfaultfd."""
     pump = ahead.pump
     pump.storing.close(GATE_SECONDS)
-    ahead.copy_once_more()
+    ahead.last_rounds(lambda: _report(job, pump, "protecting"))
     clock = Stopwatch()
     pause = tracer.run(lambda: _pause(job, ahead, first, most, tracer, clock))
     job.stops_us.append(pause.stopped_us)
@@ -248,8 +247,9 @@ def _pause(
             ahead.plan(descriptors.needed(files, table), problems)
             faults.point("held")
         with clock.stage("settle"):
-            trust = not (ahead.direct_io or any(file.flags & os.O_DIRECT for file in files))
-            unsaved = pump.settle(most, trust=trust)
+            direct_io = ahead.direct_io or any(file.flags & os.O_DIRECT for file in files)
+            cover = not procfs.mergeable(job.pid)
+            unsaved = pump.settle(most, copies=not direct_io, cover=cover)
         taken_at = time.time()
         faults.point("settled")
         with clock.stage("hooks"):

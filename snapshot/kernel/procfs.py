@@ -100,6 +100,17 @@ def auxv(pid: int) -> bytes:
     return read(pid, "auxv")
 
 
+def mergeable(pid: int) -> bool:
+    """Whether KSM may merge pages of the process: it takes their protection without an event."""
+    try:
+        text = read(pid, "ksm_stat")
+    except KernelError:
+        return True
+    except TargetError:  # a kernel without KSM has no such file
+        return os.path.exists("/sys/kernel/mm/ksm")
+    return b"ksm_mergeable: yes" in text or not text.startswith(b"ksm_rmap_items 0\n")
+
+
 def boot_id() -> str:
     """Names this boot; with pid and start time it names a process."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
