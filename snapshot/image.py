@@ -222,8 +222,8 @@ class Image:
         """The index of a space, verified when it is first used."""
         found = self._spaces.get(space)
         if found is None:
-            found = index.load(self._environment, self._record.number, space)
             summary = self._summaries.get(space)
+            found = index.load(self._environment, self._record.number, space, summary)
             if found.summary() != summary and (summary or len(found)):
                 raise self._damaged(f"the index of space {space} does not match its checksum")
             self._spaces[space] = found
