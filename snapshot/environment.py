@@ -156,6 +156,11 @@ class Environment:
             self._lmdb.close()
         return self._active == 0
 
+    @property
+    def descriptors(self) -> set[int]:
+        """Those that are closed with it, but for LMDB's own."""
+        return {self._data}
+
     def used_bytes(self) -> int:
         """Length of the part of the data file that LMDB uses or has used."""
         self._check_process()

@@ -53,7 +53,7 @@ class Space:
 def load(
     environment: Environment, number: int, space: int, said: SpaceSummary | None = None
 ) -> Space:
-    """What the index has of a space, unverified: compare its `summary`. Fast when that is `said`."""
+    """What the index has of a space, unverified: compare its `summary`. Fast if that is `said`."""
     if said is not None:
         found = _read(environment, number, said)
         if found is not None:
