@@ -88,7 +88,7 @@ def take(
     ] = None,
     memory: Annotated[
         str, typer.Option("--memory", metavar="SIZE", help="Staging memory at most.")
-    ] = "256M",
+    ] = "192M",
     now: Annotated[
         bool, typer.Option("--now", help="T0 at once, not when most has been copied.")
     ] = False,

@@ -38,7 +38,7 @@ def take(
     *,
     name: str | None = None,
     store: str | os.PathLike[str] | None = None,
-    memory: int = 256 * MIB,
+    memory: int = 192 * MIB,
     now: bool = False,
     guard: Literal["auto", "always", "never"] = "auto",
     hooks: HookMapping | None = None,

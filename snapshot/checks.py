@@ -23,7 +23,7 @@ from .kernel.selftest import PATTERN
 from .units import MIB, count, mib
 
 State = Literal["ok", "degraded", "missing"]
-STAGING = 256 * MIB
+STAGING = 192 * MIB
 ROOT = "sudo snap check"
 
 

@@ -24,6 +24,7 @@ import lmdb
 from . import soundness
 from .errors import DamagedError, SnapError, StoreError
 from .kernel import btree
+from .kernel.forget import forget_file
 from .units import MIB, PAGE, mib
 
 T = TypeVar("T")
@@ -40,6 +41,9 @@ does not lead beyond the end."""
 LEAST = RESERVE + MIB
 """What an empty environment takes on its disk."""
 _STEP = 16 * MIB
+_FORGET = 32 * MIB
+"""Bytes put after which the pages of the file leave our page tables. The kernel maps 16 for each
+that LMDB reads, and all of them count as memory of ours, although it can have them at any time."""
 
 _PAGE_HEADER = 16
 _MAGIC_AND_VERSION = struct.pack("=II", 0xBEEFC0DE, 1)  # LMDB writes in the machine's byte order
@@ -71,6 +75,7 @@ class Environment:
         self._active = 0  # transactions of this process; growth waits until there are none
         self._growing = False
         self._writing = threading.Lock()
+        self._put_bytes = 0  # since the pages of the file were forgotten
         self._stopped: lmdb.Error | None = None
         """Why a write failed first: LMDB may refuse everything from then on (PanicError)."""
         with self._understood("cannot open"), _none_missing(path):
@@ -116,7 +121,9 @@ class Environment:
                 try:
                     with self.begin(True, True) as transaction:
                         self._lengthen(transaction, adds)
-                        return work(transaction)
+                        result = work(transaction)
+                    self._forget(adds or 0)
+                    return result
                 except lmdb.MapFullError:
                     pass
                 except lmdb.Error as error:  # without its frames, which hold views
@@ -237,6 +244,13 @@ class Environment:
             os.posix_fallocate(self._data, length, missing + _STEP)
         except OSError:
             os.posix_fallocate(self._data, length, missing)
+
+    def _forget(self, put: int) -> None:
+        """Between `enter` and `leave`, so that the map is not moved."""
+        self._put_bytes += put
+        if self._put_bytes >= _FORGET:
+            self._put_bytes = 0
+            forget_file(self._data)
 
     def _free_bytes(self, transaction: Transaction) -> int:
         """About what is free inside the file: what was removed."""

@@ -33,7 +33,7 @@ from .wrprotect import WriteProtection
 
 BATCH = 64
 """Chunks that a storing thread takes at once: one at a time costs 30 % (DESIGN section 6)."""
-MEMORY = 256 * MIB
+MEMORY = 192 * MIB
 MEMORY_LEAST = 4 * MIB
 TOUCHED = 8 * MIB
 MADV_POPULATE_WRITE = 23  # Linux 5.14, not in the mmap module
