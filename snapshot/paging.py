@@ -16,8 +16,8 @@ from typing import Any
 from . import fill, lazy, pageserver
 from .errors import DeniedError, RestoreError
 from .image import Image
+from .kernel import fdcalls, uffd
 from .kernel import pidfd as pidfds
-from .kernel import uffd
 from .kernel.arch_x86_64 import NR
 from .kernel.errnames import error_name
 from .kernel.remote import Call, Remote
@@ -171,6 +171,8 @@ def _fork(image: Image, process: Process, control: int, log: int) -> int:
                 _become_server(image, {control}, log)
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
                 pageserver.start(control, store, image.name, process.index, image)
+            except BaseException as error:
+                pageserver.say(None, f"the page server cannot be started: {error!r}")
             finally:
                 os._exit(1)
     finally:
@@ -189,11 +191,7 @@ def _become_server(image: Image, keep: set[int], log: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for fd, source in ((0, null), (1, null), (2, log)):
         os.dup2(source, fd, inheritable=True)
-    first = 3
-    for fd in sorted({*keep, *image.descriptors}):
-        os.closerange(first, fd)
-        first = fd + 1
-    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+    fdcalls.close_others({0, 1, 2, *keep, *image.descriptors})
     os.environ["PYTHONPATH"] = _python_path()
 
 

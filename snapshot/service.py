@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import keeper, pageserver
+from .decoders import Decoders
 from .errors import KernelError, SnapError
 from .image import Image
 from .journal import RUNNING, Journal
@@ -52,6 +53,8 @@ class Service:
         self._server.pause_ms = int(os.environ.get(PAUSE, "0"))
         self._successor = -1
         self._watch_successor()
+        self._decoders = Decoders(self.image, plan.space)
+        self._server.use(self._decoders)
 
     @property
     def faults(self) -> int:
@@ -103,6 +106,7 @@ class Service:
 
     def run(self) -> None:
         self._server.run()
+        self._decoders.close()
         os.close(self._successor)
         self.image.close()
 
