@@ -26,26 +26,24 @@ from .units import CHUNK
 if TYPE_CHECKING:
     from .image import Image
 
-_REQUEST = struct.Struct("<IQ")  # slot, chunk address
-_ANSWER = struct.Struct("<IIHH")  # slot, 1 when it was decoded, present, nonzero
-_AHEAD = 8
-"""Chunks for each decoder to work on."""
+RUN = 4
+"""Chunks that are asked for and put in place together, when they follow each other: each by itself
+would cost the server more than its pages."""
+_REQUEST = struct.Struct("<IIQ")  # slot, how many chunks, the address of the first
+_ANSWER = struct.Struct(f"<II{RUN}H")  # slot, chunks that were decoded, the pages present of each
+_AHEAD = 4
+"""Runs for each decoder to work on."""
 _NICE = 5
 _MOST = 4
 """Decoders, however many CPUs there are: one server puts their pages in place."""
 
 
-class Decoded(NamedTuple):
-    """lazy.Content; `data` is good until `Decoders.free`."""
-
-    present: int
-    nonzero: int
-    data: memoryview
-
-
 class Answer(NamedTuple):
+    """A run of chunks, or the rest of one."""
+
     slot: int
-    content: Decoded | None  # None: it could not be decoded
+    present: tuple[int, ...]  # the pages of each that belong to the image; none: not decoded
+    data: memoryview  # of all of them; good until `Decoders.free`
 
 
 class _Decoder:
@@ -71,7 +69,7 @@ class Decoders:
     def __init__(self, source: Image, space: int, count: int | None = None) -> None:
         """Made while the server has one thread; the store is opened by each at its first chunk."""
         count = min(len(os.sched_getaffinity(0)), _MOST) if count is None else count
-        self._memory = mmap.mmap(-1, max(1, count * _AHEAD) * CHUNK)
+        self._memory = mmap.mmap(-1, max(1, count * _AHEAD) * RUN * CHUNK)
         self._view = memoryview(self._memory)
         self._all: list[_Decoder] = []
         self._of_slot: dict[int, _Decoder] = {}
@@ -90,17 +88,20 @@ class Decoders:
     def room(self) -> bool:
         return any(one.free for one in self._all)
 
-    def ask(self, address: int) -> int | None:
-        """Has a chunk decoded. -> its slot; None: no room, or all have ended."""
-        for one in sorted(self._all, key=lambda one: -len(one.free)):
-            if one.free:
-                slot = one.free.pop()
-                with suppress(OSError):
-                    os.write(one.requests, _REQUEST.pack(slot, address))
-                    one.busy.add(slot)
-                    return slot
-                one.free.append(slot)
-        return None
+    def ask(self, address: int, chunks: int) -> int | None:
+        """Has a run decoded, of at most RUN chunks. -> its slot; None: no room, or all have
+        ended."""
+        one = max(self._all, key=lambda one: len(one.free), default=None)
+        if one is None or not one.free:
+            return None
+        slot = one.free.pop()
+        try:
+            os.write(one.requests, _REQUEST.pack(slot, chunks, address))
+        except OSError:  # it has ended, and its answers say so
+            one.free.append(slot)
+            return None
+        one.busy.add(slot)
+        return slot
 
     def answers(self, fd: int) -> list[Answer] | None:
         """What a decoder has done; None when it has ended: `lose` it."""
@@ -112,12 +113,11 @@ class Decoders:
         if not data:
             return None
         found = []
-        for slot, good, present, nonzero in _ANSWER.iter_unpack(data):
-            if slot not in one.busy:
-                continue
-            one.busy.discard(slot)
-            view = self._view[slot * CHUNK : (slot + 1) * CHUNK]
-            found.append(Answer(slot, Decoded(present, nonzero, view) if good else None))
+        for slot, good, *present in _ANSWER.iter_unpack(data):
+            if slot in one.busy:
+                one.busy.discard(slot)
+                view = self._view[slot * RUN * CHUNK : (slot + 1) * RUN * CHUNK]
+                found.append(Answer(slot, tuple(present[:good]), view))
         return found
 
     def free(self, slot: int) -> None:
@@ -186,14 +186,16 @@ def _decode_all(
         request = os.read(requests, _REQUEST.size)
         if not request:
             os._exit(0)
-        slot, address = _REQUEST.unpack(request)
-        chunk = None
+        slot, count, address = _REQUEST.unpack(request)
+        place = slot * RUN * CHUNK
+        present = [0] * RUN
+        good = 0
         with suppress(Exception):  # the server meets it itself, and says so
             opened = opened or source.again()
-            chunk = opened.chunk(space, address)
-        if chunk is not None:
-            memory[slot * CHUNK : (slot + 1) * CHUNK] = chunk.data
-            os.write(answers, _ANSWER.pack(slot, 1, chunk.present, chunk.nonzero))
-        else:
-            os.write(answers, _ANSWER.pack(slot, 0, 0, 0))
-
+            for at in range(count):
+                chunk = opened.chunk(space, address + at * CHUNK)
+                if chunk is not None:
+                    present[at] = chunk.present
+                    memory[place + at * CHUNK : place + (at + 1) * CHUNK] = chunk.data
+            good = count
+        os.write(answers, _ANSWER.pack(slot, good, *present))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import errno
 import select
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
 from .chunkcodec import Bytes
-from .decoders import Decoders
+from .decoders import Answer, Decoders
 from .errors import KernelError
 from .events import Event, Fault, Fork, Remap, Remove, Unmap
 from .journal import Journal
@@ -179,15 +180,15 @@ class Server:
         """Raises DamagedError when a chunk that is needed cannot be trusted: the caller must then
         end the processes, which would wait for ever."""
         while self.clients:
-            missing = brought = False
+            missing, brought = False, 0
             for client in list(self.clients.values()):
                 if client.missing:
                     missing = True
-                    brought |= self._stream(client)
+                    brought += self._stream(client)
                 elif not self.hold and self.finish(client):
                     self._forget(client)
             if brought or not self.clients:
-                self._listen(self.pause_ms)
+                self._pause(self.pause_ms * brought)
             elif not missing:
                 self._listen(-1 if self.hold else AGAIN_MS)
             elif not self._listen(STALE_MS):
@@ -195,6 +196,13 @@ class Server:
             while self._waiting:
                 self._serve(*self._waiting.popleft())
                 self._listen(0)
+
+    def _pause(self, ms: int) -> None:
+        """Listens once, or until somebody waits for a page."""
+        end = time.monotonic() + ms / 1000
+        self._listen(ms)
+        while not self._waiting and (left := end - time.monotonic()) > 0:
+            self._listen(int(left * 1000) + 1)
 
     def _listen(self, timeout_ms: int) -> bool:
         """Reads all that can be read: faults are queued, events take effect. False: nothing."""
@@ -250,27 +258,53 @@ class Server:
                 return
             self._listen(1)  # an event is on its way; the ledger may be another one then
 
-    def _stream(self, client: Client) -> bool:
-        """The next chunk that nobody asked for yet. False: it is being decoded."""
+    def _stream(self, client: Client) -> int:
+        """The next chunks that nobody asked for yet. -> how many; 0: they are being decoded."""
         if not self._streaming.ask(client):
             found = self._streaming.next(client)
             if found is not None:
-                self._bring(client, found, None)
-            return True
+                self._bring(client, found)
+            return 1
         ready = self._streaming.ready()
         if ready is None:
-            return not client.missing
+            return 0 if client.missing else 1
         asked, answer = ready
-        if asked.client.number in self.clients:
-            self._bring(asked.client, asked.next, answer.content)
-        self._streaming.free(answer)
-        return True
+        if asked.client.number not in self.clients:
+            done = asked.next.chunks
+        elif answer.present:
+            done = self._put_run(asked.client, asked.next, answer)
+        else:
+            done = asked.next.chunks
+            for at in range(done):
+                self._bring(asked.client, asked.next.rest(at)._replace(chunks=1))
+        if done < asked.next.chunks:
+            self._streaming.later(asked, answer, done)
+        else:
+            self._streaming.free(answer)
+        return max(1, done)
 
-    def _bring(self, client: Client, wanted: Next, content: Content | None) -> None:
+    def _bring(self, client: Client, wanted: Next) -> None:
         """What is still missing of a chunk; if that must wait, it is found again later."""
         for piece in parts(client, wanted):
-            if not self._fill(client, piece, piece.start, content, zeros=False):
+            if not self._fill(client, piece, piece.start, zeros=False):
                 return
+
+    def _put_run(self, client: Client, run: Next, answer: Answer) -> int:
+        """What is still missing of a run that was decoded. -> chunks done: none behind which
+        somebody waits."""
+        wanted = [0] * run.chunks
+        missing = parts(client, run)
+        for piece in missing:
+            start, end = piece.start - run.base, piece.end - run.base
+            for at in range(start // CHUNK, (end - 1) // CHUNK + 1):
+                inside = _pages(max(0, start - at * CHUNK), min(CHUNK, end - at * CHUNK))
+                wanted[at] |= inside & answer.present[at]
+        done, filled = client.uffd.fill_run(run.base, answer.data, wanted, answer.present)
+        if self._accept(client, filled) and client.number in self.clients:
+            for piece in missing:
+                client.missing.take(piece.start, min(piece.end, run.base + done * CHUNK))
+            return done
+        return run.chunks  # gone; or an event is to be read: what is still missing is found again
 
     def _dismiss(self) -> None:
         """The decoders have said nothing for too long."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from .decoders import Answer, Decoders
+from .decoders import RUN, Answer, Decoders
 from .missing import Piece
 from .units import CHUNK, align_down
 
@@ -21,11 +21,19 @@ if TYPE_CHECKING:
 
 
 class Next(NamedTuple):
-    """A chunk of which a process misses pages: the one that is at `chunk` of the image belongs at
-    `base` of the process."""
+    """A run of chunks of which a process misses pages: what is at `chunk` of the image, and behind
+    it, belongs at `base` of the process."""
 
     base: int
     chunk: int
+    chunks: int = 1
+
+    @property
+    def end(self) -> int:
+        return self.base + self.chunks * CHUNK
+
+    def rest(self, done: int) -> Next:
+        return Next(self.base + done * CHUNK, self.chunk + done * CHUNK, self.chunks - done)
 
 
 class Asked(NamedTuple):
@@ -79,6 +87,12 @@ class Streaming:
         answer = self._ready.popleft()
         return self._asked.pop(answer.slot), answer
 
+    def later(self, asked: Asked, answer: Answer, done: int) -> None:
+        """`done` chunks are in place, the others wait for another time."""
+        rest = Answer(answer.slot, answer.present[done:], answer.data[done * CHUNK :])
+        self._ready.appendleft(rest)
+        self._asked[answer.slot] = asked._replace(next=asked.next.rest(done))
+
     def free(self, answer: Answer) -> None:
         if self._decoders is not None:
             self._decoders.free(answer.slot)
@@ -88,22 +102,23 @@ class Streaming:
         if self._decoders is not None:
             tries = len(self._asked) + 1
             while tries and self._decoders.room():
-                found = self.next(client)
+                found = self.next(client, RUN)
                 if found is None:
                     break
                 asked = Asked(client, found)
-                if asked in self._asked.values():
+                if any(one.client is client and one.next.base <= found.base < one.next.end
+                       for one in self._asked.values()):
                     tries -= 1
                     continue
-                slot = self._decoders.ask(found.chunk)
+                slot = self._decoders.ask(found.chunk, found.chunks)
                 if slot is None:
                     break
                 self._asked[slot] = asked
         return bool(self._asked)
 
-    def next(self, client: Client) -> Next | None:
-        """The next chunk of which the process misses pages that the image has. What the image does
-        not have is left alone."""
+    def next(self, client: Client, most: int = 1) -> Next | None:
+        """The next chunks, `most` at most, of which the process misses pages that the image has.
+        What the image does not have is left alone."""
         while self._first and client.number == 0:
             here = Next(self._first[0], self._first.popleft())
             if parts(client, here):
@@ -116,13 +131,20 @@ class Streaming:
                 client.cursor = piece.end
                 continue
             client.missing.take(piece.start, piece.start + max(0, known[index] - piece.source))
-            found = Next(piece.start - piece.source + known[index], known[index])
-            client.cursor = found.base + CHUNK
-            return found
+            base, chunk, count = piece.start - piece.source + known[index], known[index], 1
+            while (
+                count < most
+                and index + count < len(known)
+                and known[index + count] == chunk + count * CHUNK
+                and base + count * CHUNK < piece.end
+            ):
+                count += 1
+            client.cursor = base + count * CHUNK
+            return Next(base, chunk, count)
         return None
 
 
 def parts(client: Client, wanted: Next) -> list[Piece]:
-    """The parts of a chunk that are still missing where they were when it was chosen."""
-    found = client.missing.within(wanted.base, wanted.base + CHUNK)
+    """The parts of a run that are still missing where they were when it was chosen."""
+    found = client.missing.within(wanted.base, wanted.end)
     return [one for one in found if one.start - one.source == wanted.base - wanted.chunk]
