@@ -37,9 +37,12 @@ class PageServer:
     """A page server that is starting, or at work. It outlives this process once the restored
     process is its own."""
 
-    def __init__(self, image: Image, process: Process, alone: bool) -> None:
-        """Starts one; it opens the image while the process is being rebuilt. `alone`: see
+    def __init__(self, image: Image, process: Process, *, alone: bool, working_set: bool) -> None:
+        """Starts one; it opens the image while the process is being rebuilt. For the two see
         restore.restore."""
+        self._working_set = working_set
+        self.faults = 0
+        """Pages that were waited for; known when it is complete."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._log = image.store_path / "pageserver.log"
         self.pid = 0
@@ -67,7 +70,12 @@ class PageServer:
                 ranges = fill.lazy_ranges(process)
                 for start, end in ranges:
                     opened.register(start, end - start, uffd.MISSING)
-                plan = {"pid": pid, "duplicate": duplicate, "ranges": ranges}
+                plan = {
+                    "pid": pid,
+                    "duplicate": duplicate,
+                    "ranges": ranges,
+                    "working_set": self._working_set,
+                }
                 self._send(json.dumps(plan).encode(), opened.fd, handle)
             self.pid = self._expect("ready")["server"]
         finally:
@@ -91,8 +99,9 @@ class PageServer:
         """Waits until all pages are in and the server has ended -> None; or what went wrong, if the
         process was killed."""
         try:
-            while self._message(None)["event"] != "complete":
+            while (message := self._message(None))["event"] != "complete":
                 pass
+            self.faults = message["faults"]
         except RestoreError as error:
             return error.message
         finally:
