@@ -155,6 +155,13 @@ def restore(
     pid: Annotated[
         Pids, typer.Option("--pid", metavar="keep|new", help="The same pids, or a pid namespace.")
     ] = Pids.keep,
+    working_set: Annotated[
+        bool,
+        typer.Option(
+            "--working-set/--no-working-set",
+            help="With --lazy: first what was touched first the last time.",
+        ),
+    ] = True,
     wait: Annotated[
         bool, typer.Option("--wait", help="Until it ends; pass signals on, return its status.")
     ] = False,
@@ -177,6 +184,7 @@ def restore(
             progress=report,
             parent_stays=wait,
             alone=True,
+            working_set=working_set,
         )
     note(describe.restored_text(restored))
     if json:

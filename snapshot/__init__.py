@@ -93,10 +93,12 @@ def restore(
     hooks: HookMapping | None = None,
     stdio: tuple[int, int, int] = (0, 1, 2),
     progress: ProgressCallback | None = None,
+    working_set: bool = True,
 ) -> Restored:
     """Bring the process of `image` (or of the image of that name) back; returns when it runs.
 
     `lazy` lets it run before its memory is there. `pid="new"` restores into a fresh pid namespace.
+    `working_set`: of a lazy restore, pages that earlier ones waited for come first.
     `stdio` are the caller's descriptors that stand in for those that led outside.
 
     Raises SnapError, with nothing left running; ValueError for an unknown stage.
@@ -107,8 +109,24 @@ def restore(
     joined = _join(hooks, RESTORE_STAGES)
     if isinstance(image, str):
         with open_image(image, store=store) as opened:
-            return run(opened, lazy=lazy, pid=pid, hooks=joined, stdio=stdio, progress=progress)
-    return run(image, lazy=lazy, pid=pid, hooks=joined, stdio=stdio, progress=progress)
+            return restore(
+                opened,
+                lazy=lazy,
+                pid=pid,
+                hooks=hooks,
+                stdio=stdio,
+                progress=progress,
+                working_set=working_set,
+            )
+    return run(
+        image,
+        lazy=lazy,
+        pid=pid,
+        hooks=joined,
+        stdio=stdio,
+        progress=progress,
+        working_set=working_set,
+    )
 
 
 def open_image(name: str, *, store: str | os.PathLike[str] | None = None) -> Image:

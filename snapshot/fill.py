@@ -77,7 +77,7 @@ def fill(
             if content is None:
                 continue
             for start, end in mappings.runs(address, content, ranges):
-                tracee.write(start, content.data[start - address : end - address])
+                tracee.write(start, bytes(content.data[start - address : end - address]))
                 written += end - start
         return written
 

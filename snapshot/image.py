@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 
 import zstandard
 
-from . import chunkcodec, index, plausible
+from . import chunkcodec, index, plausible, workingset
 from . import manifest as manifests
 from .chunkcodec import Chunk
 from .environment import Environment, Transaction, open_environment
@@ -146,6 +146,14 @@ class Image:
     def addresses(self, space: int) -> Sequence[int]:
         """The addresses of all chunks of a space, ascending. Not to be changed."""
         return self._space(space).addresses
+
+    def touched(self, space: int) -> list[int]:
+        """Chunks that restored processes waited for, the first first: a hint (workingset.py)."""
+        return workingset.load(self._environment, self._record.number, space)
+
+    def note_touched(self, space: int, chunks: Sequence[int]) -> None:
+        """For the next restore. StoreError when it cannot be written."""
+        workingset.save(self._environment, self._record.number, space, chunks)
 
     def chunks_in_order(self, space: int) -> Iterator[tuple[int, Chunk]]:
         """Address and chunk, in the order in which they lie in the store."""

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import errno
 import select
-from bisect import bisect_left
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Protocol
 
+from .chunkcodec import Bytes
+from .decoders import Answer, Decoders
 from .errors import KernelError
 from .events import Event, Fault, Fork, Remap, Remove, Unmap
 from .journal import Journal
 from .kernel.uffd import FEATURES, Filled, Uffd, UffdError
 from .missing import Missing, Piece
+from .streaming import Next, Streaming, parts
 from .units import ALL_PAGES, CHUNK, PAGE, PAGES_PER_CHUNK, align_down
 
 EVENTS = (
@@ -32,13 +36,15 @@ EVENTS = (
 ALL_MEMORY = (1 << 20, (1 << 47) - PAGE - (1 << 20))
 """Start and length of where any mapping can be (x86-64, 47 bits)."""
 
+STALE_MS = 2000
+"""Decoders that say nothing for so long are done without."""
 AGAIN_MS = 20
 """Until `finish` is called again."""
 _ZEROS = bytes(CHUNK)
 
 
 class Content(Protocol):
-    """A chunk of an image, as image.Chunk has it."""
+    """A chunk of an image: image.Chunk, decoders.Decoded."""
 
     @property
     def present(self) -> int:
@@ -49,7 +55,7 @@ class Content(Protocol):
         """Bit i: and holds anything but zeros."""
 
     @property
-    def data(self) -> bytes:
+    def data(self) -> Bytes:
         """CHUNK bytes."""
 
 
@@ -71,7 +77,7 @@ class Client:
         self.uffd = uffd
         self.missing = missing
         self.cursor = 0
-        """Streaming goes on here: behind the last fault, for who reads in order."""
+        """Streaming goes on here (streaming.py): behind the last fault, for who reads in order."""
 
 
 class Server:
@@ -104,6 +110,9 @@ class Server:
         self._poll = select.poll()
         self._watched: dict[int, Callable[[], None]] = {}
         self._cached: tuple[int, Content | None] = (-1, None)
+        self.touched: dict[int, None] = {}
+        """Chunks that a thread has waited for, in the order of the first time."""
+        self._streaming = Streaming(source, space)
         self._put = 0
         """Pages that the last fill put in place."""
 
@@ -115,6 +124,20 @@ class Server:
     def unwatch(self, fd: int) -> None:
         del self._watched[fd]
         self._poll.unregister(fd)
+
+    def stream_first(self, chunks: Iterable[int]) -> None:
+        """Chunk addresses of the image to be brought before those that nobody asked for."""
+        self._streaming.first(chunks)
+
+    def use(self, decoders: Decoders) -> None:
+        """Others decode what is streamed."""
+        self._streaming.use(decoders)
+        for fd in decoders.descriptors:
+            self.watch(fd, partial(self._hear_decoder, fd))
+
+    def _hear_decoder(self, fd: int) -> None:
+        if not self._streaming.hear(fd):
+            self.unwatch(fd)
 
     def add(self, uffd: Uffd, missing: Missing) -> Client:
         """One more process to serve. Clients are numbered in the order of these calls."""
@@ -157,28 +180,39 @@ class Server:
         """Raises DamagedError when a chunk that is needed cannot be trusted: the caller must then
         end the processes, which would wait for ever."""
         while self.clients:
-            streamed = False
+            missing, brought = False, 0
             for client in list(self.clients.values()):
                 if client.missing:
-                    self._stream(client)
-                    streamed = True
+                    missing = True
+                    brought += self._stream(client)
                 elif not self.hold and self.finish(client):
                     self._forget(client)
-            if not streamed and self.clients:
+            if brought or not self.clients:
+                self._pause(self.pause_ms * brought)
+            elif not missing:
                 self._listen(-1 if self.hold else AGAIN_MS)
-            else:
-                self._listen(self.pause_ms)
+            elif not self._listen(STALE_MS):
+                self._dismiss()
             while self._waiting:
                 self._serve(*self._waiting.popleft())
                 self._listen(0)
 
-    def _listen(self, timeout_ms: int) -> None:
-        """Reads all that can be read: faults are queued, events take effect."""
-        for fd, _ in self._poll.poll(timeout_ms):
+    def _pause(self, ms: int) -> None:
+        """Listens once, or until somebody waits for a page."""
+        end = time.monotonic() + ms / 1000
+        self._listen(ms)
+        while not self._waiting and (left := end - time.monotonic()) > 0:
+            self._listen(int(left * 1000) + 1)
+
+    def _listen(self, timeout_ms: int) -> bool:
+        """Reads all that can be read: faults are queued, events take effect. False: nothing."""
+        readable = self._poll.poll(timeout_ms)
+        for fd, _ in readable:
             if fd in self._by_fd:
                 self._read(self._by_fd[fd])
             elif fd in self._watched:
                 self._watched[fd]()
+        return bool(readable)
 
     def drain(self, client: Client) -> None:
         """Reads what is left of a client that is about to be let go of; its faults were woken."""
@@ -224,40 +258,88 @@ class Server:
                 return
             self._listen(1)  # an event is on its way; the ledger may be another one then
 
-    def _stream(self, client: Client) -> None:
-        """The next chunk that nobody asked for yet. What the image does not have is left alone."""
-        while client.number in self.clients:
-            piece = client.missing.after(client.cursor)
-            if piece is None:
-                return
-            known = self.source.addresses(self.space)
-            index = _first_chunk(known, piece.source)
-            if index == len(known) or known[index] >= piece.source + piece.end - piece.start:
-                client.missing.take(piece.start, piece.end)  # zeros by themselves
-                client.cursor = piece.end
-                continue
-            skipped = max(0, known[index] - piece.source)
-            client.missing.take(piece.start, piece.start + skipped)
-            address = piece.start + skipped
-            if self._fill(client, piece, address, zeros=False):
-                client.cursor = address
-            return
+    def _stream(self, client: Client) -> int:
+        """The next chunks that nobody asked for yet. -> how many; 0: they are being decoded."""
+        if not self._streaming.ask(client):
+            found = self._streaming.next(client)
+            if found is not None:
+                self._bring(client, found)
+            return 1
+        ready = self._streaming.ready()
+        if ready is None:
+            return 0 if client.missing else 1
+        asked, answer = ready
+        if asked.client.number not in self.clients:
+            done = asked.next.chunks
+        elif answer.present:
+            done = self._put_run(asked.client, asked.next, answer)
+        else:
+            done = asked.next.chunks
+            for at in range(done):
+                self._bring(asked.client, asked.next.rest(at)._replace(chunks=1))
+        if done < asked.next.chunks:
+            self._streaming.later(asked, answer, done)
+        else:
+            self._streaming.free(answer)
+        return max(1, done)
 
-    def _fill(self, client: Client, piece: Piece, address: int, zeros: bool = True) -> bool:
-        """Fills the chunk of the image that `address` of `piece` lies in. False: try again after
-        reading an event."""
+    def _bring(self, client: Client, wanted: Next) -> None:
+        """What is still missing of a chunk; if that must wait, it is found again later."""
+        for piece in parts(client, wanted):
+            if not self._fill(client, piece, piece.start, zeros=False):
+                return
+
+    def _put_run(self, client: Client, run: Next, answer: Answer) -> int:
+        """What is still missing of a run that was decoded. -> chunks done: none behind which
+        somebody waits."""
+        wanted = [0] * run.chunks
+        missing = parts(client, run)
+        for piece in missing:
+            start, end = piece.start - run.base, piece.end - run.base
+            for at in range(start // CHUNK, (end - 1) // CHUNK + 1):
+                inside = _pages(max(0, start - at * CHUNK), min(CHUNK, end - at * CHUNK))
+                wanted[at] |= inside & answer.present[at]
+        done, filled = client.uffd.fill_run(run.base, answer.data, wanted, answer.present)
+        if self._accept(client, filled) and client.number in self.clients:
+            for piece in missing:
+                client.missing.take(piece.start, min(piece.end, run.base + done * CHUNK))
+            return done
+        return run.chunks  # gone; or an event is to be read: what is still missing is found again
+
+    def _dismiss(self) -> None:
+        """The decoders have said nothing for too long."""
+        for fd in self._streaming.dismiss():
+            self.unwatch(fd)
+
+    def _fill(
+        self,
+        client: Client,
+        piece: Piece,
+        address: int,
+        content: Content | None = None,
+        zeros: bool = True,
+    ) -> bool:
+        """Fills the chunk of the image that `address` of `piece` lies in; `content` when that has
+        been decoded. False: try again after reading an event."""
         wanted_at = piece.source + address - piece.start
         chunk_at = align_down(wanted_at, CHUNK)
         base = address - (wanted_at - chunk_at)
         part = piece.within(base, base + CHUNK)
         wanted = _pages(part.start - base, part.end - base)
-        content = self._chunk(chunk_at)
+        content = content or self._chunk(chunk_at)
         present = content.present if content else 0
         data = content.data if content else _ZEROS
         if not zeros:
             wanted &= present
-        filled = client.uffd.fill(base, data, wanted, present)
-        if not self._accept(client, filled):
+        else:  # a thread waits for this page: it need not wait for the others
+            self.touched.setdefault(chunk_at)
+            page = _pages(wanted_at - chunk_at, wanted_at - chunk_at + PAGE)
+            if not self._accept(client, client.uffd.fill(base, data, page, present)):
+                return False
+            wanted &= ~page
+        if client.number not in self.clients:
+            return True
+        if not self._accept(client, client.uffd.fill(base, data, wanted, present)):
             return False
         client.missing.take(part.start, part.end)
         return True
@@ -316,7 +398,3 @@ def _pages(start: int, end: int) -> int:
     first, last = start // PAGE, end // PAGE
     return (1 << last) - (1 << first) & (1 << PAGES_PER_CHUNK) - 1
 
-
-def _first_chunk(known: Sequence[int], source: int) -> int:
-    """Index of the first chunk that ends above the image address `source`."""
-    return bisect_left(known, align_down(source, CHUNK))

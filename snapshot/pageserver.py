@@ -51,6 +51,7 @@ class Plan:
         self.lease: int = fields.get("lease", -1)  # of the image, while there is no server too
         self.pid: int = fields.get("pid", 0)
         self.duplicate: int = fields.get("duplicate", -1)  # its number in the restored process
+        self.working_set: bool = fields.get("working_set", True)  # to be used, and noted
         self.running: bool = fields.get("running", False)  # `snap restore` has let it go
         self.ranges: list[tuple[int, int]] = [tuple(each) for each in fields.get("ranges", [])]
 
@@ -242,6 +243,7 @@ def serve(journal: Any, opened: Any | None) -> NoReturn:
         journal.state = DONE
         tell(plan, "complete", faults=service.faults, pages=journal.filled)
         status = 0
+        service.close()
     except BaseException as error:
         message = getattr(error, "message", None) or repr(error)
         if os.environ.get("SNAP_DEBUG"):

@@ -16,8 +16,8 @@ from typing import Any
 from . import fill, lazy, pageserver
 from .errors import DeniedError, RestoreError
 from .image import Image
+from .kernel import fdcalls, uffd
 from .kernel import pidfd as pidfds
-from .kernel import uffd
 from .kernel.arch_x86_64 import NR
 from .kernel.errnames import error_name
 from .kernel.remote import Call, Remote
@@ -37,9 +37,12 @@ class PageServer:
     """A page server that is starting, or at work. It outlives this process once the restored
     process is its own."""
 
-    def __init__(self, image: Image, process: Process, alone: bool) -> None:
-        """Starts one; it opens the image while the process is being rebuilt. `alone`: see
+    def __init__(self, image: Image, process: Process, *, alone: bool, working_set: bool) -> None:
+        """Starts one; it opens the image while the process is being rebuilt. For the two see
         restore.restore."""
+        self._working_set = working_set
+        self.faults = 0
+        """Pages that were waited for; known when it is complete."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._log = image.store_path / "pageserver.log"
         self.pid = 0
@@ -67,7 +70,12 @@ class PageServer:
                 ranges = fill.lazy_ranges(process)
                 for start, end in ranges:
                     opened.register(start, end - start, uffd.MISSING)
-                plan = {"pid": pid, "duplicate": duplicate, "ranges": ranges}
+                plan = {
+                    "pid": pid,
+                    "duplicate": duplicate,
+                    "ranges": ranges,
+                    "working_set": self._working_set,
+                }
                 self._send(json.dumps(plan).encode(), opened.fd, handle)
             self.pid = self._expect("ready")["server"]
         finally:
@@ -91,8 +99,9 @@ class PageServer:
         """Waits until all pages are in and the server has ended -> None; or what went wrong, if the
         process was killed."""
         try:
-            while self._message(None)["event"] != "complete":
+            while (message := self._message(None))["event"] != "complete":
                 pass
+            self.faults = message["faults"]
         except RestoreError as error:
             return error.message
         finally:
@@ -171,6 +180,8 @@ def _fork(image: Image, process: Process, control: int, log: int) -> int:
                 _become_server(image, {control}, log)
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
                 pageserver.start(control, store, image.name, process.index, image)
+            except BaseException as error:
+                pageserver.say(None, f"the page server cannot be started: {error!r}")
             finally:
                 os._exit(1)
     finally:
@@ -189,11 +200,7 @@ def _become_server(image: Image, keep: set[int], log: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for fd, source in ((0, null), (1, null), (2, log)):
         os.dup2(source, fd, inheritable=True)
-    first = 3
-    for fd in sorted({*keep, *image.descriptors}):
-        os.closerange(first, fd)
-        first = fd + 1
-    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+    fdcalls.close_others({0, 1, 2, *keep, *image.descriptors})
     os.environ["PYTHONPATH"] = _python_path()
 
 

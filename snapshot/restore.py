@@ -63,6 +63,11 @@ class Restored:
             self._status = os.waitstatus_to_exitcode(status)
         return self._status
 
+    @property
+    def faults(self) -> int:
+        """How often a thread waited for a page that was missing; known after `complete`."""
+        return self._server.faults if self._server else 0
+
     def complete(self) -> str | None:
         """Until all of its memory is there -> None, or why it was killed instead."""
         with self._completing:
@@ -82,6 +87,7 @@ def restore(
     progress: ProgressCallback | None = None,
     parent_stays: bool = False,
     alone: bool = False,
+    working_set: bool = True,
 ) -> Restored:
     """Brings the process of `image` back; returns when it runs.
 
@@ -89,13 +95,15 @@ def restore(
     `stdio`: descriptors that stand in for those that led outside. `parent_stays`: the caller will
     wait for it, so its death signal may be armed. `alone`: this process was started for nothing but
     the restore, so a page server may be forked from it instead of being started anew.
+    `working_set`: what restores of this image waited for comes first, and what this one waits for
+    is noted for the next.
     Raises SnapError; then nothing is left of it.
     """
-    job = _Restore(image, hooks, progress)
+    job = _Restore(image, hooks, progress, alone=alone, working_set=working_set)
     process = _only_process(image)
     job.hook("before-restore", 0)
     context = Context(image.manifest, image, stdio)
-    with job.page_server(process, lazy, alone) as server:
+    with job.page_server(process, lazy) as server:
         memory = server.memory if server else job.fill
         new = rebuild(process, context, namespace=pid == "new", memory=memory)
         with _sensible(image), new as rebuilt:
@@ -109,8 +117,16 @@ class _Restore:
     """One `restore`."""
 
     def __init__(
-        self, image: Image, hooks: Hooks | None, progress: ProgressCallback | None
+        self,
+        image: Image,
+        hooks: Hooks | None,
+        progress: ProgressCallback | None,
+        *,
+        alone: bool,
+        working_set: bool,
     ) -> None:
+        self._alone = alone
+        self._working_set = working_set
         self._image = image
         self._hooks = hooks
         self._progress = progress
@@ -121,14 +137,14 @@ class _Restore:
             self._hooks.run(stage, pid=pid, image=self._image.name)
 
     @contextmanager
-    def page_server(
-        self, process: Process, lazy: bool, alone: bool
-    ) -> Iterator[PageServer | None]:
+    def page_server(self, process: Process, lazy: bool) -> Iterator[PageServer | None]:
         """A page server, if wanted and not all in vain; ended when the block fails."""
         if not lazy or not self._image.addresses(process.index):
             yield None
             return
-        server = PageServer(self._image, process, alone)
+        server = PageServer(
+            self._image, process, alone=self._alone, working_set=self._working_set
+        )
         try:
             yield server
         except BaseException as error:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import array
 import json
 import os
+import signal
 import socket
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import keeper, pageserver
+from . import keeper, pageserver, workingset
+from .decoders import Decoders
 from .errors import KernelError, SnapError
 from .image import Image
 from .journal import RUNNING, Journal
@@ -29,6 +31,8 @@ from .store import Store
 
 PATIENCE = 30.0
 """Seconds in which a process that somebody else traces is tried again."""
+NOTE_SECONDS = 5
+"""For the one write to the store, when all pages are in."""
 PAUSE = "SNAP_TEST_STREAM_PAUSE_MS"
 """For tests: pages keep missing for longer."""
 
@@ -52,6 +56,8 @@ class Service:
         self._server.pause_ms = int(os.environ.get(PAUSE, "0"))
         self._successor = -1
         self._watch_successor()
+        self._decoders = Decoders(self.image, plan.space)
+        self._server.use(self._decoders)
 
     @property
     def faults(self) -> int:
@@ -86,6 +92,9 @@ class Service:
     def _add(self) -> None:
         # The plan's own stays open: by it a child is known that has outlived the process.
         self._server.add(Uffd(os.dup(self.plan.uffd)), Missing.of(self.plan.ranges))
+        if self.plan.working_set:
+            with suppress(SnapError):
+                self._server.stream_first(self.image.touched(self.plan.space))
         if not self.plan.running:
             self._server.hold = True
             self._server.watch(self.plan.control, self._let_go)
@@ -103,7 +112,20 @@ class Service:
 
     def run(self) -> None:
         self._server.run()
+        self._decoders.close()
         os.close(self._successor)
+
+    def close(self) -> None:
+        """Nothing is missing any more: what is left is to note for the next restore what this one
+        waited for. A store that cannot be written to is no matter, and one whose writer stands
+        still must not keep this process."""
+        if self.plan.working_set:
+            signal.alarm(NOTE_SECONDS)
+            with suppress(SnapError, OSError):
+                before = dict.fromkeys(self.image.touched(self.plan.space))
+                touched = [*(before | self._server.touched)][: workingset.MOST]
+                if len(touched) > len(before):
+                    self.image.note_touched(self.plan.space, touched)
         self.image.close()
 
     def _finish(self, client: Client) -> bool:

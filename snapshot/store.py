@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from . import directory, lease, sweep
+from . import directory, lease, sweep, workingset
 from .environment import (
     DATA,
     LEAST,
@@ -193,6 +193,7 @@ class Store:
             databases = self._environment.databases
             transaction.delete(name.encode(), db=databases["images"])
             transaction.delete(number, db=databases["manifests"])
+            workingset.forget(self._environment, transaction, found)
             transaction.put(number, seal(number, gone), db=databases["takes"])
 
         try:

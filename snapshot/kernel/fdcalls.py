@@ -20,6 +20,16 @@ def _checked(result: int) -> int:
     return result
 
 
+def close_others(keep: set[int]) -> None:
+    """Closes all descriptors of this process but these."""
+    first = 0
+    for fd in sorted(keep):
+        if first < fd:  # os.closerange(0, 0) closes them all
+            os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+
+
 def tee(source: int, to: int, length: int) -> int:
     """Duplicate up to `length` bytes of one pipe into another, consuming nothing and not waiting.
     BlockingIOError: the source is empty."""

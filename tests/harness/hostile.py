@@ -259,6 +259,12 @@ class _Table:
     def check(self) -> None:
         """As if the trees were sound."""
 
+    def entries(self, database: str, prefix: bytes, entry: int, most: int) -> bytes | None:
+        found = [k[len(prefix) :] + v for k, v in sorted(self._tables[database].items())
+                 if k.startswith(prefix)]  # fmt: skip
+        whole = len(found) <= most and all(len(one) == entry for one in found)
+        return b"".join(found) if whole else None
+
     def __enter__(self) -> _Table:
         return self
 

@@ -296,8 +296,9 @@ def test_with_nobody_left_it_hangs_and_can_be_killed(lazily: Lazy) -> None:
     lazily.end()
 
 
+@pytest.mark.parametrize("alone", [False, True])
 def test_it_outlives_snap_restore(
-    place: tuple[Path, Image], monkeypatch: pytest.MonkeyPatch
+    place: tuple[Path, Image], monkeypatch: pytest.MonkeyPatch, alone: bool
 ) -> None:
     """Process and server go on when the command and its session are gone."""
     directory, image = place
@@ -306,7 +307,8 @@ def test_it_outlives_snap_restore(
     script = (
         "import sys; from pathlib import Path; from snapshot.store import Store;"
         "from snapshot.restore import restore;"
-        "restored = restore(Store.open(Path(sys.argv[1])).image(sys.argv[2]), lazy=True);"
+        "restored = restore(Store.open(Path(sys.argv[1])).image(sys.argv[2]), lazy=True,"
+        f"alone={alone});"
         "print(restored.pid)"
     )
     command = [sys.executable, "-c", script, str(directory / "store"), image.name]

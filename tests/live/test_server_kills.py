@@ -34,7 +34,8 @@ def life(place: tuple[Path, Image], command: str, kills: int, random_name: str) 
     random = seeded(random_name, None if "SNAP_STRESS" in os.environ else 4)
     for name in ("do", "done"):
         (directory / name).unlink(missing_ok=True)
-    lazy = Lazy(directory, restore(image, lazy=True))
+    # The server is forked from here, or started anew.
+    lazy = Lazy(directory, restore(image, lazy=True, alone=random.random() < 0.5))
     try:
         done = directory / "done"
 

@@ -56,6 +56,13 @@ class SecondReader:
                 chunks -= 1
         assert (chunks, hasher.digest(16)) == (0, digest)
 
+    def touched(self, space: int) -> list[int]:
+        key = struct.pack(">5sQI", b"order", self.record["number"], space)
+        value = self.get["meta"].get(key, b"")
+        if value[:16] != blake3(key + value[16:]).digest(16):
+            return []
+        return [address for (address,) in struct.iter_unpack(">Q", value[16:])]
+
     def page(self, space: int, address: int) -> bytes | None:
         """None when the image does not have it."""
         entry = self.entries.get((space, address // 65536 * 65536))
@@ -121,6 +128,8 @@ def test_a_second_reader_agrees(tmp_path: Path) -> None:
             writer.put(made_up(4, 10, OBJECT_SPACE + 2, 0))
             writer.put(made_up(seed + 20, 5, 0, BASE))
             writer.commit(manifest(name, *processes, objects=objects, taken_at=float(seed)))
+        with store.image("third") as third:
+            third.note_touched(0, [BASE + 5 * CHUNK, BASE])
         store.remove("second")
         store.collect()
     gc.collect()
@@ -129,6 +138,8 @@ def test_a_second_reader_agrees(tmp_path: Path) -> None:
         second = SecondReader(tmp_path / "copy", name)
         with Store.open(path).image(name) as ours:
             assert list(ours.verify()) == []
+            noted = [BASE + 5 * CHUNK, BASE] if name == "third" else []
+            assert second.touched(0) == ours.touched(0) == noted
             for one in ours.manifest.processes:
                 for where in one.mappings:
                     for address in range(where.start, where.end, PAGE):

@@ -13,6 +13,7 @@
 #define F_SUBDATA 0x02u
 #define NODE 8u
 #define DEEPEST 32u
+#define MOST_PAGES (1u << 20) /* of one walk: pages that lead to each other would never end */
 #define LARGEST 4096u /* a page: that of a store */
 #define DB_BYTES 48u
 #define DB_ROOT 40u
@@ -30,6 +31,7 @@ struct range {
     uint32_t prefix_length, entry;
     uint8_t *out;
     uint64_t count, most;
+    uint32_t pages;
     uint8_t named[DB_BYTES]; /* with `entry` 0: the value of the key `prefix` */
     int found;
 };
@@ -100,7 +102,7 @@ static int leaf_entry(struct range *range, const uint8_t *node, uint32_t room)
 static int visit(struct range *range, uint64_t page, unsigned depth)
 {
     uint8_t bytes[LARGEST];
-    if (depth > DEEPEST)
+    if (depth > DEEPEST || range->pages++ > MOST_PAGES)
         return -EBADMSG;
     int result = read_page(range, page, bytes);
     if (result)

@@ -188,3 +188,25 @@ int uffd_fill(int fd, uint64_t dst, const void *src, uint32_t wanted, uint32_t p
     }
     return 0;
 }
+
+int uffd_fill_run(int fd, uint64_t dst, const void *src, uint32_t chunks, const uint16_t *wanted,
+                  const uint16_t *present, uint32_t *done, uffd_filled *filled)
+{
+    uint64_t bytes = (uint64_t)CHUNK_PAGES * PAGE_BYTES;
+    *filled = (uffd_filled){0};
+    for (*done = 0; *done < chunks; ++*done) {
+        if (*done && uffd_poll(fd, 0) > 0)
+            return 0;
+        uffd_filled one;
+        int error = uffd_fill(fd, dst + *done * bytes, (const char *)src + *done * bytes,
+                              wanted[*done], present[*done], &one);
+        filled->copied += one.copied;
+        filled->zeroed += one.zeroed;
+        filled->present += one.present;
+        filled->gone += one.gone;
+        filled->wanted = one.wanted;
+        if (error)
+            return error;
+    }
+    return 0;
+}
