@@ -4,19 +4,19 @@
     python -m bench report FILE.jsonl
     python -m bench compare REV [--quick] [CASE ...]
 
-`run` writes a line of JSON for each single measurement and shows tables; `report` puts tables and
-plots into docs/benchmarks.md; `compare` runs the `snap` of another revision beside this one's.
-Needs root. What it starts it ends, also when it is ended by Ctrl-C or SIGTERM.
+What it starts it ends, also when it is ended by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from tests.harness import processes
 
@@ -26,78 +26,83 @@ from .figures import Rows
 from .machine import ROOT
 from .session import OURS, session
 
-OUT = ROOT / "build" / "bench" / "run.jsonl"
+OUT = Path("build/bench/run.jsonl")
+app = typer.Typer(
+    help="Measure snap and its peers in turn on the same targets. Needs root.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+CasesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CASE]...", help=f"Of {', '.join(cases.CASES)} (all)."),
+]
+QuickOption = Annotated[bool, typer.Option("--quick", help="Small and few: two minutes.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="Lines of JSON.")]
 
 
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
-def run(names: list[str], quick: bool, out: Path, snaps: dict[str, list[str]]) -> Rows:
+@app.command("run", help="Measure: a line of JSON for each measurement, tables on stdout.")
+def run_(case: CasesArgument = None, quick: QuickOption = False, out: OutOption = OUT) -> None:
+    rows = measured(_names(case), quick, out, {OURS: installed()})
+    for name in cases.CASES:
+        if some := rows.where(case=name):
+            print(f"\n## {name}\n\n{report.text_of(cases.CASES[name].report(some))}")
+    print(f"\n{report.machine_text(rows)}")
+
+
+@app.command("report", help="Put tables and plots of a run into docs/benchmarks.md.")
+def report_(file: Path) -> None:
+    say(f"written: {', '.join(report.write(report.read(file)))}")
+
+
+@app.command("compare", help="The snap of another revision beside this checkout's.")
+def compare_(
+    revision: Annotated[str, typer.Argument(metavar="REV")],
+    case: CasesArgument = None,
+    quick: QuickOption = False,
+    out: OutOption = OUT,
+) -> None:
+    names = _names(case)
+    with compare.checkout(revision) as tree:
+        other = f"snap@{revision}"
+        # Both by the same way in: the installed script starts differently.
+        snaps = {OURS: of_checkout(ROOT), other: of_checkout(tree)}
+        rows = measured(names, quick, out, snaps)
+    print(compare.table(rows, other).markdown())
+
+
+def _names(given: list[str] | None) -> list[str]:
+    if unknown := [name for name in given or [] if name not in cases.CASES]:
+        raise typer.BadParameter(f"no case {', '.join(unknown)}; try: python -m bench run --help")
+    return given or list(cases.CASES)
+
+
+def measured(names: list[str], quick: bool, out: Path, snaps: dict[str, list[str]]) -> Rows:
+    if os.geteuid() != 0:
+        raise Failed("the bench needs root: sudo make bench")
+    processes.become_subreaper()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     out.parent.mkdir(parents=True, exist_ok=True)
-    before = frozenset(processes.descendants(os.getpid()))
     try:
         with out.open("w") as lines, session(lines, quick, say, snaps) as bench:
             for name in names:
                 cases.CASES[name].run(bench)
             return bench.rows
     finally:
-        left = [pid for pid in processes.descendants(os.getpid()) if pid not in before]
-        processes.kill_all(left)
+        processes.kill_all(processes.descendants(os.getpid()))
 
 
-def show(rows: Rows) -> None:
-    for name, case in cases.CASES.items():
-        if some := rows.where(case=name):
-            print(f"\n## {name}\n\n{report.text_of(case.report(some))}")
-    print(f"\n{report.machine_text(rows)}")
-
-
-def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True)
-    known = ", ".join(cases.CASES)
-    one = commands.add_parser("run", help="measure")
-    two = commands.add_parser("report", help="tables and plots into docs/benchmarks.md")
-    three = commands.add_parser("compare", help="two revisions of snap, in turn")
-    two.add_argument("file", type=Path)
-    three.add_argument("revision")
-    for some in (one, three):
-        some.add_argument("case", nargs="*", help=f"of {known} (all)")
-        some.add_argument("--quick", action="store_true", help="small and few")
-        some.add_argument("--out", type=Path, default=OUT, metavar="FILE", help=f"({OUT})")
-    return parser.parse_args()
-
-
-def main() -> int:
-    options = parsed()
-    if options.command == "report":
-        say(f"written: {', '.join(report.write(report.read(options.file)))}")
-        return 0
-    if os.geteuid() != 0:
-        say("the bench needs root: sudo make bench")
-        return 4
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    processes.become_subreaper()
+def main() -> None:
     try:
-        names = compare.names(options.case, list(cases.CASES))
-        if options.command == "run":
-            show(run(names, options.quick, options.out, {OURS: installed()}))
-            return 0
-        with compare.checkout(options.revision) as tree:
-            other = f"snap@{options.revision}"
-            # Both by the same way in: the installed script starts differently.
-            snaps = {OURS: of_checkout(ROOT), other: of_checkout(tree)}
-            rows = run(names, options.quick, options.out, snaps)
-        print(compare.table(rows, other).markdown())
-    except (Failed, ValueError) as error:
+        app(prog_name="python -m bench")
+    except Failed as error:
         say(str(error))
-        return 1
-    return 0
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,10 +71,3 @@ def _key(row: dict[str, object]) -> tuple[object, ...]:
 
 def _measured(row: dict[str, object], name: str) -> bool:
     return isinstance(row[name], int | float) and name not in NOT_MEASURED
-
-
-def names(cases: Sequence[str], known: Sequence[str]) -> list[str]:
-    """`cases`, or all; ValueError for one that there is not."""
-    if unknown := [name for name in cases if name not in known]:
-        raise ValueError(f"no case {', '.join(unknown)}; there are {', '.join(known)}")
-    return list(cases or known)
