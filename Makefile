@@ -32,6 +32,7 @@ $(CORE): $(SOURCES) | $(VENV)/.ready
 	@touch $@
 
 build: $(VENV)/.ready $(CORE) ## the virtual environment, the `snap` command and its C core
+	@$(BIN)/python -m compileall -q cli.py snapshot # else a command compiles it all, each time, where it may not write
 
 demo: build ## a redis-server under load: snapshot it, kill it, bring it back
 	@scripts/setup demo

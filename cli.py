@@ -170,7 +170,13 @@ def restore(
     hooks = _hooks(hook, RESTORE_STAGES)
     with _store(store) as opened, opened.image(image) as source, progress.shown() as report:
         restored = run(
-            source, lazy=lazy, pid=pid.value, hooks=hooks, progress=report, parent_stays=wait
+            source,
+            lazy=lazy,
+            pid=pid.value,
+            hooks=hooks,
+            progress=report,
+            parent_stays=wait,
+            alone=True,
         )
     note(describe.restored_text(restored))
     if json:

@@ -19,14 +19,17 @@ from .maps import Line
 from .pump import LostError, Pump, Round
 from .resources import descriptors
 from .resources.memfd import SharedMemory
-from .units import MIB, PAGE, align_up
+from .units import KIB, MIB, PAGE, align_up
 
-REMAINDER = 2 * MIB
-"""Bytes that may be copied while the target stands still: some 0.5 ms. More is armed and copied
+REMAINDER = 512 * KIB
+"""Bytes that may be copied while the target stands still: some 0.1 ms. More is armed and copied
 when the target runs on."""
 EVERYTHING = 1 << 62
 SHORT = 32 * MIB
+FEW = 2 * MIB
+FEWEST = 64 * KIB
 ROUNDS = 12
+LAST_ROUNDS = 5
 SHRINKS = 0.7
 """A round that copies more than this part of the one before gains nothing on the writers."""
 
@@ -59,16 +62,24 @@ class Ahead:
             self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
             if self.direct_io:
                 return
-            few = done.written + done.left <= REMAINDER
+            few = done.written + done.left <= FEW
             if few or (before is not None and self._dirty > before * SHRINKS):
                 return
             before = self._dirty
 
-    def copy_once_more(self) -> None:
-        """What was written while the storing threads came to rest: a short round, as nothing
-        competes with it. Not a long one: nobody makes room in staging meanwhile."""
-        if self._dirty <= SHORT and not self.direct_io:
-            self._round(lambda: None)
+    def last_rounds(self, report: Callable[[], None]) -> None:
+        """While the storing threads rest: what was written meanwhile, again and again, as long as
+        that is getting less. Each is a short one, as nothing competes with it. Where much is left,
+        or nothing may be copied ahead, it is only protected: nobody makes room in staging now, and
+        writers are held up by their own faults."""
+        copies = self._dirty <= SHORT and not self.direct_io
+        before = None
+        for _ in range(LAST_ROUNDS):
+            done = self._round(report) if copies else self.pump.arm(report)
+            loose = done.written + done.left
+            if loose <= FEWEST or (before is not None and loose > before * SHRINKS):
+                return
+            before = loose
 
     def _round(self, report: Callable[[], None]) -> Round:
         self.rounds += 1

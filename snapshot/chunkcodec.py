@@ -22,6 +22,7 @@ import zstandard
 from blake3 import blake3
 
 from .errors import DamagedError
+from .kernel._native import ffi, lib
 from .units import ALL_PAGES, CHUNK, PAGE, PAGES_PER_CHUNK
 
 HEADER = struct.Struct(">HHB3x16s")
@@ -29,14 +30,17 @@ MAX_BYTES = HEADER.size + CHUNK
 _RESERVED = slice(5, 8)
 RAW, ZSTD = 0, 1
 DIGEST_BYTES = 16
-LEVEL = -1
-"""zstd level: about 1 GB/s a core on heaps; higher ones cost more time than they save."""
+LEVEL = -2
+"""zstd level: 15 % faster than -1 for 7 % more bytes, which pays for hashing and writing; those
+beyond are not faster (docs/decisions/0016-level-and-groups.md)."""
+GROUP = 16
+"""Chunks to be examined and encoded together: 1 MiB, which is still in the cache of the processor
+when it is compressed after it was hashed."""
 
 _DIGEST_KEY = struct.Struct(">HH28x")
 """The bitmaps are the key and not a prefix: hashing 64 KiB at an odd offset costs half as much
 again."""
-_ZERO_PAGE = bytearray(PAGE)
-"""A bytearray, because its == takes any buffer and is one memcmp; that of memoryview is a loop."""
+_FULL_KEY = _DIGEST_KEY.pack(ALL_PAGES, ALL_PAGES)
 _ZERO_CHUNK = bytes(CHUNK)
 _PAGES = tuple(slice(start, start + PAGE) for start in range(0, CHUNK, PAGE))
 Bytes = bytes | bytearray | memoryview
@@ -68,18 +72,18 @@ class Content(NamedTuple):
     nonzero: int
     digest: bytes
     payload: Bytes  # the nonzero pages in order
+    noise: bool  # not worth the attempt to compress it
 
 
 def examine(present: int, data: memoryview) -> Content:
     """Finds the nonzero pages among `present` of the CHUNK bytes of `data` and their digest."""
-    nonzero = 0
-    for page, where in enumerate(_PAGES):
-        if present >> page & 1 and not _ZERO_PAGE == data[where]:  # noqa: SIM201, SIM300
-            nonzero |= 1 << page
+    found = lib.snap_content(ffi.from_buffer(data), present)
+    nonzero = found & ALL_PAGES
     payload: Bytes = data
     if nonzero != ALL_PAGES:
         payload = b"".join([data[_PAGES[i]] for i in range(PAGES_PER_CHUNK) if nonzero >> i & 1])
-    return Content(present, nonzero, _digest(present, nonzero, payload), payload)
+    noise = found != nonzero
+    return Content(present, nonzero, _digest(present, nonzero, payload), payload, noise)
 
 
 def patched(chunk: Chunk, present: int, patch: int, data: memoryview) -> Content:
@@ -97,9 +101,12 @@ def patched(chunk: Chunk, present: int, patch: int, data: memoryview) -> Content
 
 def encode(contents: Sequence[Content]) -> list[bytes]:
     """The values of many chunks at once: zstd with the GIL released for all of them together."""
-    full = [content.payload for content in contents if content.payload]
+    full = [content.payload for content in contents if content.payload and not content.noise]
     frames = iter(_contexts.compressor.multi_compress_to_buffer(full) if full else ())
-    return [_encode(content, next(frames) if content.payload else b"") for content in contents]
+    return [
+        _raw(content) if content.noise or not content.payload else _packed(content, next(frames))
+        for content in contents
+    ]
 
 
 def digest_of(value: Bytes) -> bytes:
@@ -124,16 +131,21 @@ def decode(value: Bytes) -> tuple[Chunk, bytes]:
 
 
 def _digest(present: int, nonzero: int, payload: Bytes) -> bytes:
-    key = _DIGEST_KEY.pack(present, nonzero)
+    key = _FULL_KEY if nonzero == ALL_PAGES else _DIGEST_KEY.pack(present, nonzero)
     return blake3(payload, key=key).digest(DIGEST_BYTES)
 
 
-def _encode(content: Content, frame: Any) -> bytes:
-    """`frame` is a zstandard.BufferSegment, or empty."""
-    present, nonzero, digest, payload = content
-    if len(frame) < len(payload):
-        return HEADER.pack(present, nonzero, ZSTD, digest) + bytes(frame)
-    return HEADER.pack(present, nonzero, RAW, digest) + bytes(payload)
+def _packed(content: Content, frame: Any) -> bytes:
+    """`frame` is a zstandard.BufferSegment."""
+    if len(frame) >= len(content.payload):
+        return _raw(content)
+    head = HEADER.pack(content.present, content.nonzero, ZSTD, content.digest)
+    return b"".join((head, frame))
+
+
+def _raw(content: Content) -> bytes:
+    head = HEADER.pack(content.present, content.nonzero, RAW, content.digest)
+    return b"".join((head, content.payload))
 
 
 def _header(value: Bytes) -> tuple[int, int, int, bytes]:

@@ -23,7 +23,8 @@ import lmdb
 
 from . import soundness
 from .errors import DamagedError, SnapError, StoreError
-from .units import MIB, mib
+from .kernel import btree
+from .units import MIB, PAGE, mib
 
 T = TypeVar("T")
 
@@ -155,10 +156,23 @@ class Environment:
             self._lmdb.close()
         return self._active == 0
 
+    @property
+    def descriptors(self) -> set[int]:
+        """Those that are closed with it, but for LMDB's own."""
+        return {self._data}
+
     def used_bytes(self) -> int:
         """Length of the part of the data file that LMDB uses or has used."""
         self._check_process()
         return (int(self._lmdb.info()["last_pgno"]) + 1) * self._page_bytes()
+
+    def entries(self, database: str, prefix: bytes, entry: int, most: int) -> bytes | None:
+        """kernel.btree.entries of now."""
+        with self.read() as transaction:
+            if most > transaction.stat(self.databases[database])["entries"]:
+                return None  # no memory on the word of a damaged record
+            number = transaction.id()
+            return btree.entries(self._data, PAGE, number, database, prefix, entry, most)
 
     def begin(self, write: bool, buffers: bool) -> Transaction:
         """A transaction; between `enter` and `leave`."""

@@ -16,7 +16,7 @@ from .kernel.ptrace import Tracee
 from .lazy import Content, PageSource
 from .manifest import Mapping, Process
 from .ranges import Ranges
-from .units import CHUNK, PAGE, PAGES_PER_CHUNK
+from .units import CHUNK, PAGE, PAGES_PER_CHUNK, align_down
 
 _BATCH = 32
 """Chunks that one worker does in a row."""
@@ -66,7 +66,8 @@ def fill(
     """
     mappings = _Mappings(private(process))
     known = source.addresses(process.index)
-    todo = [address for address in known if mappings.wanted(address, ranges)]
+    near = _within(known, ranges)
+    todo = [address for address in near if mappings.wanted(address, ranges)]
     space = process.index
 
     def work(addresses: Sequence[int]) -> int:
@@ -89,6 +90,15 @@ def fill(
             done += written
             progress(done)
     return done
+
+
+def _within(known: Sequence[int], ranges: Ranges) -> Iterator[int]:
+    """The chunks that any of the ranges touches: few of very many, in a lazy restore."""
+    position = 0
+    for start, end in ranges:
+        first = bisect_left(known, align_down(start, CHUNK), position)
+        position = bisect_left(known, end, first)
+        yield from known[first:position]
 
 
 class _Mappings:

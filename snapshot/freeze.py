@@ -31,8 +31,9 @@ from .kernel import arch_x86_64 as arch
 from .kernel import ptrace, refusal, room
 from .kernel._native import lib
 from .kernel.arch_x86_64 import NR, Registers
-from .kernel.ptrace import STOP_TIMEOUT, LateError, Tracee
+from .kernel.ptrace import STOP_TIMEOUT, LateError, State, Tracee
 from .kernel.remote import Remote
+from .kernel.room import Room
 from .kernel.urgency import urgent
 
 _DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -83,7 +84,9 @@ close(2), which must never be made twice."""
 class Frozen:
     """A stopped process: the threads with the leader first, and calls inside it."""
 
-    def __init__(self, pid: int, pidfd: int, earlier: Frozen | None = None) -> None:
+    def __init__(
+        self, pid: int, pidfd: int, earlier: Frozen | None = None, room: Room | None = None
+    ) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.threads: list[Tracee] = []
@@ -99,24 +102,41 @@ class Frozen:
         """Threads that have ended, or are just ending, while they were ours."""
         self._remote: Remote | None = None
         self._earlier = earlier
+        self._room: Room | None = earlier._room if earlier is not None else room
         self._calls_at: dict[int, tuple[tuple[int, int], int]] = {}
         """By tid: where (rip, rsp) a thread is in a call that goes on as restart_syscall, and its
         own number."""
+        self.scratch: int = earlier.scratch if earlier is not None else 0
+        """Where it was at its last use, and in it:"""
+        self.data = (0, 0)
+        """Where answers go: address and size."""
         self._owner = threading.get_native_id()
 
     @property
     def remote(self) -> Remote:
         """Calls inside the process, in its leader; the scratch is mapped at the first use."""
-        if self._remote is None:
-            remote = Remote(self.threads[0])
-            remote.open()
-            self._remote = remote
-        return self._remote
+        return self._remote if self._remote is not None else self.open_remote()
+
+    def open_remote(self, status_text: bytes = b"") -> Remote:
+        """The same at the first use, with /proc/PID/status as it is now, if that has been read."""
+        remote = Remote(self.threads[0], room=self._room)
+        remote.open(near=self.scratch, status_text=status_text)
+        self._remote, self._room, self.scratch = remote, remote.room, remote.scratch
+        self.data = remote.data, remote.data_size
+        return remote
 
     @property
     def group_stopped(self) -> bool:
         """Somebody has stopped the process (SIGSTOP, SIGTSTP, …); it stays so when let go."""
         return (self.threads[0].stop >> 8 & 0xFF) in _STOPPING
+
+    def states(self) -> list[State]:
+        """What every thread holds, in the order of `threads`; before the first use of `remote`."""
+        assert self._remote is None, "calls have been made"
+        return [
+            state._replace(registers=self._as_image(tracee, state.registers))
+            for tracee, state in zip(self.threads, ptrace.states_of(self.threads), strict=True)
+        ]
 
     def registers(self, tracee: Tracee) -> bytes:
         """The registers as an image stores them, 216 bytes: those of the thread, in which a call
@@ -126,6 +146,11 @@ class Frozen:
         the call itself, if the `earlier` freeze or the code of the program tells which.
         """
         data = self._remote.registers(tracee) if self._remote else tracee.registers()
+        return self._as_image(tracee, data)
+
+    def _as_image(self, tracee: Tracee, data: bytes) -> bytes:
+        if NR.restart_syscall not in arch.CALL.unpack(data)[:2]:
+            return data
         registers = Registers.unpack(data)
         if registers.orig_rax == NR.restart_syscall and registers.rax != NR.restart_syscall:
             number = self._call_before(tracee, registers.rip)
@@ -209,7 +234,8 @@ class Frozen:
         killed (kernel/remote.py): their registers say nothing, and what leads them may not be
         written over. Whether there were any."""
         places = [rip for _, _, rip, _ in arch.CALL.iter_unpack(all_registers)]
-        guard = room.guard_left(self.threads[0], places) if places else range(0)
+        vdso = self._room.vdso if self._room is not None else None
+        guard = room.guard_left(self.threads[0], places, vdso) if places else range(0)
         late = [one for one, at in zip(self.threads, places, strict=True) if at in guard]
         for tracee in late:
             tracee.cont()
@@ -280,14 +306,18 @@ def _ended(pidfd: int) -> bool:
 
 @contextmanager
 def freeze(
-    pid: int, timeout: float = STOP_TIMEOUT, earlier: Frozen | None = None
+    pid: int,
+    timeout: float = STOP_TIMEOUT,
+    earlier: Frozen | None = None,
+    room: Room | None = None,
 ) -> Iterator[Frozen]:
     """Stops every thread of a process for the length of a `with` block.
 
     Afterwards, and on any exception, the scratch is unmapped, registers and masks are the threads'
     own again, and all run on (or stay stopped, if somebody had sent SIGSTOP).
 
-    `earlier`: a freeze of the same process that is over; see `Frozen.registers`.
+    `earlier`: a freeze of the same process that is over; see `Frozen.registers`. `room`: of it,
+    found while it ran (kernel/room.py), if that is known.
 
     TargetError: no such process, a zombie, a kernel thread, traced already, or it ended meanwhile.
     DeniedError: no permission. LateError: a thread (named) did not stop within `timeout` seconds:
@@ -297,7 +327,7 @@ def freeze(
         pidfd = os.pidfd_open(pid)
     except OSError as error:
         refusal.refused(pid, error.errno or errno.ESRCH)
-    frozen = Frozen(pid, pidfd, earlier)
+    frozen = Frozen(pid, pidfd, earlier, room)
     began = 0
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
     hurry = ExitStack()

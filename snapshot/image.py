@@ -18,7 +18,7 @@ import zstandard
 from . import chunkcodec, index, plausible
 from . import manifest as manifests
 from .chunkcodec import Chunk
-from .environment import Environment, Transaction
+from .environment import Environment, Transaction, open_environment
 from .errors import DamagedError, StoreError
 from .lease import Lease
 from .manifest import OBJECT_SPACE, Manifest, Mapping, Process, Thread
@@ -50,7 +50,7 @@ class Damage(NamedTuple):
 class Image:
     """Made by `Store.image`. Until it is closed, nobody can remove the image.
 
-    May be used from several threads. After a fork it is void: open it again.
+    May be used from several threads. After a fork it is void: `again`, or open it again.
     """
 
     def __init__(
@@ -102,6 +102,20 @@ class Image:
         raise StoreError(
             f"image {self.name} has no process {pid}; it has {known}", f"snap show {self.name}"
         )
+
+    def again(self) -> Image:
+        """After a fork, in the child: the same image with a lease that the parent shares, indexes
+        as they were verified, and its store opened anew."""
+        opened = Image(
+            open_environment(self._environment.path), self.name, self._record, self._lease
+        )
+        opened._spaces = self._spaces
+        return opened
+
+    @property
+    def descriptors(self) -> set[int]:
+        """Those of this process that belong to it and its store, and are closed with them."""
+        return {self._lease.handle, *self._environment.descriptors}
 
     @property
     def store_path(self) -> Path:
@@ -222,8 +236,8 @@ class Image:
         """The index of a space, verified when it is first used."""
         found = self._spaces.get(space)
         if found is None:
-            found = index.load(self._environment, self._record.number, space)
             summary = self._summaries.get(space)
+            found = index.load(self._environment, self._record.number, space, summary)
             if found.summary() != summary and (summary or len(found)):
                 raise self._damaged(f"the index of space {space} does not match its checksum")
             self._spaces[space] = found

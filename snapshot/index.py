@@ -5,12 +5,11 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
-from functools import reduce
-from operator import or_
 from typing import NamedTuple
 
 from .environment import Environment
 from .errors import DamagedError
+from .kernel import btree
 from .records import INDEX_ENTRY, INDEX_KEY, SpaceSummary, digest
 from .units import CHUNK
 
@@ -27,8 +26,9 @@ class Space:
     def __init__(self, space: int, entries: bytes) -> None:
         self.space = space
         self._entries = entries
-        self.addresses = array("Q", (fields[0] for fields in INDEX_ENTRY.iter_unpack(entries)))
-        if reduce(or_, self.addresses, 0) & (CHUNK - 1 | 1 << 63):
+        self.addresses: array[int]
+        self.addresses, bits = btree.numbers(entries, INDEX_ENTRY.size)
+        if bits & (CHUNK - 1 | 1 << 63):
             raise DamagedError(f"the index of space {space} has addresses that are of no chunk")
 
     def __len__(self) -> int:
@@ -50,8 +50,14 @@ class Space:
         return SpaceSummary(space=self.space, chunks=len(self), digest=digest(self._entries))
 
 
-def load(environment: Environment, number: int, space: int) -> Space:
-    """What the index has of a space, unverified: compare its `summary`."""
+def load(
+    environment: Environment, number: int, space: int, said: SpaceSummary | None = None
+) -> Space:
+    """What the index has of a space, unverified: compare its `summary`. Fast if that is `said`."""
+    if said is not None:
+        found = _read(environment, number, said)
+        if found is not None:
+            return found
     first = INDEX_KEY.pack(number, space, 0)
     prefix = first[:-8]
     with environment.read(buffers=False) as transaction:  # three times as fast as with views
@@ -65,6 +71,16 @@ def load(environment: Environment, number: int, space: int) -> Space:
                 if len(entry) == INDEX_ENTRY.size:  # others are damage, seen by the summary
                     parts.append(entry)
     return Space(space, b"".join(parts))
+
+
+def _read(environment: Environment, number: int, said: SpaceSummary) -> Space | None:
+    """The space when all of it is as said, by a way that is too simple to tell what is wrong with
+    one that is not."""
+    prefix = INDEX_KEY.pack(number, said.space, 0)[:-8]
+    entries = environment.entries("index", prefix, INDEX_ENTRY.size, said.chunks)
+    if entries is None or digest(entries) != said.digest:
+        return None
+    return Space(said.space, entries)
 
 
 def spaces(environment: Environment, number: int) -> Iterator[Space]:

@@ -39,6 +39,7 @@ class Line(msgspec.Struct, frozen=True, gc=False):
     huge: int = 0  # of `anonymous`: in transparent huge pages
     page_size: int = 4096  # KernelPageSize
     thp_eligible: bool = False
+    lazy_free: int = 0  # present pages that the kernel may take at any time (MADV_FREE)
 
     @property
     def size(self) -> int:
@@ -143,7 +144,15 @@ def _blocks(text: bytes) -> Iterator[tuple[bytes, bytes]]:
         at = end
 
 
-_SIZES = {b"Rss", b"Swap", b"Anonymous", b"AnonHugePages", b"KernelPageSize", b"THPeligible"}
+_SIZES = {
+    b"Rss",
+    b"Swap",
+    b"Anonymous",
+    b"AnonHugePages",
+    b"KernelPageSize",
+    b"THPeligible",
+    b"LazyFree",
+}
 
 
 def _with_details(line: Line, body: bytes) -> Line:
@@ -172,4 +181,5 @@ def _with_details(line: Line, body: bytes) -> Line:
         values[b"AnonHugePages"] * 1024,
         values[b"KernelPageSize"] * 1024,
         bool(values[b"THPeligible"]),
+        values[b"LazyFree"] * 1024,
     )

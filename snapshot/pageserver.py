@@ -77,24 +77,37 @@ def tell(plan: Plan, event: str, **more: Any) -> None:
 
 def main(arguments: list[str]) -> NoReturn:
     """`--start SOCKET STORE IMAGE SPACE`; `--resume JOURNAL` after a server was lost."""
-    if arguments[0] == "--start" and os.fork():
-        os._exit(0)  # nobody's child: a program that restores need not wait for it
-    from . import faults, keeper
     from .journal import Journal
+
+    if arguments[0] == "--start":
+        control, store, image, space = arguments[1:]
+        start(int(control), store, image, int(space))
+    journal = Journal(int(arguments[1]))
+    os.set_inheritable(journal.fd, False)
+    lead(journal, journal.keeper)  # its number is the same in this table
+
+
+def start(
+    control: int, store: str, image: str, space: int, opened: Any | None = None
+) -> NoReturn:
+    """The guardian of a new page server, in a process that nobody has to wait for: this one ends.
+    `opened`: the image, when the parent of this process had it open (image.Image)."""
+    if os.fork():
+        os._exit(0)
+    from .journal import Journal
+
+    journal = Journal.create()
+    journal.set_plan({"store": store, "image": image, "space": space, "control": control})
+    journal.lead = os.getpid()
+    lead(journal, -1, opened)
+
+
+def lead(journal: Any, before: int, opened: Any | None = None) -> NoReturn:
+    """The guardian, from its beginning; `before` is the keeper of its predecessor."""
+    from . import faults, keeper
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    before = -1
-    if arguments[0] == "--start":
-        control, store, image, space = arguments[1:]
-        journal = Journal.create()
-        fields = {"store": store, "image": image, "space": int(space), "control": int(control)}
-        journal.set_plan(fields)
-        journal.lead = os.getpid()
-    else:
-        journal = Journal(int(arguments[1]))
-        os.set_inheritable(journal.fd, False)
-        before = journal.keeper  # its number is the same in this table
     plan = Plan(journal.plan)
     try:
         generation = journal.new_generation()
@@ -104,13 +117,13 @@ def main(arguments: list[str]) -> NoReturn:
         faults.point("generation-set")
         keeper.end(before)
         faults.point("keepers-replaced")
-        start_server(journal)
+        start_server(journal, opened)
     except BaseException as error:
         give_up(journal, plan, f"the page server cannot be started: {error!r}")
     guard(journal)
 
 
-def start_server(journal: Any) -> None:
+def start_server(journal: Any, opened: Any | None) -> None:
     """A server, on record when this returns, in which it does not return."""
     from . import keeper
 
@@ -122,7 +135,7 @@ def start_server(journal: Any) -> None:
         if not journal.claim(guardian, guardian):
             os._exit(1)
         on_record()
-        serve(journal)
+        serve(journal, opened)
 
     keeper.start_twin(run, PATIENCE)
 
@@ -203,7 +216,7 @@ def resume(journal: Any, plan: Plan) -> NoReturn:
         give_up(journal, plan, f"{sys.executable}: {error.strerror}")
 
 
-def serve(journal: Any) -> NoReturn:
+def serve(journal: Any, opened: Any | None) -> NoReturn:
     """The server process, from beginning to end."""
     from .journal import DONE, RUNNING
 
@@ -216,7 +229,7 @@ def serve(journal: Any) -> NoReturn:
         from .service import Service
 
         if journal.state != RUNNING:
-            service = Service(journal, plan)
+            service = Service(journal, plan, opened)
             tell(plan, "opened")
             if not service.receive():
                 os._exit(1)  # `snap restore` gave up before the process ran

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import fill, lazy
+from . import fill, lazy, pageserver
 from .errors import DeniedError, RestoreError
 from .image import Image
 from .kernel import pidfd as pidfds
@@ -36,37 +37,26 @@ class PageServer:
     """A page server that is starting, or at work. It outlives this process once the restored
     process is its own."""
 
-    def __init__(self, image: Image, process: Process) -> None:
-        """Starts one; it opens the image while the process is being rebuilt."""
+    def __init__(self, image: Image, process: Process, alone: bool) -> None:
+        """Starts one; it opens the image while the process is being rebuilt. `alone`: see
+        restore.restore."""
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._log = image.store_path / "pageserver.log"
         self.pid = 0
-        root = str(Path(__file__).resolve().parent.parent)
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        store = str(image.store_path.resolve())
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         log = os.open(self._log, flags, 0o600)
         with theirs:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "snapshot.pageserver", "--start"),
-                    *(str(theirs.fileno()), store, image.name, str(process.index)),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-                cwd="/",
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            )
+            if alone and _has_one_thread():
+                self._starter = _fork(image, process, theirs.fileno(), log)
+            else:
+                self._starter = _exec(image, process, theirs.fileno(), log)
         os.close(log)
 
     def memory(self, process: Process, remote: Remote, ctx: Context) -> None:
         """For rebuild: what this server can bring, it brings from here on, also to the kernel when
         that touches the memory of the new process; the rest is filled."""
         self._expect("opened")
-        self._process.wait()  # it has forked
+        self._reap()
         number, duplicate = _create(process, remote)
         pid = remote.tracee.tid
         handle = os.pidfd_open(pid)
@@ -109,6 +99,13 @@ class PageServer:
             self._await_end()
         return None
 
+    def _reap(self) -> None:
+        """The process that has made the guardian and has ended."""
+        if self._starter:
+            with suppress(ChildProcessError):
+                os.waitpid(self._starter, 0)
+        self._starter = 0
+
     def _await_end(self) -> str | None:
         """Guardian and server share their end of the connection: it closes with the last one.
         -> why they ended, if they say so."""
@@ -123,7 +120,7 @@ class PageServer:
     def abandon(self) -> str | None:
         """The process is no more, or never was: waits for the end of guardian and server. -> why
         they ended, if that came first."""
-        self._process.wait()
+        self._reap()
         with suppress(OSError):
             self._control.shutdown(socket.SHUT_WR)
         return self._await_end()
@@ -154,6 +151,75 @@ class PageServer:
         if message["event"] == "failed":
             raise self.failed(message["message"])
         return message
+
+
+def _has_one_thread() -> bool:
+    return len(os.listdir("/proc/self/task")) == 1
+
+
+def _fork(image: Image, process: Process, control: int, log: int) -> int:
+    """From this very interpreter, which has imported all that a page server needs and read the
+    index of the image. -> pid of who makes the guardian and ends."""
+    image.addresses(process.index)
+    store = str(image.store_path.resolve())
+    # No handler of ours may run in the child: it would unwind what is the parent's.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _become_server(image, {control}, log)
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+                pageserver.start(control, store, image.name, process.index, image)
+            finally:
+                os._exit(1)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return pid
+
+
+def _become_server(image: Image, keep: set[int], log: int) -> None:
+    """What a new program would be: in a session of its own, with no handlers, and no descriptors
+    but `keep`, `log` as stderr, and those of objects that close them some time."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd, source in ((0, null), (1, null), (2, log)):
+        os.dup2(source, fd, inheritable=True)
+    first = 3
+    for fd in sorted({*keep, *image.descriptors}):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+    os.environ["PYTHONPATH"] = _python_path()
+
+
+def _exec(image: Image, process: Process, control: int, log: int) -> int:
+    """The same in a new interpreter."""
+    store = str(image.store_path.resolve())
+    started = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "snapshot.pageserver", "--start"),
+            *(str(control), store, image.name, str(process.index)),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=log,
+        pass_fds=(control,),
+        start_new_session=True,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": _python_path()},
+    )
+    started.returncode = 0  # it is waited for by its pid
+    return started.pid
+
+
+def _python_path() -> str:
+    root = str(Path(__file__).resolve().parent.parent)
+    return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _create(process: Process, remote: Remote) -> tuple[int, int]:

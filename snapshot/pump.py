@@ -41,6 +41,8 @@ NEXT_MS = 200
 AWAIT_MS = 100
 BEAT_SECONDS = 0.1
 EMPTY = memoryview(b"")
+VERIFY = "SNAP_VERIFY" in os.environ
+"""For tests: at T0 what need not be looked at is looked at all the same."""
 
 REASONS: dict[int, str] = {
     lib.SNAP_LOST_UNMAP: "memory was unmapped before it was saved",
@@ -70,6 +72,7 @@ class Counters(NamedTuple):
     forks: int
     forks_ahead: int
     objects_left: int
+    looked_chunks: int
     stalls: int
     peak_staging_bytes: int
 
@@ -155,6 +158,8 @@ class Pump(Closing):
             "pump",
         )
         self._pump: Any = made[0]
+        if protection.empties:
+            lib.snap_pump_cover(self._pump, VERIFY)
         self._protection = protection
         self._watchdog = watchdog
         self._tracer = tracer
@@ -188,7 +193,14 @@ class Pump(Closing):
 
     def round(self, report: Callable[[], None]) -> Round:
         """Protect and copy what has no good copy. `report` is called ten times a second."""
-        done = self._carried_out(lib.snap_pump_order_round, report)
+        return self._round(lib.snap_pump_order_round, report)
+
+    def arm(self, report: Callable[[], None]) -> Round:
+        """Protect what is not. What is not copied yet, or not any more, is saved after T0."""
+        return self._round(lib.snap_pump_order_arm, report)
+
+    def _round(self, order: Callable[[Any], int], report: Callable[[], None]) -> Round:
+        done = self._carried_out(order, report)
         return Round(done.copied_bytes, done.written_bytes, done.left_chunks * CHUNK)
 
     def _carried_out(self, order: Callable[[Any], int], report: Callable[[], None]) -> Any:
@@ -236,12 +248,16 @@ class Pump(Closing):
         result = lib.snap_pump_plan(self._pump, windows, count, address)
         _check(result, f"registering the memory at {address[0]:#x}", f"snap check {self.pid}")
 
-    def settle(self, most: int, *, trust: bool) -> bool:
+    def settle(self, most: int, *, copies: bool, cover: bool) -> bool:
         """This is T0. Finds what has no good copy: copies it if it is at most `most` bytes, else
-        what of it cannot be armed, and arms the rest. `trust`: whether copies of before count.
-        -> whether anything is unsaved now."""
+        what of it cannot be armed, and arms the rest. `copies`: whether those of before count;
+        `cover`: whether nothing can have taken protection off without an event, so that not all
+        need be looked at. -> whether anything is unsaved now."""
         what = f"copying memory of process {self.pid}"
+        trust = lib.SNAP_TRUST_COPIES * copies | lib.SNAP_TRUST_COVER * cover
         unsaved = _check(lib.snap_pump_settle(self._pump, most, trust), what, "snap check") > 0
+        if VERIFY and (missed := self._raw().missed_pages):
+            raise SnapError(f"{missed} pages have changed and nothing told of it")
         self.t0_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * procfs.CLOCK_TICKS)
         return unsaved
 
@@ -352,7 +368,7 @@ class Pump(Closing):
                     stack.callback(one.join)
 
 
-_WINDOW = struct.Struct("=QQQIiIII4x")
+_WINDOW = struct.Struct("=QQQIiIIII")
 
 
 def _windows(plan: Plan, objects: dict[int, int]) -> tuple[Any, int]:
@@ -367,6 +383,7 @@ def _windows(plan: Plan, objects: dict[int, int]) -> tuple[Any, int]:
             one.armed,
             one.whole,
             one.huge,
+            one.fickle,
         )
         for one in plan.windows
     )

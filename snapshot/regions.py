@@ -51,6 +51,7 @@ class Window:
     object: int | None = None  # SharedObject.id whose descriptor it is read from
     whole: bool = False  # every page belongs to the image, also those that are the file's
     huge: int = 0  # the size of its pages when it is private and of hugetlbfs
+    fickle: bool = False  # its pages may lose their protection without an event
 
 
 @dataclass(slots=True)
@@ -187,7 +188,16 @@ def _save(
 ) -> None:
     end = end or line.end
     made.windows.append(
-        Window(made.space, line.start, end, line.start, armed=armed, whole=whole, huge=huge)
+        Window(
+            made.space,
+            line.start,
+            end,
+            line.start,
+            armed=armed,
+            whole=whole,
+            huge=huge,
+            fickle="mg" in line.vm_flags or line.lazy_free > 0,
+        )
     )
 
 

@@ -81,19 +81,21 @@ def restore(
     stdio: Sequence[int] = (0, 1, 2),
     progress: ProgressCallback | None = None,
     parent_stays: bool = False,
+    alone: bool = False,
 ) -> Restored:
     """Brings the process of `image` back; returns when it runs.
 
     `pid`: "keep" gives it its old pids, "new" a pid namespace of its own in which they are free.
     `stdio`: descriptors that stand in for those that led outside. `parent_stays`: the caller will
-    wait for it, so its death signal may be armed.
+    wait for it, so its death signal may be armed. `alone`: this process was started for nothing but
+    the restore, so a page server may be forked from it instead of being started anew.
     Raises SnapError; then nothing is left of it.
     """
     job = _Restore(image, hooks, progress)
     process = _only_process(image)
     job.hook("before-restore", 0)
     context = Context(image.manifest, image, stdio)
-    with job.page_server(process, lazy) as server:
+    with job.page_server(process, lazy, alone) as server:
         memory = server.memory if server else job.fill
         new = rebuild(process, context, namespace=pid == "new", memory=memory)
         with _sensible(image), new as rebuilt:
@@ -119,12 +121,14 @@ class _Restore:
             self._hooks.run(stage, pid=pid, image=self._image.name)
 
     @contextmanager
-    def page_server(self, process: Process, lazy: bool) -> Iterator[PageServer | None]:
+    def page_server(
+        self, process: Process, lazy: bool, alone: bool
+    ) -> Iterator[PageServer | None]:
         """A page server, if wanted and not all in vain; ended when the block fails."""
         if not lazy or not self._image.addresses(process.index):
             yield None
             return
-        server = PageServer(self._image, process)
+        server = PageServer(self._image, process, alone)
         try:
             yield server
         except BaseException as error:

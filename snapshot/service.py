@@ -17,6 +17,7 @@ from typing import Any
 
 from . import keeper, pageserver
 from .errors import KernelError, SnapError
+from .image import Image
 from .journal import RUNNING, Journal
 from .kernel import fdcalls, procfs
 from .kernel.uffd import Uffd, UffdError
@@ -33,11 +34,14 @@ PAUSE = "SNAP_TEST_STREAM_PAUSE_MS"
 
 
 class Service:
-    def __init__(self, journal: Journal, plan: Plan) -> None:
-        """Opens the image: StoreError, DamagedError."""
+    def __init__(self, journal: Journal, plan: Plan, inherited: Image | None = None) -> None:
+        """Opens the image, or the one that the parent had open: StoreError, DamagedError."""
         self.journal = journal
         self.plan = plan
-        self.image = Store.open(Path(plan.store)).image(plan.image)
+        if inherited is not None:
+            self.image = inherited.again()
+        else:
+            self.image = Store.open(Path(plan.store)).image(plan.image)
         before, plan.lease = plan.lease, self.image.lease_descriptor
         journal.set_plan(plan.fields())
         if before >= 0:

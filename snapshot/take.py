@@ -26,13 +26,15 @@ from .hooks import Hooks
 from .image import Image
 from .kernel import procfs, vdso
 from .kernel.exits import Exits
+from .kernel.ptrace import Tracee
 from .kernel.refusal import capable
+from .kernel.room import find_room
 from .kernel.watchdog import Watchdog
 from .manifest import Descriptor, Host, Manifest, OpenFile, Process, TakeStats
 from .pump import MEMORY, LostError, Pump, Staging
 from .records import ProcessIdentity
 from .regions import Plan
-from .resources import Gathered, descriptors, gather, preflight
+from .resources import Gathered, Preparation, descriptors, gather, preflight
 from .stats import Progress, ProgressCallback, Stopwatch
 from .store import Store, check_name
 from .tracer import Tracer
@@ -173,7 +175,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
         copying = (bool(job.reasons) or not job.now) and not descriptors.direct_io(job.pid)
         try:
             faults.point("begun")
-            with freeze(job.pid) as first:
+            with freeze(job.pid, room=find_room(Tracee(job.pid, 0))) as first:
                 faults.point("first-stop")
                 protection = stack.enter_context(WriteProtection.create(first, forks=shares))
                 faults.point("created")
@@ -182,10 +184,9 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                 pump = Pump(job.pid, protection, job.staging, watchdog, tracer, job.stall)
                 ahead = Ahead(stack.enter_context(pump), objects, before, origin)
                 pump.start()
-                if copying or shares:  # what is registered tells of its events
-                    ahead.plan()
-                    faults.point("registered")
-                    pump.release()
+                ahead.plan()  # what is registered tells of its events
+                faults.point("registered")
+                pump.release()
             job.stops_us.append(first.stopped_us)
             faults.point("first-resumed")
             pump.store(writer.put, os.cpu_count() or 1)
@@ -213,9 +214,10 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer)
     """`first` is the stop that made the userfaultfd."""
     pump = ahead.pump
     pump.storing.close(GATE_SECONDS)
-    ahead.copy_once_more()
+    ahead.last_rounds(lambda: _report(job, pump, "protecting"))
     clock = Stopwatch()
-    pause = tracer.run(lambda: _pause(job, ahead, first, most, tracer, clock))
+    with Preparation(job.pid, first.data) as prepared:
+        pause = tracer.run(lambda: _pause(job, ahead, first, prepared, most, tracer, clock))
     job.stops_us.append(pause.stopped_us)
     pump.storing.open()
     plan = ahead.examination.plan
@@ -226,7 +228,13 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer)
 
 
 def _pause(
-    job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer, clock: Stopwatch
+    job: _Take,
+    ahead: Ahead,
+    first: Frozen,
+    prepared: Preparation,
+    most: int,
+    tracer: Tracer,
+    clock: Stopwatch,
 ) -> _Pause:
     """Made by the tracer, which stays when something is unsaved at the end: threads that end then
     wait for that. Injected calls come first, while the fault thread still serves: the kernel writes
@@ -238,7 +246,7 @@ def _pause(
         faults.point("second-stop")
         clock.stages_us["freeze"] = frozen.freeze_us
         with clock.stage("capture"):
-            gathered = gather(frozen)
+            gathered = gather(frozen, prepared)
             faults.point("captured")
             frozen.close_remote()
             faults.point("clean-again")
@@ -248,8 +256,9 @@ def _pause(
             ahead.plan(descriptors.needed(files, table), problems)
             faults.point("held")
         with clock.stage("settle"):
-            trust = not (ahead.direct_io or any(file.flags & os.O_DIRECT for file in files))
-            unsaved = pump.settle(most, trust=trust)
+            direct_io = ahead.direct_io or any(file.flags & os.O_DIRECT for file in files)
+            cover = not procfs.mergeable(job.pid)
+            unsaved = pump.settle(most, copies=not direct_io, cover=cover)
         taken_at = time.time()
         faults.point("settled")
         with clock.stage("hooks"):

@@ -15,7 +15,8 @@ PAGE_SIZES = (PAGE, HUGE)
 writes to such a page would wait until all of it is saved."""
 ALL_PAGES = (1 << PAGES_PER_CHUNK) - 1
 """The bitmap of a chunk of which every page is meant; bit i is the page at i * PAGE."""
-MIB = 1024 * 1024
+KIB = 1024
+MIB = 1024 * KIB
 GIB = 1024 * MIB
 
 

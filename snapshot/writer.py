@@ -15,6 +15,7 @@ from .chunkcodec import Content
 from .environment import Environment, Transaction
 from .errors import DamagedError, SnapError, StoreError
 from .handoff import Handoff
+from .known import Known
 from .lease import Lease
 from .manifest import Manifest
 from .records import (
@@ -29,10 +30,11 @@ from .records import (
 from .units import CHUNK, MIB, PAGE, align_up
 
 BATCH = 64
-"""Chunks for one call of the compressor: 4 MiB of memory. Fewer cost up to 30 % more."""
-_WAITING = 16 * MIB
+"""Chunks that are handed to the disk together: 4 MiB of memory."""
+_WAITING = 8 * MIB
 """Bytes on the disk that may wait for the disk: they become one transaction, which on a fast disk
-has one batch or two (larger ones are slower), on a slow one as many as a sync is worth."""
+has one batch or two (larger ones are slower), on a slow one as many as a sync is worth. As many are
+on their way there meanwhile, once as values and once as pages of LMDB."""
 
 
 _INLINE = 1900
@@ -58,9 +60,15 @@ class _Pending(NamedTuple):
     before: bytes | None  # index value of an earlier put of this image
     sequence: int | None  # of an equal chunk of an earlier image
     value: bytes | None  # what goes into `chunks` otherwise
-    content: Content | None  # None: the chunk is taken out
-    gained: int  # pages that the image did not have before
-    freed: int  # bytes of the value that it replaces, and that was this image's alone
+    digest: bytes | None  # of the content; None: the chunk is taken out
+
+
+class _Old(NamedTuple):
+    """A chunk of an earlier put."""
+
+    where: bytes  # index value
+    value: bytes
+    own: bool  # not shared with an earlier image
 
 
 def _on_disk(entry: _Pending) -> int:
@@ -94,6 +102,7 @@ class ImageWriter:
         self._lease = lease
         self._earlier = earlier
         self._counting = threading.Lock()
+        self._known = Known()
         self._unwritten: set[bytes] = set()  # keys that were put and are not in the index yet
         self._handoff = Handoff(self._write, _WAITING)
         self._open = True
@@ -117,85 +126,96 @@ class ImageWriter:
             self._put(part)
         faults.point("put")
 
-    def _put(self, batch: dict[bytes, RawChunk]) -> None:
+    def _put(self, part: dict[bytes, RawChunk]) -> None:
+        ready: list[_Pending] = []
+        chunks = iter(part.items())
+        while group := dict(itertools.islice(chunks, chunkcodec.GROUP)):
+            ready += self._encoded(group)
         with self._counting:
-            unwritten = not self._unwritten.isdisjoint(batch)
-        if unwritten:
-            self._handoff.drain()
-        pending = self._prepare(batch)
-        fresh = [entry.content for entry in pending if entry.sequence is None and entry.content]
-        values = iter(chunkcodec.encode(fresh))
-        final = [
-            entry._replace(value=next(values))
-            if entry.sequence is None and entry.content
-            else entry
-            for entry in pending
+            self._unwritten.update(part)
+        self._handoff.give(ready, sum(map(_on_disk, ready)))
+
+    def _encoded(self, group: dict[bytes, RawChunk]) -> list[_Pending]:
+        olds = self._olds(group)
+        contents = [
+            self._examined(chunk, olds.get(key)) if chunk.pages else None
+            for key, chunk in group.items()
         ]
+        same = self._same(group, contents)
+        fresh = [one for one, at in zip(contents, same, strict=True) if one and at is None]
+        values = iter(chunkcodec.encode(fresh))
+        ready = []
+        pages = stored = 0
+        for key, content, at in zip(group, contents, same, strict=True):
+            value = next(values) if content and at is None else None
+            old = olds.get(key)
+            ready.append(
+                _Pending(key, old and old.where, at, value, content and content.digest)
+            )
+            pages += content.present.bit_count() if content else 0
+            stored += len(value or b"")
+            if old:
+                pages -= chunkcodec.pages_of(old.value).bit_count()
+                stored -= len(old.value) if old.own else 0
         with self._counting:
-            self.stored_bytes += sum(len(entry.value or b"") - entry.freed for entry in final)
-            self.saved_bytes += sum(entry.gained for entry in final) * PAGE
-            self._unwritten.update(batch)
-        self._handoff.give(final, sum(map(_on_disk, final)))
+            self.saved_bytes += pages * PAGE
+            self.stored_bytes += stored
+        return ready
 
-    def _prepare(self, batch: dict[bytes, RawChunk]) -> list[_Pending]:
-        """Finds each chunk's pages and digest, and whether an earlier image holds the same."""
-        pending = []
-        with self._environment.read() as transaction:
-            for key, chunk in batch.items():
-                before = self._index(transaction, key)
-                old, freed = self._replaced(transaction, before)
-                content, same = None, None
-                if chunk.pages:
-                    content = self._examined(transaction, chunk, before)
-                    same = self._same(transaction, chunk.space, chunk.address, content.digest)
-                gained = (content.present.bit_count() if content else 0) - old
-                pending.append(_Pending(key, before, same, None, content, gained, freed))
-        return pending
-
-    def _examined(
-        self, transaction: Transaction, chunk: RawChunk, before: bytes | None
-    ) -> Content:
+    def _examined(self, chunk: RawChunk, old: _Old | None) -> Content:
         if len(chunk.data) != CHUNK or chunk.address % CHUNK:
             raise ValueError(f"not a chunk: {len(chunk.data)} bytes at {chunk.address:#x}")
         if chunk.patch is None:
             return chunkcodec.examine(chunk.pages, chunk.data)
-        if before is None:
+        if old is None:
             raise ValueError(f"a patch of nothing at {chunk.address:#x}")
-        old, _ = chunkcodec.decode(self._value(transaction, before))
-        return chunkcodec.patched(old, chunk.pages, chunk.patch, chunk.data)
+        patched, _ = chunkcodec.decode(old.value)
+        return chunkcodec.patched(patched, chunk.pages, chunk.patch, chunk.data)
 
-    def _replaced(self, transaction: Transaction, index_value: bytes | None) -> tuple[int, int]:
-        """Of the chunk of an earlier put: how many pages it has, and how many bytes of its own."""
-        if index_value is None:
-            return 0, 0
-        value = self._value(transaction, index_value)
-        own = INDEX_VALUE.unpack(index_value)[0] >= self._first_sequence
-        return chunkcodec.pages_of(value).bit_count(), len(value) if own else 0
-
-    def _value(self, transaction: Transaction, index_value: bytes) -> memoryview:
-        sequence, its_digest = INDEX_VALUE.unpack(index_value)
-        value: memoryview | None = transaction.get(
-            NUMBER.pack(sequence), db=self._environment.databases["chunks"]
-        )
-        if value is None or chunkcodec.digest_of(value) != its_digest:
-            raise DamagedError(f"chunk {sequence} of the unfinished image {self.name} is lost")
-        return value
+    def _olds(self, group: dict[bytes, RawChunk]) -> dict[bytes, _Old]:
+        """Those of the chunks that this image has been given before, and not lost since. Most were
+        not, and then nothing is looked up."""
+        with self._counting:
+            again = [
+                key for key, chunk in group.items() if self._known.add(chunk.space, chunk.address)
+            ]
+            unwritten = not self._unwritten.isdisjoint(again)
+        if not again:
+            return {}
+        if unwritten:
+            self._handoff.drain()
+        olds = {}
+        databases = self._environment.databases
+        with self._environment.read(buffers=False) as transaction:
+            for key, where in transaction.cursor(databases["index"]).getmulti(again):
+                sequence, its_digest = INDEX_VALUE.unpack(where)
+                value = transaction.get(NUMBER.pack(sequence), db=databases["chunks"])
+                if value is None or chunkcodec.digest_of(value) != its_digest:
+                    raise DamagedError(
+                        f"chunk {sequence} of the unfinished image {self.name} is lost"
+                    )
+                olds[key] = _Old(where, value, sequence >= self._first_sequence)
+        return olds
 
     def _same(
-        self, transaction: Transaction, space: int, address: int, digest: bytes
-    ) -> int | None:
-        """The sequence number of an equal chunk of the earlier image at the same address."""
+        self, group: dict[bytes, RawChunk], contents: list[Content | None]
+    ) -> list[int | None]:
+        """For each the sequence number of an equal chunk of the earlier image, at its address."""
         if self._earlier is None:
-            return None
-        found = self._index(transaction, INDEX_KEY.pack(self._earlier[0], space, address))
-        if found is None:
-            return None
-        sequence, its_digest = INDEX_VALUE.unpack(found)
-        return sequence if its_digest == digest else None
-
-    def _index(self, transaction: Transaction, key: bytes) -> bytes | None:
-        value = transaction.get(key, db=self._environment.databases["index"])
-        return None if value is None else bytes(value)
+            return [None] * len(contents)
+        number = self._earlier[0]
+        keys = [INDEX_KEY.pack(number, one.space, one.address) for one in group.values()]
+        with self._environment.read(buffers=False) as transaction:
+            cursor = transaction.cursor(self._environment.databases["index"])
+            found = dict(cursor.getmulti(keys))
+        same: list[int | None] = []
+        for key, content in zip(keys, contents, strict=True):
+            sequence = None
+            if content and key in found:
+                at, its_digest = INDEX_VALUE.unpack(found[key])
+                sequence = at if its_digest == content.digest else None
+            same.append(sequence)
+        return same
 
     def _write(self, parts: list[list[_Pending]]) -> None:
         """Chunks and their index entries, in one transaction."""
@@ -209,11 +229,11 @@ class ImageWriter:
         databases = self._environment.databases
         meta, chunks = databases["meta"], databases["chunks"]
         sequence = NUMBER.unpack(transaction.get(NEXT_SEQUENCE_KEY, db=meta))[0]
-        values = []
+        values, entries = [], []
         for entry in itertools.chain.from_iterable(parts):
             if entry.before is not None:
                 self._discard(transaction, entry.before)
-            if entry.content is None:
+            if entry.digest is None:
                 transaction.delete(entry.key, db=databases["index"])
                 continue
             at = entry.sequence
@@ -221,8 +241,9 @@ class ImageWriter:
                 at = sequence
                 values.append((NUMBER.pack(at), entry.value))
                 sequence += 1
-            where = INDEX_VALUE.pack(at, entry.content.digest)
-            transaction.put(entry.key, where, db=databases["index"])
+            entries.append((entry.key, INDEX_VALUE.pack(at, entry.digest)))
+        entries.sort()  # neighbours share a page
+        transaction.cursor(databases["index"]).putmulti(entries)
         if values:
             transaction.cursor(chunks).putmulti(values, append=True)
             transaction.put(NEXT_SEQUENCE_KEY, NUMBER.pack(sequence), db=meta)

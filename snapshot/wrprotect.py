@@ -19,6 +19,7 @@ from . import faults
 from .errors import DeniedError, KernelError
 from .freeze import Frozen
 from .kernel import pidfd
+from .kernel._native import lib
 from .kernel.arch_x86_64 import NR
 from .kernel.closing import Closing
 from .kernel.errnames import error_name
@@ -36,10 +37,12 @@ SOCKET_FLAGS = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
 class WriteProtection(Closing):
     """A target's userfaultfd, handshake done. `close` (or the end of the process) ends it."""
 
-    def __init__(self, uffd: Uffd, *, forks: bool) -> None:
+    def __init__(self, uffd: Uffd, *, forks: bool, empties: bool = False) -> None:
         self.uffd = uffd
         self.forks = forks
         """Whether it tells of children (EVENT_FORK)."""
+        self.empties = empties
+        """Whether protecting covers empty pages, so that every first write is told of."""
 
     @classmethod
     def create(cls, frozen: Frozen, *, forks: bool = False) -> WriteProtection:
@@ -62,19 +65,21 @@ class WriteProtection(Closing):
             )
         uffd = Uffd(made)
         try:
-            forks = _handshake(uffd, forks)
+            empties = bool(lib.snap_pagemap_tells())
+            forks = _handshake(uffd, forks, empties)
         except BaseException:
             uffd.close()
             raise
-        return cls(uffd, forks=forks)
+        return cls(uffd, forks=forks, empties=empties)
 
     def close(self) -> None:
         self.uffd.close()
 
 
-def _handshake(uffd: Uffd, forks: bool) -> bool:
+def _handshake(uffd: Uffd, forks: bool, empties: bool) -> bool:
     """-> whether it tells of forks."""
     needed = sum(FEATURES[name] for name in NEEDED)
+    needed |= FEATURES["WP_UNPOPULATED"] if empties else 0
     if forks:
         with suppress(DeniedError):
             uffd.api(needed | FEATURES["EVENT_FORK"])

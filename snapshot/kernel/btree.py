@@ -1,7 +1,8 @@
-"""The C check of the B-trees of an LMDB data file (native/btree.c)."""
+"""The B-trees of an LMDB data file in C: checked (native/btree.c), read (native/btree_range.c)."""
 
 from __future__ import annotations
 
+from array import array
 from typing import NamedTuple
 
 from ._native import ffi, lib
@@ -23,3 +24,35 @@ def check(fd: int, page_bytes: int, transaction: int, deep: bool) -> Found:
     result = int(lib.btree_check(fd, page_bytes, transaction, flags, report))
     reason = ffi.string(report.reason).decode(errors="replace")
     return Found(result, int(report.page), int(report.pages), reason)
+
+
+def entries(
+    fd: int, page_bytes: int, transaction: int, database: str, prefix: bytes, entry: int, most: int
+) -> bytes | None:
+    """Of all keys of a database that begin with `prefix`: the rest of the key and the value, which
+    together are `entry` bytes, in order. The trees were checked and the transaction is held open.
+    Not verified: compare a checksum. None: LMDB must be asked, also when there are more than `most`
+    of them."""
+    out = bytearray(entry * most)
+    count = lib.btree_range(
+        fd,
+        page_bytes,
+        transaction,
+        database.encode(),
+        prefix,
+        len(prefix),
+        entry,
+        ffi.from_buffer("uint8_t[]", out, require_writable=True),
+        most,
+    )
+    return None if count < 0 else bytes(memoryview(out)[: count * entry])
+
+
+def numbers(data: bytes, entry: int) -> tuple[array[int], int]:
+    """The big endian number that each entry begins with; and all of them or-ed together."""
+    count = len(data) // entry
+    found = array("Q", bytes(8 * count))
+    if not count:
+        return found, 0
+    into = ffi.from_buffer("uint64_t[]", found, require_writable=True)
+    return found, int(lib.btree_numbers(data, entry, count, into))

@@ -91,13 +91,27 @@ def comm(pid: int, tid: int | None = None) -> bytes:
 
 def cmdline(pid: int) -> tuple[bytes, ...]:
     """The arguments; empty for a kernel thread or a zombie."""
-    text = read(pid, "cmdline")
+    return split_cmdline(read(pid, "cmdline"))
+
+
+def split_cmdline(text: bytes) -> tuple[bytes, ...]:
     return tuple(text.removesuffix(b"\0").split(b"\0")) if text else ()
 
 
 def auxv(pid: int) -> bytes:
     """The auxiliary vector as the kernel keeps it, AT_NULL included."""
     return read(pid, "auxv")
+
+
+def mergeable(pid: int) -> bool:
+    """Whether KSM may merge pages of the process: it takes their protection without an event."""
+    try:
+        text = read(pid, "ksm_stat")
+    except KernelError:
+        return True
+    except TargetError:  # a kernel without KSM has no such file
+        return os.path.exists("/sys/kernel/mm/ksm")
+    return b"ksm_mergeable: yes" in text or not text.startswith(b"ksm_rmap_items 0\n")
 
 
 def boot_id() -> str:

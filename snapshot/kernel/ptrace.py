@@ -45,6 +45,17 @@ class Rseq(NamedTuple):
     flags: int
 
 
+class State(NamedTuple):
+    """What a stopped thread holds that only its tracer can ask for."""
+
+    registers: bytes  # 216 bytes, struct user_regs_struct
+    xstate: bytes  # the XSAVE area
+    signal_mask: int
+    pending: bool  # whether signals are queued for it
+    rseq: Rseq | None
+    critical_section: int  # of that: rseq_cs
+
+
 class Tracee:
     """One seized thread. Everything but `interrupt` and `wait` needs it stopped."""
 
@@ -345,6 +356,37 @@ def registers_of(tracees: Sequence[Tracee]) -> tuple[bytes, list[Tracee]]:
             tracee.registers()  # raises, with the reason
     reap([tracee.tid for tracee in gone], timeout=0)
     return bytes(ffi.buffer(out)), gone
+
+
+def states_of(tracees: Sequence[Tracee]) -> list[State]:
+    """The `State` of all, in one call."""
+    count = len(tracees)
+    numbers = ffi.new("int[]", [tracee.tid for tracee in tracees])
+    raw = ffi.new("snap_thread_state[]", count)
+    areas = bytearray(count * arch.XSTATE_MAX)
+    well = lib.snap_get_states(numbers, count, raw, ffi.from_buffer(areas), arch.XSTATE_MAX)
+    view = memoryview(areas)
+    found = []
+    for i, tracee in enumerate(tracees):
+        one = raw[i]
+        if not well and one.failed == -errno.ENOEXEC:
+            tracee.registers()  # raises, with the reason
+        elif not well and one.failed:
+            fail(tracee.tid, ffi.string(one.request).decode(), -one.failed)
+        rseq = one.rseq
+        found.append(
+            State(
+                registers=bytes(ffi.buffer(one.registers)),
+                xstate=bytes(view[i * arch.XSTATE_MAX : i * arch.XSTATE_MAX + one.xstate]),
+                signal_mask=one.signal_mask,
+                pending=one.pending > 0,
+                rseq=Rseq(rseq.address, rseq.size, rseq.signature, rseq.flags)
+                if rseq.address
+                else None,
+                critical_section=one.critical_section,
+            )
+        )
+    return found
 
 
 def detach_all(tracees: Sequence[Tracee]) -> None:

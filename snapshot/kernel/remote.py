@@ -55,6 +55,7 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import re
 import signal
 import struct
@@ -70,7 +71,7 @@ from .arch_x86_64 import NR
 from .errnames import error_name
 from .ptrace import EXITKILL, SUSPEND_SECCOMP, Tracee, reap
 from .refusal import status, stop_name
-from .room import find_room, find_syscall
+from .room import Room, find_room, find_syscall, is_still
 
 SCRATCH_SIZE = 64 * 1024
 CALL_TIMEOUT = 10.0
@@ -110,8 +111,13 @@ class Remote:
     itself."""
 
     def __init__(
-        self, tracee: Tracee, size: int = SCRATCH_SIZE, timeout: float = CALL_TIMEOUT
+        self,
+        tracee: Tracee,
+        size: int = SCRATCH_SIZE,
+        timeout: float = CALL_TIMEOUT,
+        room: Room | None = None,
     ) -> None:
+        """`room`: where it was when somebody looked, if that is known."""
         self.tracee = tracee
         self.timeout = timeout
         self.scratch = 0
@@ -124,7 +130,9 @@ class Remote:
         self._parked = ffi.new("snap_injection **")  # who would unmap it; shared with `on`
         self._last: Any = None  # keeps alive what that points to
         self._loop_allowed = False
+        self.room = room
         self._guard = 0  # where the way home lies in the target, 0: there is none
+        self._mem = -1  # its /proc/PID/mem, as long as there is a guard
         self._caught = self._ignored = 0
 
     @property
@@ -135,17 +143,20 @@ class Remote:
     def data_size(self) -> int:
         return self.scratch_size - self._data_offset
 
-    def open(self, hint: int | None = None) -> None:
-        """Maps the scratch, at `hint` exactly (which must be free) or where the kernel likes.
+    def open(self, hint: int | None = None, near: int = 0, status_text: bytes = b"") -> None:
+        """Maps the scratch, at `hint` exactly (which must be free) or where the kernel likes, if
+        possible at `near`. `status_text`: /proc/PID/status as it is now, if that has been read.
 
         Raises UnsupportedError when the target has no `syscall` instruction to borrow, DeniedError
         when a seccomp filter of it cannot be suspended, KernelError when mmap fails.
         """
-        instruction, room = find_room(self.tracee)
-        if room and not self.tracee.options & EXITKILL:
-            self._guard = room
-            self._caught, self._ignored = dispositions(self.tracee.tid)
-        self._prepare(instruction)
+        if self.room is None or not is_still(self.tracee, self.room):
+            self.room = find_room(self.tracee)
+        if self.room.guard and not self.tracee.options & EXITKILL:
+            self._guard = self.room.guard
+            self._caught, self._ignored = dispositions(self.tracee.tid, text=status_text)
+            self._mem = _open_memory(self.tracee.tid)
+        self._prepare(self.room.instruction)
         self._at.undo = self.scratch_size if self._guard else 0
         self._at.undo_call = NR.munmap
         if self._guard and (placed := lib.snap_guard_place(self._at)) < 0:
@@ -154,7 +165,7 @@ class Remote:
         if hint is not None:
             flags |= _MAP_FIXED_NOREPLACE
         protection = mmap.PROT_READ | mmap.PROT_WRITE if self._guard else _PROT_RWX
-        args = (hint or 0, self.scratch_size, protection, flags, arch.NO_SYSCALL, 0)
+        args = (hint or near, self.scratch_size, protection, flags, arch.NO_SYSCALL, 0)
         try:
             address = self.batch([Call(NR.mmap, args)])[0]
             self.scratch = self._at.scratch
@@ -196,6 +207,7 @@ class Remote:
         at.timeout_us = int(self.timeout * 1e6)
         maker = self._maker or self
         at.guard, at.caught, at.ignored = maker._guard, maker._caught, maker._ignored
+        at.mem = maker._mem
         if maker._guard:
             at.parked = maker._parked
         if self._maker is not None and maker._guard:
@@ -221,6 +233,9 @@ class Remote:
         finally:
             self._at = None
             self._guard = 0
+            if self._mem >= 0:
+                os.close(self._mem)
+                self._mem = -1
 
     def renew(self) -> None:
         """Finds another `syscall` instruction: after the vdso was unmapped or put elsewhere, which
@@ -246,20 +261,52 @@ class Remote:
         """
         results: list[int] = []
         for start in range(0, len(calls), self.capacity):
-            results += self._run(calls[start : start + self.capacity])
+            some = calls[start : start + self.capacity]
+            results += self.packed(some, pack(some))
         return results
 
-    def _run(self, calls: Sequence[Call]) -> list[int]:
+    def packed(self, calls: Sequence[Call], data: bytes) -> list[int]:
+        """`batch` of calls that were packed before (`pack`), at most `capacity` of them."""
         self.tracee.own()
         assert self._at is not None, "open() comes first"
         self._at.use_loop = self._may_use_loop(calls)
-        count = len(calls)
-        array = ffi.new("snap_call[]", count)
-        packed = b"".join(_pack(call) for call in calls)
-        ffi.memmove(array, packed, len(packed))
+        array = bytearray(data)
         (self._maker or self)._last = self._at
-        self._finish(lib.snap_inject(self._at, array, count), calls)
-        return [array[i].result for i in range(count)]
+        count = len(calls)
+        self._finish(lib.snap_inject(self._at, ffi.from_buffer("snap_call[]", array), count), calls)
+        return [result for (result,) in _RESULT.iter_unpack(array)]
+
+    def packed_in(
+        self, tracees: Sequence[Tracee], calls: Sequence[Call], data: bytes, size: int
+    ) -> list[tuple[list[int], bytes]] | None:
+        """`packed` in each of these threads -> results, and the first `size` bytes of the data
+        area afterwards. None: it has to be done one by one."""
+        count, threads = len(calls), len(tracees)
+        if not (self.tracee.options & SUSPEND_SECCOMP and self._loop_allowed):
+            return None
+        options = self.tracee.options
+        each = ffi.new("snap_injection[]", threads)
+        numbers = [tracee.tid for tracee in tracees]
+        stops = ffi.new("int[]", [tracee.stop for tracee in tracees])
+        results, answers = bytearray(8 * count * threads), bytearray(size * threads)
+        error = ffi.new("int *")
+        self._at.use_loop = 1
+        self._last = each
+        done = lib.snap_inject_each(
+            *(self._at, each, numbers, stops, threads, options),
+            *(ffi.from_buffer("snap_call[]", data), count, self.data, size),
+            *(ffi.from_buffer("int64_t[]", results), ffi.from_buffer(answers), error),
+        )
+        for i, tracee in enumerate(tracees[: done + 1]):
+            tracee.stop, tracee.options = stops[i], options
+        if done < threads:
+            other = Remote(tracees[done], self.scratch_size, self.timeout)
+            other._at = each + done
+            other._failed(-error[0], calls)
+        rows = struct.iter_unpack(f"{count}q", results) if count else [()] * threads
+        return [
+            (list(row), bytes(answers[i * size : (i + 1) * size])) for i, row in enumerate(rows)
+        ]
 
     def _finish(self, result: int, calls: Sequence[Call]) -> None:
         self.tracee.stop = self._at.stop
@@ -293,7 +340,7 @@ class Remote:
         self.tracee.own()
         assert self._at is not None, "open() comes first"
         made = ffi.new("snap_call *")
-        ffi.memmove(made, _pack(call), CALL_BYTES)
+        ffi.memmove(made, pack([call]), CALL_BYTES)
         result = lib.snap_make(self._at, made)
         descriptor = int(made.result) if result == 0 else -1
         try:
@@ -353,11 +400,18 @@ class Remote:
 
 
 _CALL = struct.Struct("7Qq")
+_RESULT = struct.Struct("56xq")
 
 
-def _pack(call: Call) -> bytes:
-    args = [value & arch.NO_SYSCALL for value in call.args]
-    return _CALL.pack(call.nr, *args, *([0] * (6 - len(args))), 0)
+def pack(calls: Sequence[Call]) -> bytes:
+    """snap_call[]"""
+    return b"".join(
+        _CALL.pack(call.nr, *(value & arch.NO_SYSCALL for value in (*call.args, *_NOTHING)[:6]), 0)
+        for call in calls
+    )
+
+
+_NOTHING = (0,) * 6
 
 
 def _checked(tid: int, nr: int, args: tuple[int, ...], result: int) -> int:
@@ -369,6 +423,13 @@ def _checked(tid: int, nr: int, args: tuple[int, ...], result: int) -> int:
             f"snap check {tid}",
         )
     return result
+
+
+def _open_memory(pid: int) -> int:
+    try:
+        return os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise TargetError(f"process {pid}: {error.strerror}", f"ps -p {pid}") from None
 
 
 def suspend_seccomp(tracee: Tracee) -> None:
@@ -391,11 +452,14 @@ def suspend_seccomp(tracee: Tracee) -> None:
         )
 
 
-def dispositions(pid: int, every: bool = False) -> tuple[int, int]:
+def dispositions(pid: int, every: bool = False, text: bytes = b"") -> tuple[int, int]:
     """Signals with a handler, and those that the process ignores and that may be sent to it
-    without any effect (`every`: all that it says it ignores), bit n-1 for signal n."""
-    with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
-        found = dict(_SIGNALS.findall(file.readall()))
+    without any effect (`every`: all that it says it ignores), bit n-1 for signal n. `text`: its
+    /proc/PID/status, if that has been read."""
+    if not text:
+        with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
+            text = file.readall()
+    found = dict(_SIGNALS.findall(text))
     caught, ignored = int(found[b"SigCgt"], 16), int(found[b"SigIgn"], 16)
     if every:
         return caught, ignored

@@ -6,32 +6,52 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from ..errors import TargetError, UnsupportedError
+from ..errors import KernelError, TargetError, UnsupportedError
 from ..units import align_up
 from . import arch_x86_64 as arch
 from ._native import ffi, lib
 from .ptrace import Tracee
 
 _VDSO_MAX = 1 << 20
+_INSTRUCTION_BYTES = len(arch.SYSCALL_INSTRUCTION)
 _PROCMAP_QUERY = 0xC0686611  # _IOWR('f', 17, struct procmap_query), Linux 6.11
 _PROCMAP_EXECUTABLE = 0x4
 
 
-def find_room(tracee: Tracee) -> tuple[int, int]:
-    """Addresses of a `syscall` instruction and, in the padding behind the vdso, of room for the
-    guard (0: there is none)."""
+class Room(NamedTuple):
+    """Addresses: of the vdso, as the auxiliary vector has it (0: of none), of a `syscall`
+    instruction and, in the padding behind the vdso, of room for the guard (0: there is none)."""
+
+    vdso: int
+    instruction: int
+    guard: int
+
+
+def find_room(tracee: Tracee) -> Room:
+    """The thread need not be stopped for this: see `is_still`."""
     vdso, data = _read_vdso(tracee)
     found = data.find(arch.SYSCALL_INSTRUCTION)
     if found < 0 or not data.startswith(b"\x7fELF"):
-        return find_syscall(tracee), 0
-    return vdso + found, vdso + room if (room := _padding(data)) else 0
+        return Room(vdso, find_syscall(tracee), 0)
+    return Room(vdso, vdso + found, vdso + room if (room := _padding(data)) else 0)
 
 
-def guard_left(tracee: Tracee, addresses: Iterable[int]) -> range:
+def is_still(tracee: Tracee, room: Room) -> bool:
+    """Whether there is room where it was found before, and nothing of ours in it."""
+    try:
+        if tracee.read(room.instruction, _INSTRUCTION_BYTES) != arch.SYSCALL_INSTRUCTION:
+            return False
+        return not room.guard or not any(tracee.read(room.guard, lib.snap_guard_size()))
+    except KernelError:  # not mapped any more
+        return False
+
+
+def guard_left(tracee: Tracee, addresses: Iterable[int], vdso: int | None = None) -> range:
     """Where a guard lies that was left by one who died, if any of the addresses is near; else an
-    empty range."""
-    vdso = _vdso_address(tracee.tid)
+    empty range. `vdso`: its address, if that is known."""
+    vdso = _vdso_address(tracee.tid) if vdso is None else vdso
     if not vdso or not any(vdso <= address < vdso + _VDSO_MAX for address in addresses):
         return range(0)
     vdso, data = _read_vdso(tracee)

@@ -5,13 +5,14 @@ state that is kept by NAME in `registry.py`. Descriptors have a table of their o
 (`descriptors.py`).
 """
 
-from .capture import Gathered, capture_process, gather
+from .capture import Gathered, Preparation, capture_process, gather
 from .registry import PROCESS_MODULES, THREAD_MODULES
 
 __all__ = [
     "PROCESS_MODULES",
     "THREAD_MODULES",
     "Gathered",
+    "Preparation",
     "capture_process",
     "gather",
 ]

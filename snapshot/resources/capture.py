@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .. import manifest
+from ..kernel import procfs
+from ..kernel.closing import Closing
+from ..kernel.remote import dispositions
 from ..manifest import Descriptor, Mapping, OpenFile, Process, Thread, pack
 from . import credentials, layout, pending, threads
-from .facts import Facts
+from .facts import Facts, Open
 from .inquiry import Answer, Answers, Inquiry
 from .registry import PROCESS_MODULES, THREAD_MODULES
 
 if TYPE_CHECKING:
     from ..freeze import Frozen
-    from ..kernel.ptrace import Tracee
+    from ..kernel.ptrace import State
 
 STOP_SIGNALS = (SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU)
 """ptrace(2): in a group-stop a seized thread reports the signal that stopped it."""
@@ -39,11 +42,8 @@ class _ThreadQuestions:
 @dataclass(frozen=True)
 class _RawThread:
     tid: int
-    registers: bytes
-    xstate: bytes
-    signal_mask: int
+    state: State
     pending: Sequence[bytes]
-    rseq: manifest.Rseq | None
     questions: _ThreadQuestions
     answers: Answers
 
@@ -74,13 +74,13 @@ class Gathered:
         return Thread(
             tid=self.facts.inner(raw.tid),
             comm=own.comm,
-            registers=raw.registers,
-            xstate=raw.xstate,
-            signal_mask=raw.signal_mask,
+            registers=raw.state.registers,
+            xstate=raw.state.xstate,
+            signal_mask=raw.state.signal_mask,
             altstack=own.altstack,
             robust_list=own.robust_list,
             clear_child_tid=own.clear_child_tid,
-            rseq=raw.rseq,
+            rseq=_rseq(raw.state),
             pending=pending.complete(raw.pending, status.mask("SigPnd")),
             state=state,
         )
@@ -133,59 +133,94 @@ class Gathered:
         return sorted(text for text in found if text)
 
 
-def gather(frozen: Frozen) -> Gathered:
-    """In the pause: reads /proc, asks every thread by one injected batch each, decodes nothing.
+class Questions:
+    """What a process is asked in the pause: put into words before it, from facts of then."""
 
-    About 0.3 ms and 0.1 ms a thread when the files of /proc/PID were looked at before (Facts).
-    """
-    leader = frozen.threads[0]
-    remote = frozen.remote
-    facts = Facts.read(frozen.pid, [tracee.tid for tracee in frozen.threads])
-    first = Inquiry(remote.data, remote.data_size)
-    layout_answer = layout.ask(first, facts)
-    modules = [(module.NAME, module.ask(first, facts)) for module in PROCESS_MODULES]
-    leader_questions = _ThreadQuestions(first, facts)
-    questions = _ThreadQuestions(Inquiry(remote.data, remote.data_size), facts)
-    process_answers = first.run(remote)
-    raw = []
-    for tracee in frozen.threads:
-        lead = tracee is leader
-        raw.append(
-            _RawThread(
-                tid=tracee.tid,
-                registers=frozen.registers(tracee),
-                xstate=tracee.xstate(),
-                signal_mask=tracee.signal_mask(),
-                pending=tracee.pending(shared=False),
-                rseq=_rseq(tracee),
-                questions=leader_questions if lead else questions,
-                answers=process_answers if lead else questions.inquiry.run(remote.on(tracee)),
-            )
+    def __init__(self, facts: Facts, data: int, size: int) -> None:
+        """[data, data + size): where the answers go."""
+        self.facts = facts
+        self.place = (data, size)
+        self.about = _about(facts)
+        self.first = Inquiry(data, size)
+        self.layout = layout.ask(self.first, facts)
+        self.modules = [(module.NAME, module.ask(self.first, facts)) for module in PROCESS_MODULES]
+        self.leader = _ThreadQuestions(self.first, facts)
+        self.others = _ThreadQuestions(Inquiry(data, size), facts)
+
+    def now(self, facts: Facts, data: int, size: int) -> Questions:
+        """As they have to be: these, if they are still right."""
+        if (data, size) != self.place or _about(facts) != self.about:
+            return Questions(facts, data, size)
+        self.facts.renew(facts)
+        return self
+
+
+class Preparation(Closing):
+    """What `gather` can have ready before the pause, from the process as it runs. `place`: where
+    the answers will probably go."""
+
+    def __init__(self, pid: int, place: tuple[int, int]) -> None:
+        self.files = Open(pid)
+        try:
+            self.questions = Questions(Facts.read(pid, procfs.threads(pid), self.files), *place)
+        except BaseException:
+            self.files.close()
+            raise
+
+    def close(self) -> None:
+        self.files.close()
+
+
+def _about(facts: Facts) -> tuple[object, ...]:
+    """What decides which calls are made."""
+    return dispositions(facts.pid, True, facts.status_texts[facts.pid]), facts.timers_text
+
+
+def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
+    """In the pause: reads /proc, asks every thread by one injected batch each, decodes nothing."""
+    leader, others = frozen.threads[0], frozen.threads[1:]
+    states = frozen.states()
+    files = prepared.files if prepared else None
+    facts = Facts.read(frozen.pid, [tracee.tid for tracee in frozen.threads], files)
+    remote = frozen.open_remote(facts.status_texts[frozen.pid])
+    place = (remote.data, remote.data_size)
+    questions = prepared.questions.now(facts, *place) if prepared else Questions(facts, *place)
+    leader_answers = questions.first.run(remote)
+    answers = questions.others.inquiry.run_in(remote, others)
+    raw = [
+        _RawThread(
+            tid=tracee.tid,
+            state=state,
+            pending=tracee.pending(shared=False) if state.pending else (),
+            questions=questions.leader if tracee is leader else questions.others,
+            answers=answer,
         )
+        for tracee, state, answer in zip(
+            frozen.threads, states, [leader_answers, *answers], strict=True
+        )
+    ]
     return Gathered(
-        facts=facts,
+        facts=questions.facts,
         stopped=(leader.stop >> 8 & 0xFF) in STOP_SIGNALS,
         pending=leader.pending(shared=True),
         raw_threads=tuple(raw),
-        process_answers=process_answers,
-        layout=layout_answer,
-        modules=modules,
+        process_answers=leader_answers,
+        layout=questions.layout,
+        modules=questions.modules,
     )
 
 
-def _rseq(tracee: Tracee) -> manifest.Rseq | None:
+def _rseq(state: State) -> manifest.Rseq | None:
     """The registration with the critical section that was interrupted; injected calls clear that
-    field, and Remote has put it back."""
-    found = tracee.rseq()
-    if found is None:
+    field, and Remote puts it back."""
+    if state.rseq is None:
         return None
-    raw = tracee.read(found.address + threads.CRITICAL_SECTION, threads.CRITICAL_SECTION)
     return manifest.Rseq(
-        address=found.address,
-        size=found.size,
-        signature=found.signature,
-        flags=found.flags,
-        critical_section=int.from_bytes(raw, "little"),
+        address=state.rseq.address,
+        size=state.rseq.size,
+        signature=state.rseq.signature,
+        flags=state.rseq.flags,
+        critical_section=state.critical_section,
     )
 
 

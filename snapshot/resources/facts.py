@@ -1,20 +1,95 @@
 """What /proc says of a stopped process: read in the pause, understood after it.
 
-The first look at a file of /proc/PID costs 60-90 µs, a later one 4-16 µs (measured, Linux 6.18): a
-caller who reads the facts once before the pause makes the pause shorter.
+To open a file of /proc/PID costs 20-90 µs, to read an open one 2-10 µs (measured, Linux 6.18): a
+caller who opens them before the pause (`Open`) makes the pause shorter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
 from ..errors import SnapError
 from ..kernel import procfs
+from ..kernel._native import ffi, lib
+from ..kernel.closing import Closing
+
+_NAMES = (
+    "stat",
+    "timers",
+    "limits",
+    "personality",
+    "oom_score_adj",
+    "coredump_filter",
+    "auxv",
+    "cmdline",
+)
+_OPTIONAL = ("timers", "coredump_filter")
+"""Files that a kernel may be built without (CONFIG_POSIX_TIMERS, CONFIG_ELF_CORE)."""
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC
+_BYTES = 64 * 1024
+_THREAD_BYTES = 4096
+_MOST = 400
+"""Threads whose files are kept open: we may have 1,024 descriptors in all."""
 
 
-@dataclass(frozen=True)
+class Open(Closing):
+    """The files of /proc/PID that Facts are read from, and of those threads that are there now."""
+
+    def __init__(self, pid: int) -> None:
+        """TargetError (gone) or DeniedError, as procfs.read."""
+        self.pid = pid
+        self._files: dict[str, int] = {}
+        self._threads: dict[int, int] = {}
+        try:
+            for name in _NAMES:
+                self._open(name)
+            for tid in procfs.threads(pid)[:_MOST]:
+                self._open_thread(tid)
+            self._room = bytearray(_BYTES + _THREAD_BYTES * len(self._threads))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, name: str) -> None:
+        try:
+            self._files[name] = os.open(procfs.path(self.pid, name), _FLAGS)
+        except OSError as error:
+            if name not in _OPTIONAL:
+                procfs.fail(error, self.pid, name)
+
+    def _open_thread(self, tid: int) -> None:
+        with suppress(OSError):  # it has ended
+            self._threads[tid] = os.open(procfs.path(self.pid, "status", tid), _FLAGS)
+
+    def read(self, tids: Sequence[int]) -> tuple[dict[str, bytes], dict[int, bytes]] | None:
+        """Texts by name, and statuses by tid: of those threads that were there then. None: it did
+        not work, the files have to be read one by one."""
+        known = [tid for tid in tids if tid in self._threads]
+        fds = [*self._files.values(), *(self._threads[tid] for tid in known)]
+        ends = ffi.new("int64_t[]", len(fds))
+        room = ffi.from_buffer("char[]", self._room)
+        if lib.snap_read_files(fds, len(fds), room, len(self._room), ends) < 0 or min(ends) < 0:
+            return None
+        marks = [0, *ends]
+        texts = [bytes(self._room[marks[i] : marks[i + 1]]) for i in range(len(fds))]
+        count = len(self._files)
+        return (
+            dict(zip(self._files, texts, strict=False)),
+            dict(zip(known, texts[count:], strict=True)),
+        )
+
+    def close(self) -> None:
+        for fd in (*self._files.values(), *self._threads.values()):
+            os.close(fd)
+        self._files.clear()
+        self._threads.clear()
+
+
+@dataclass
 class Facts:
     """Texts of /proc/PID at T0."""
 
@@ -33,23 +108,35 @@ class Facts:
     root: bytes
 
     @classmethod
-    def read(cls, pid: int, tids: Iterable[int]) -> Facts:
+    def read(cls, pid: int, tids: Sequence[int], files: Open | None = None) -> Facts:
         """TargetError (gone, a kernel thread, a zombie) or DeniedError, as procfs.read."""
+        found = files.read(tids) if files is not None else None
+        if found is None:
+            texts = {name: procfs.read(pid, name) for name in _NAMES if name not in _OPTIONAL}
+            texts |= {name: _optional(pid, name) for name in _OPTIONAL}
+            found = texts, {}
+        texts, statuses = found
         return cls(
             pid=pid,
-            status_texts={tid: procfs.read(pid, "status", tid) for tid in tids},
-            stat_text=procfs.read(pid, "stat"),
-            timers_text=_optional(pid, "timers"),
-            limits_text=procfs.read(pid, "limits"),
-            personality_text=procfs.read(pid, "personality"),
-            oom_score_adj_text=procfs.read(pid, "oom_score_adj"),
-            coredump_filter_text=_optional(pid, "coredump_filter"),
-            auxv=procfs.auxv(pid),
-            cmdline=procfs.cmdline(pid),
+            status_texts={
+                tid: statuses.get(tid) or procfs.read(pid, "status", tid) for tid in tids
+            },
+            stat_text=texts["stat"],
+            timers_text=texts.get("timers", b""),
+            limits_text=texts["limits"],
+            personality_text=texts["personality"],
+            oom_score_adj_text=texts["oom_score_adj"],
+            coredump_filter_text=texts.get("coredump_filter", b""),
+            auxv=texts["auxv"],
+            cmdline=procfs.split_cmdline(texts["cmdline"]),
             exe=procfs.link(pid, "exe"),
             cwd=procfs.link(pid, "cwd"),
             root=procfs.link(pid, "root"),
         )
+
+    def renew(self, newer: Facts) -> None:
+        """These are the newer ones, for all who hold them."""
+        self.__dict__ = newer.__dict__
 
     @property
     def status(self) -> procfs.Status:

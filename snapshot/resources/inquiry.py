@@ -7,12 +7,13 @@ mean is worked out after the target runs on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from ..kernel.remote import Call
+from ..kernel.remote import Call, pack
 
 if TYPE_CHECKING:
+    from ..kernel.ptrace import Tracee
     from ..kernel.remote import Remote
 
 T_co = TypeVar("T_co", covariant=True)
@@ -56,6 +57,7 @@ class Inquiry:
         self._rounds: list[list[Call]] = [[]]
         self._used = [0]
         self._count = 0
+        self._packed: list[bytes] | None = None
 
     def space(self, size: int) -> Slot:
         """Reserve `size` bytes, aligned to 8."""
@@ -77,10 +79,24 @@ class Inquiry:
         """Make the calls in the thread of `remote`."""
         results: list[int] = []
         data = []
-        for calls, used in zip(self._rounds, self._used, strict=True):
-            results += remote.batch(calls) if calls else []
+        if self._packed is None:
+            self._packed = [pack(calls) for calls in self._rounds]
+        for calls, packed, used in zip(self._rounds, self._packed, self._used, strict=True):
+            if len(calls) > remote.capacity:
+                results += remote.batch(calls)
+            elif calls:
+                results += remote.packed(calls, packed)
             data.append(remote.get(self._data, used) if used else b"")
         return Answers(results, data)
+
+    def run_in(self, remote: Remote, tracees: Sequence[Tracee]) -> list[Answers]:
+        """The same in other threads of the process."""
+        if len(self._rounds) == 1 and len(self._rounds[0]) <= remote.capacity:
+            calls = self._rounds[0]
+            found = remote.packed_in(tracees, calls, pack(calls), self._used[0]) if calls else None
+            if found is not None:
+                return [Answers(results, [data]) for results, data in found]
+        return [self.run(remote.on(tracee)) for tracee in tracees]
 
 
 Answer = Callable[[Answers], T_co]

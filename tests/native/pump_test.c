@@ -10,6 +10,7 @@
  *        h: all of it in huge pages of hugetlbfs, which are also read; needs HUGE_PAGES free ones
  */
 #define _GNU_SOURCE
+#include "pagemap.h"
 #include "pump.h"
 #include "uffd.h"
 
@@ -61,6 +62,7 @@ static control *shared;
 static const char *operations = "wdmf";
 static int object; /* a memfd */
 static bool told;  /* of forks */
+static bool empties; /* what is empty can be protected too, and told from what is swapped out */
 static bool huge;
 
 static uint64_t next_random(uint64_t *state)
@@ -195,7 +197,8 @@ static int receive_uffd(int channel)
     CHECK(header && header->cmsg_type == SCM_RIGHTS);
     int fd;
     memcpy(&fd, CMSG_DATA(header), sizeof fd);
-    uint64_t features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_EVENT_REMAP |
+    empties = snap_pagemap_tells();
+    uint64_t features = (empties ? UFFD_FEATURE_WP_UNPOPULATED : 0) | UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_EVENT_REMAP |
                         UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP;
     uint64_t with_forks = features | UFFD_FEATURE_EVENT_FORK;
     told = !uffd_api(fd, &with_forks, NULL);
@@ -310,7 +313,7 @@ static void copy_ahead(snap_pump *pump, int rounds)
             hold_and_plan(pump);
             snap_pump_release(pump); /* an order right behind it must be taken */
         }
-        CHECK(!snap_pump_order_round(pump));
+        CHECK(!(i % 3 == 1 ? snap_pump_order_arm(pump) : snap_pump_order_round(pump)));
         if (plan)
             unpark();
         await(pump, &round);
@@ -345,6 +348,8 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
 
     snap_pump *pump;
     CHECK(!snap_pump_new(pid, uffd, info, pagemap, mem, spill, staging, SLOTS, &pump));
+    if (empties && number % 5 != 4)
+        snap_pump_cover(pump, 1);
     int result = 0, rounds = number % 4;
     void *runner_parts[] = {pump, &result}, *parts[] = {pump, staging, &spill};
     pthread_t consumer, runner;
@@ -354,7 +359,8 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
     copy_ahead(pump, rounds);
     park();
     hold_and_plan(pump);
-    int unsaved = snap_pump_settle(pump, number % 2 ? UINT64_MAX : 0, 1);
+    int unsaved = snap_pump_settle(pump, number % 2 ? UINT64_MAX : 0,
+                                   SNAP_TRUST_COPIES | SNAP_TRUST_COVER);
     CHECK(unsaved == 0 || (unsaved == 1 && number % 2 == 0));
     read_oracle(pid);
     snap_pump_go(pump);
@@ -363,6 +369,7 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
     pthread_join(consumer, NULL);
     snap_pump_counters counters;
     snap_pump_stats(pump, &counters);
+    CHECK(!counters.missed_pages);
     close(uffd);
     snap_pump_free(pump);
     close(info);
@@ -381,8 +388,8 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
             fprintf(stderr, "round %d: page %llx differs\n", number, (unsigned long long)place);
             exit(1);
         }
-    printf("round %d: %d ahead, remainder %llu KiB; %llu faults, %llu + %llu chunks, %llu spilled, "
-           "%llu events, %llu forks\n", number, rounds, (unsigned long long)counters.remainder_bytes / 1024,
+    printf("round %d: %d ahead, %llu chunks looked at, remainder %llu KiB; %llu faults, %llu + %llu chunks, %llu spilled, "
+           "%llu events, %llu forks\n", number, rounds, (unsigned long long)counters.looked_chunks, (unsigned long long)counters.remainder_bytes / 1024,
            (unsigned long long)counters.faults, (unsigned long long)counters.fault_chunks,
            (unsigned long long)counters.sweep_chunks, (unsigned long long)counters.spilled_chunks,
            (unsigned long long)counters.events, (unsigned long long)counters.forks);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 from random import Random
 
@@ -115,6 +116,21 @@ def test_what_does_not_shrink_is_stored_raw() -> None:
     value = value_of(data)
     assert value[4] == RAW
     assert value[HEADER.size :] == data
+
+
+@pytest.mark.parametrize("pages", [1, 2, 5, 16])
+def test_noise_is_not_compressed_and_all_else_is(pages: int) -> None:
+    """Doubles, small integers, base64: their bytes are not all equally often."""
+    random, size = Random(4711), pages * PAGE
+    rest = bytes(CHUNK - size)
+    for seed in range(20):
+        noise = Random(seed).randbytes(size) + rest
+        assert chunkcodec.examine(ALL_PAGES, memoryview(noise)).noise
+    doubles = struct.pack(f"{size // 8}d", *(random.random() for _ in range(size // 8)))
+    numbers = struct.pack(f"{size // 4}I", *(random.randrange(1 << 24) for _ in range(size // 4)))
+    letters = base64.b64encode(random.randbytes(size))[:size]
+    for data in (doubles, numbers, letters, letters[: size // 2] + noise[: size // 2]):
+        assert not chunkcodec.examine(ALL_PAGES, memoryview(data + rest)).noise
 
 
 def test_pages_that_are_not_meant_do_not_count() -> None:

@@ -172,6 +172,19 @@ def test_putting_a_chunk_again(store: Store) -> None:
     assert entries(store)["chunks"] == 1
 
 
+def test_putting_a_chunk_again_in_the_same_batch(store: Store) -> None:
+    """Also when others are between, more than are encoded together."""
+    others = [raw(bytes([n]) * CHUNK, BASE + n * CHUNK) for n in range(1, 40)]
+    writer = store.begin("one")
+    writer.put([raw(b"a" * CHUNK), *others, raw(b"b" * CHUNK)])
+    assert writer.saved_bytes == 40 * CHUNK
+    writer.commit(manifest("one"))
+    chunk = store.image("one").chunk(0, BASE)
+    assert chunk
+    assert chunk.data == b"b" * CHUNK
+    assert entries(store)["chunks"] == 40
+
+
 def test_taking_a_chunk_out_again(store: Store) -> None:
     """Memory that was copied ahead and given up before T0."""
     none = RawChunk(0, BASE, 0, memoryview(b""))

@@ -21,12 +21,46 @@ typedef struct {
     uint64_t start, end; /* run-time */
     uint64_t at;         /* space address of the first chunk */
     size_t chunks;
+    bool covers;         /* all of it is protected, so that it is covered (cover.c) */
     seen seen[SLICE_CHUNKS];
     int64_t place[SLICE_CHUNKS]; /* of the copy made, or NO_PLACE */
     bool dirty[SLICE_CHUNKS];
+    bool loose[SLICE_CHUNKS]; /* to be protected: the dirty, and what is listed, though it be empty */
+    bool any_loose;
 } slice;
 
-/* The next slice that may hold something; false at the end of the round. */
+/* Where the next slice of w in [at, w->end) is; *end is w->end when there is none. What is covered is
+ * passed over, but for the work of this round. */
+static int next_part(const snap_pump *p, const snap_window *w, uint64_t at, uint64_t *start, uint64_t *end)
+{
+    for (uint64_t until; at < w->end; at = until) {
+        if (is_covered(p, w, at, &until)) {
+            const place *listed = work_from(p, w->space, at & ~(CHUNK - 1));
+            if (!listed || listed->address >= until)
+                continue;
+            *start = listed->address > at ? listed->address : at;
+            *end = listed->address;
+            do
+                *end += CHUNK;
+            while (++listed < p->work.at + p->work.count && listed->space == w->space &&
+                   listed->address == *end && *end % STEP);
+            *end = *end < until ? *end : until;
+            return 0;
+        }
+        int r = survey_first(p, w, at, until, start);
+        if (r)
+            return r;
+        if (*start < until) {
+            *end = (*start & ~(STEP - 1)) + STEP;
+            *end = *end < w->end ? *end : w->end;
+            return 0;
+        }
+    }
+    *start = *end = w->end;
+    return 0;
+}
+
+/* The next slice that has to be looked at; *found: false at the end of the round. */
 static int next_slice(snap_pump *p, slice *s, bool *found)
 {
     *found = false;
@@ -38,15 +72,19 @@ static int next_slice(snap_pump *p, slice *s, bool *found)
             return 0;
         s->w = p->windows.at[p->by_start[k]].is;
         s->start = s->w.start > p->cursor ? s->w.start : p->cursor;
-        int r = survey_first(p, &s->w, s->start, &s->start);
+        int r = next_part(p, &s->w, s->start, &s->start, &s->end);
         if (r)
             return r;
-        p->cursor = s->start;
-        if (s->start == s->w.end)
+        if (s->start == s->w.end) {
+            p->cursor = s->w.end;
             continue;
-        s->end = (s->start & ~(STEP - 1)) + STEP;
-        if (s->end > s->w.end)
-            s->end = s->w.end;
+        }
+        uint64_t until;
+        s->covers = coverable(p, &s->w) && !is_covered(p, &s->w, s->start, &until);
+        if (s->covers) { /* with what is empty before it */
+            uint64_t step = s->start & ~(STEP - 1);
+            s->start = step > s->w.start ? step : s->w.start;
+        }
         s->at = (s->start - s->w.start + s->w.at) & ~(CHUNK - 1);
         s->chunks = survey_chunks(&s->w, s->start, s->end);
         *found = true;
@@ -60,6 +98,7 @@ static int find_dirty(snap_pump *p, slice *s)
     int r = survey(p, &s->w, s->start, s->end, s->seen), count = 0;
     if (r)
         return r;
+    s->any_loose = s->covers;
     for (size_t i = 0; i < s->chunks; i++) {
         const seen *now = &s->seen[i];
         chunk *c = now->want ? ledger_make(p, s->w.space, s->at + i * CHUNK)
@@ -67,25 +106,48 @@ static int find_dirty(snap_pump *p, slice *s)
         if (!c && now->want)
             return -ENOMEM;
         s->place[i] = NO_PLACE;
-        s->dirty[i] = false;
+        s->dirty[i] = s->loose[i] = false;
         if (!c)
             continue;
         c->want = (uint16_t)((c->want & ~now->mask) | now->want);
         s->dirty[i] = c->want && (now->bare || c->state != SAVED || c->kept != c->want);
         if (s->dirty[i])
             c->state = UNSAVED;
+        account(p, s->w.space, c);
         p->round.written_bytes += (uint64_t)__builtin_popcount(now->bare) * PAGE;
+        s->loose[i] = s->dirty[i] || c->listed;
+        s->any_loose = s->any_loose || s->loose[i];
         count += s->dirty[i];
     }
     return count;
 }
 
-static int protect_dirty(snap_pump *p, const slice *s)
+/* Before it is protected: from here on a chunk need only be looked at for what happens to it, or where
+ * not all goes well, which lists it again. Not struck off is one that reaches into another window, and
+ * one that has lost all its pages: at T0 its copy is dropped. */
+static void strike_off(const snap_pump *p, const slice *s)
 {
+    for (size_t i = 0; i < s->chunks; i++) {
+        chunk *c = s->loose[i] ? ledger_chunk(p, s->w.space, s->at + i * CHUNK) : NULL;
+        if (c && s->seen[i].mask == UINT16_MAX && (c->want || !c->kept))
+            c->listed = false;
+    }
+}
+
+static int list_again(snap_pump *p, const slice *s, size_t i)
+{
+    chunk *c = ledger_chunk(p, s->w.space, s->at + i * CHUNK);
+    return list_chunk(p, s->w.space, s->at + i * CHUNK, c);
+}
+
+static int protect_loose(snap_pump *p, const slice *s)
+{
+    if (s->covers)
+        return uffd_writeprotect(p->uffd, s->start, s->end - s->start, UFFDIO_WRITEPROTECT_MODE_WP);
     uint64_t shift = s->w.start - s->w.at;
     for (size_t i = 0; i < s->chunks;) {
         size_t j = i;
-        while (j < s->chunks && s->dirty[j])
+        while (j < s->chunks && s->loose[j])
             j++;
         uint64_t from = s->at + i * CHUNK + shift, to = s->at + j * CHUNK + shift;
         from = from > s->start ? from : s->start;
@@ -104,12 +166,12 @@ static int protect_dirty(snap_pump *p, const slice *s)
  * until its next such call we may: a target that makes such calls in a loop leaves only that moment. */
 static int protect_in_a_gap(snap_pump *p, const slice *s)
 {
-    int r = protect_dirty(p, s);
+    int r = protect_loose(p, s);
     for (int tries = 0; r == -EAGAIN && tries < MOST_TRIES; tries++) {
         bool any;
         r = serve(p, &any);
         if (!r)
-            r = protect_dirty(p, s);
+            r = protect_loose(p, s);
         if (r == -EAGAIN && !any)
             uffd_poll(p->uffd, 1);
     }
@@ -125,6 +187,7 @@ static int copy_dirty(snap_pump *p, slice *s)
         if (!c || s->seen[i].bare)
             continue;
         c->want = (uint16_t)((c->want & ~s->seen[i].mask) | s->seen[i].want);
+        account(p, s->w.space, c);
         if (!c->want || (s->place[i] = take_place(p, false, false)) == NO_PLACE)
             continue;
         r = save_to_place(p, s->w.space, address, s->place[i]);
@@ -156,15 +219,18 @@ static int keep_copies(snap_pump *p, slice *s)
     int r = survey(p, &s->w, s->start, s->end, after);
     for (size_t i = 0; i < s->chunks; i++) {
         uint64_t address = s->at + i * CHUNK;
-        p->round.left_chunks += s->dirty[i] && s->place[i] == NO_PLACE;
-        if (s->place[i] == NO_PLACE)
+        if (!s->dirty[i])
             continue;
         chunk *c = ledger_chunk(p, s->w.space, address);
-        bool good = !r && !after[i].bare && after[i].want == s->seen[i].want &&
+        bool good = s->place[i] != NO_PLACE && !r && !after[i].bare &&
+                    after[i].want == s->seen[i].want &&
                     !is_disturbed(p, address + shift, address + shift + CHUNK);
         if (!good) {
             give_place(p, s->place[i]);
             p->round.left_chunks++;
+            int e = list_again(p, s, i);
+            if (e)
+                return e;
             continue;
         }
         const snap_saved saved = {.address = address, .place = s->place[i], .space = s->w.space,
@@ -178,13 +244,59 @@ static int keep_copies(snap_pump *p, slice *s)
         if (e)
             return e;
         c->state = SAVED;
+        c->bare = 0;
+        account(p, s->w.space, c);
         p->round.copied_chunks++;
         p->round.copied_bytes += bytes;
     }
     return r;
 }
 
-int ahead_slice(snap_pump *p)
+/* Protected is enough: they are saved after T0, as they are then. */
+static int keep_protected(snap_pump *p, slice *s)
+{
+    int r = survey(p, &s->w, s->start, s->end, s->seen);
+    for (size_t i = 0; !r && i < s->chunks; i++) {
+        chunk *c = s->dirty[i] ? ledger_chunk(p, s->w.space, s->at + i * CHUNK) : NULL;
+        if (!c)
+            continue;
+        c->want = (uint16_t)((c->want & ~s->seen[i].mask) | s->seen[i].want);
+        c->bare = c->want;
+        account(p, s->w.space, c);
+        if (s->seen[i].bare) {
+            p->round.left_chunks++;
+            r = list_again(p, s, i);
+        }
+    }
+    return r;
+}
+
+static int process(snap_pump *p, slice *s, bool copies)
+{
+    strike_off(p, s);
+    int r = protect_in_a_gap(p, s);
+    if (r) {
+        for (size_t i = 0; i < s->chunks; i++) {
+            p->round.left_chunks += s->dirty[i];
+            int e = s->loose[i] ? list_again(p, s, i) : 0;
+            if (e)
+                return e;
+        }
+        return r == -ESRCH ? r : 0; /* ENOENT: unmapped meanwhile; EAGAIN: for the next round */
+    }
+    if (s->covers && (r = cover(p, s->start, s->end)))
+        return r;
+    if (!copies)
+        return keep_protected(p, s);
+    p->disturbed.count = 0;
+    p->watching = true;
+    r = copy_dirty(p, s);
+    p->watching = false;
+    int e = keep_copies(p, s);
+    return r ? r : e;
+}
+
+int ahead_slice(snap_pump *p, bool copies)
 {
     slice s;
     bool found;
@@ -196,23 +308,11 @@ int ahead_slice(snap_pump *p)
     int dirty = find_dirty(p, &s);
     if (dirty < 0)
         return dirty;
-    if (dirty) {
-        uint64_t most = p->slots - p->slots / 4;
-        if (free_places(p) < ((uint64_t)dirty < most ? (uint64_t)dirty : most))
-            return -ENOBUFS;
-        r = protect_in_a_gap(p, &s);
-        if (!r) {
-            p->disturbed.count = 0;
-            p->watching = true;
-            r = copy_dirty(p, &s);
-            p->watching = false;
-            int e = keep_copies(p, &s);
-            r = r ? r : e;
-        } else {
-            p->round.left_chunks += (uint64_t)dirty;
-            r = r == -ESRCH ? r : 0; /* ENOENT: unmapped meanwhile; EAGAIN: for the next round */
-        }
-    }
+    uint64_t most = p->slots - p->slots / 4;
+    if (copies && dirty && free_places(p) < ((uint64_t)dirty < most ? (uint64_t)dirty : most))
+        return -ENOBUFS;
+    if (s.any_loose)
+        r = process(p, &s, copies);
     p->cursor = s.end;
     return r;
 }

@@ -257,3 +257,20 @@ int snap_open_handle(int mount, int type, const char *handle, uint32_t length) {
     int fd = open_by_handle_at(mount, &it.handle, O_PATH | O_CLOEXEC);
     return fd < 0 ? -errno : fd;
 }
+
+int snap_read_files(const int *fds, int count, char *out, uint64_t size, int64_t *ends)
+{
+    uint64_t used = 0;
+    for (int i = 0; i < count; i++) {
+        uint64_t begin = used;
+        ssize_t got;
+        while ((got = pread(fds[i], out + used, size - used, (off_t)(used - begin))) > 0)
+            used += (uint64_t)got;
+        ends[i] = got < 0 ? -errno : (int64_t)used;
+        if (got < 0)
+            used = begin;
+        if (used == size)
+            return -ENOSPC;
+    }
+    return 0;
+}

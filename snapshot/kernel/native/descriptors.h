@@ -33,6 +33,9 @@ int snap_timerfd_set_ticks(int fd, uint64_t ticks);
 int snap_signalfd(uint64_t mask, int flags);
 /* f_type of fstatfs(2). */
 int64_t snap_filesystem_type(int fd);
+/* All of `count` open files, from their beginnings, one after the other: of file i out[ends[i - 1]] up to
+ * out[ends[i]], or ends[i] is -errno. -> 0, ENOSPC: `size` bytes do not hold them. */
+int snap_read_files(const int *fds, int count, char *out, uint64_t size, int64_t *ends);
 /* unshare(CLONE_FS): working directory, root and umask become the calling thread's own. */
 int snap_unshare_directory(void);
 

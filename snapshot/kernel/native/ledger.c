@@ -200,7 +200,7 @@ int ledger_move(snap_pump *p, uint64_t from, uint64_t to, uint64_t length)
     return ledger_index(p);
 }
 
-void ledger_distrust(snap_pump *p, uint64_t start, uint64_t end)
+int ledger_distrust(snap_pump *p, uint64_t start, uint64_t end)
 {
     for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
         const snap_window *w = &p->windows.at[p->by_start[k]].is;
@@ -210,12 +210,18 @@ void ledger_distrust(snap_pump *p, uint64_t start, uint64_t end)
         uint64_t high = (w->end < end ? w->end : end) - w->start + w->at;
         for (uint64_t at = low & ~(CHUNK - 1); at < high; at += CHUNK) {
             chunk *c = ledger_chunk(p, w->space, at);
-            if (!c)
+            if (!c) {
                 at = (at & ~(BLOCK - 1)) + BLOCK - CHUNK;
-            else
-                c->state = UNSAVED;
+                continue;
+            }
+            c->state = UNSAVED;
+            account(p, w->space, c);
+            int r = list_chunk(p, w->space, at, c);
+            if (r)
+                return r;
         }
     }
+    return 0;
 }
 
 uint64_t ledger_unsaved(snap_pump *p, uint64_t start, uint64_t end, uint8_t state, uint64_t *where)

@@ -1,6 +1,7 @@
 #include "pagemap.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -12,7 +13,13 @@ struct scan_arg {
 #define PAGEMAP_SCAN_IOCTL _IOWR('f', 16, struct scan_arg)
 
 #define PAGE_SHIFT 12
-#define PM_UFFD_WP (UINT64_C(1) << 57) /* Documentation/admin-guide/mm/pagemap.rst */
+/* Documentation/admin-guide/mm/pagemap.rst */
+#define PM_FRAME ((UINT64_C(1) << 55) - 1)
+#define PM_UFFD_WP (UINT64_C(1) << 57)
+#define PM_SWAP (UINT64_C(1) << 62)
+/* The type of a swap entry, all bits set: SWP_PTE_MARKER, the last of them (include/linux/swap.h). No
+ * swap file has it, nor a page that moves. */
+#define PM_SWAP_TYPE UINT64_C(31)
 
 static int64_t scan(int fd, struct scan_arg *arg)
 {
@@ -55,21 +62,43 @@ int64_t snap_pagemap_first(int fd, uint64_t start, uint64_t end, uint64_t invert
     return found;
 }
 
-int snap_pagemap_armed(int fd, uint64_t start, unsigned pages, uint64_t *armed)
+/* Bit i of *bits: the entry of page i has all of `mask` set. */
+static int entries(int fd, uint64_t start, unsigned pages, uint64_t mask, uint64_t *bits)
 {
-    uint64_t entries[64];
+    uint64_t found[64];
     if (pages > 64)
         return -EINVAL;
-    ssize_t want = (ssize_t)(pages * sizeof entries[0]);
-    ssize_t got = pread(fd, entries, (size_t)want, (off_t)((start >> PAGE_SHIFT) * sizeof entries[0]));
+    ssize_t want = (ssize_t)(pages * sizeof found[0]);
+    ssize_t got = pread(fd, found, (size_t)want, (off_t)((start >> PAGE_SHIFT) * sizeof found[0]));
     if (got < 0)
         return -errno;
     if (got != want)
         return -ESRCH; /* the address space has ended: pagemap reads as empty */
-    uint64_t bits = 0;
+    *bits = 0;
     for (unsigned i = 0; i < pages; i++)
-        if (entries[i] & PM_UFFD_WP)
-            bits |= UINT64_C(1) << i;
-    *armed = bits;
+        if ((found[i] & mask) == mask)
+            *bits |= UINT64_C(1) << i;
     return 0;
+}
+
+int snap_pagemap_armed(int fd, uint64_t start, unsigned pages, uint64_t *armed)
+{
+    return entries(fd, start, pages, PM_UFFD_WP, armed);
+}
+
+int snap_pagemap_empty(int fd, uint64_t start, unsigned pages, uint64_t *empty)
+{
+    return entries(fd, start, pages, PM_SWAP | PM_SWAP_TYPE, empty);
+}
+
+int snap_pagemap_tells(void)
+{
+    uint64_t entry = 0;
+    uint64_t page = (uint64_t)(uintptr_t)&entry >> PAGE_SHIFT;
+    int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return 0;
+    ssize_t got = pread(fd, &entry, sizeof entry, (off_t)(page * sizeof entry));
+    close(fd);
+    return got == sizeof entry && entry & PM_FRAME;
 }

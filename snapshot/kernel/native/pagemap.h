@@ -32,3 +32,10 @@ int64_t snap_pagemap_first(int fd, uint64_t start, uint64_t end, uint64_t invert
 /* Which of the `pages` (at most 64) pages from `start` are write-protected through userfaultfd:
  * bit i of *armed is page i. Returns 0, -ESRCH when the address space is gone, or -errno. */
 int snap_pagemap_armed(int fd, uint64_t start, unsigned pages, uint64_t *armed);
+
+/* Which of them hold nothing, but are protected all the same (UFFD_FEATURE_WP_UNPOPULATED): of the
+ * pages that are neither present nor without protection, which PAGEMAP_SCAN calls swapped. Means
+ * nothing unless snap_pagemap_tells. Results as above. */
+int snap_pagemap_empty(int fd, uint64_t start, unsigned pages, uint64_t *empty);
+/* Whether pagemap tells this process what kind of swap entry a page is (CAP_SYS_ADMIN). */
+int snap_pagemap_tells(void);

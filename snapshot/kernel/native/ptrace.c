@@ -355,24 +355,27 @@ int snap_get_rseq(int tid, snap_rseq *out)
     return 0;
 }
 
+static int through(int mem, uint64_t address, void *bytes, size_t length, int writing)
+{
+    for (size_t moved = 0; moved < length;) {
+        ssize_t got = writing ? pwrite(mem, (char *)bytes + moved, length - moved, address + moved)
+                              : pread(mem, (char *)bytes + moved, length - moved, address + moved);
+        if (got <= 0)
+            return got < 0 ? -errno : -ESRCH; /* the address space is gone */
+        moved += (size_t)got;
+    }
+    return 0;
+}
+
 static int through_proc_mem(int tid, uint64_t address, void *bytes, size_t length, int writing)
 {
     char path[32];
     snprintf(path, sizeof path, "/proc/%d/mem", tid);
-    int fd = open(path, (writing ? O_RDWR : O_RDONLY) | O_CLOEXEC);
-    if (fd < 0)
+    int mem = open(path, (writing ? O_RDWR : O_RDONLY) | O_CLOEXEC);
+    if (mem < 0)
         return -errno;
-    size_t moved = 0;
-    int result = 0;
-    while (moved < length && result == 0) {
-        ssize_t got = writing ? pwrite(fd, (char *)bytes + moved, length - moved, address + moved)
-                              : pread(fd, (char *)bytes + moved, length - moved, address + moved);
-        if (got > 0)
-            moved += (size_t)got;
-        else
-            result = got < 0 ? -errno : -EFAULT;
-    }
-    close(fd);
+    int result = through(mem, address, bytes, length, writing);
+    close(mem);
     return result;
 }
 
@@ -400,7 +403,7 @@ int snap_write_memory(int tid, uint64_t address, const void *bytes, size_t lengt
     return through_proc_mem(tid, address, (void *)bytes, length, 1);
 }
 
-int snap_write_code(int tid, uint64_t address, const void *bytes, size_t length)
+int snap_write_through(int mem, uint64_t address, const void *bytes, size_t length)
 {
-    return through_proc_mem(tid, address, (void *)bytes, length, 1);
+    return through(mem, address, (void *)bytes, length, 1);
 }

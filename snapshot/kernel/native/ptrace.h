@@ -28,6 +28,8 @@ typedef struct {
     uint32_t padding;
 } snap_rseq;
 
+#define SNAP_RSEQ_CS 8 /* offset in struct rseq: after cpu_id_start and cpu_id */
+
 int snap_seize(int tid, unsigned long options);
 int snap_interrupt(int tid);
 int snap_set_options(int tid, unsigned long options);
@@ -88,7 +90,7 @@ int snap_get_rseq(int tid, snap_rseq *out);
    on /proc/TID/mem for memory that the process itself may not read or write. */
 int snap_read_memory(int tid, uint64_t address, void *bytes, size_t length);
 int snap_write_memory(int tid, uint64_t address, const void *bytes, size_t length);
-/* The same where it surely may not be written by the process itself. */
-int snap_write_code(int tid, uint64_t address, const void *bytes, size_t length);
+/* Where it surely may not be written by the process itself: through its /proc/PID/mem. */
+int snap_write_through(int mem, uint64_t address, const void *bytes, size_t length);
 
 #endif

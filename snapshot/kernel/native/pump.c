@@ -68,6 +68,12 @@ void snap_pump_watch(snap_pump *p, snap_watchdog *watchdog, snap_exits *exits, i
     p->stall_ns = (uint64_t)stall_ms * 1000000;
 }
 
+void snap_pump_cover(snap_pump *p, int verify)
+{
+    p->empties = true;
+    p->verify = verify;
+}
+
 void snap_pump_free(snap_pump *p)
 {
     if (!p)
@@ -83,6 +89,10 @@ void snap_pump_free(snap_pump *p)
     free(p->releases.at);
     free(p->plain_moves.at);
     free(p->disturbed.at);
+    free(p->covered.at);
+    free(p->fickle.at);
+    free(p->listed.at);
+    free(p->work.at);
     free(p->aliases.at);
     free(p->children.at);
     free(p->closing.at);
@@ -240,7 +250,7 @@ static int let_go(snap_pump *p)
             return 0;
         const snap_window *w = &p->windows.at[p->by_start[k]].is;
         uint64_t start = w->start > cursor ? w->start : cursor;
-        if (w->object < 0 && (r = survey_first(p, w, start, &start)))
+        if (w->object < 0 && (r = survey_first(p, w, start, w->end, &start)))
             return r;
         uint64_t end = (start + LET_GO) & ~(STEP - 1); /* huge pages are released whole */
         if (w->end < end)
@@ -340,6 +350,11 @@ int snap_pump_order_round(snap_pump *p)
     return give_order(p, ORDER_ROUND);
 }
 
+int snap_pump_order_arm(snap_pump *p)
+{
+    return give_order(p, ORDER_ARM);
+}
+
 int snap_pump_order_hold(snap_pump *p)
 {
     return give_order(p, ORDER_HOLD);
@@ -404,29 +419,32 @@ void snap_pump_release(snap_pump *p)
     pthread_mutex_unlock(&p->lock);
 }
 
-static int go_round(snap_pump *p)
+static int go_round(snap_pump *p, bool copies)
 {
     if (!p->round_runs) {
         p->round = (snap_pump_round){0};
         p->cursor = 0;
         p->armed_ahead = true;
+        begin_work(p);
     }
-    int r = ahead_slice(p);
+    int r = ahead_slice(p, copies);
     p->round_runs = r != 1;
     if (r == -ENOBUFS)
         idle(p, true, BEAT_MS);
-    else if (r == 1)
+    if (r != 1)
+        return r == -ENOBUFS ? 0 : r;
+    r = end_work(p);
+    if (!r)
         order_done(p);
-    else
-        return r;
-    return 0;
+    return r;
 }
 
 static int carry_out(snap_pump *p, int order)
 {
     switch (order) {
     case ORDER_ROUND:
-        return go_round(p);
+    case ORDER_ARM:
+        return go_round(p, order == ORDER_ROUND);
     case ORDER_HOLD:
         if (!p->faults.count && !p->releases.count && uffd_poll(p->uffd, 0) == 0)
             return hold(p);

@@ -40,6 +40,7 @@ typedef struct {
     uint32_t armed; /* it can be protected; otherwise it is copied at T0, while all stands still */
     uint32_t whole; /* every page belongs to the image, also those that are the file's */
     uint32_t huge;  /* 2 MiB, the size of its pages, when it is private and of hugetlbfs; else 0 */
+    uint32_t fickle; /* its pages may lose their protection without an event (KSM, MADV_FREE) */
 } snap_window;
 
 /* A saved chunk on its way to the store. A later one replaces an earlier one of the same address;
@@ -74,6 +75,8 @@ typedef struct {
     uint64_t objects_left;  /* chunks of shared objects that were not saved when T0 was settled */
     uint64_t stalls;        /* times a writer had to wait because staging and spill were full */
     uint64_t peak_slots;    /* most staging slots in use at once */
+    uint64_t looked_chunks; /* at T0 */
+    uint64_t missed_pages;  /* of what was not looked at, with `verify`: others than were known */
     uint64_t lost_bytes;
     uint64_t lost_address;
     uint32_t lost_reason;   /* SNAP_LOST_* */
@@ -100,6 +103,11 @@ void snap_pump_free(snap_pump *pump);
  * nothing is unsaved any more, or nothing more will be saved. */
 void snap_pump_watch(snap_pump *pump, snap_watchdog *watchdog, snap_exits *exits, int stall_ms);
 
+/* Before run, if `uffd` has WP_UNPOPULATED and snap_pagemap_tells: what was protected in a round need
+ * not be looked at again at T0 unless a fault or an event tells of it. verify: it is all the same, and
+ * the two are compared (missed_pages). */
+void snap_pump_cover(snap_pump *pump, int verify);
+
 /* All windows, in place of those planned before, and registers what will be armed. With the target
  * stopped, and the pump held or not yet run: to register a range that is not, or no longer, a whole
  * mapping would split one for a moment, and a mremap of the target across the split would fail. What
@@ -118,18 +126,21 @@ void snap_pump_stop(snap_pump *pump);
 
 /* Orders to a running pump, one at a time, ahead of T0; each is followed by await until it is done.
  * round: protect what is not, copy what has no copy of a time since when it was protected.
+ * arm: only protect it, so that T0 finds little to do; it is saved afterwards.
  * hold: answer all that waits, then stand still until release or go; plan and settle meanwhile. */
 int snap_pump_order_round(snap_pump *pump);
+int snap_pump_order_arm(snap_pump *pump);
 int snap_pump_order_hold(snap_pump *pump);
 /* 0: the order is done; -ETIMEDOUT: not within timeout_ms; -EPIPE: run has ended. *round may be
  * NULL. */
 int snap_pump_await(snap_pump *pump, int timeout_ms, snap_pump_round *round);
 
-/* T0. With the target stopped and the pump held. Looks at every page:
- * what has no copy that is still good is the remainder. A remainder of at most `most` bytes is
- * copied now, of a larger one only what cannot be armed; the other is armed. `trust` 0: no copy of
- * before is good, whatever the page tables say (a device may have written). 1: something is armed and
- * unsaved now; 0: nothing is. -ESTALE: see the counters. */
+/* T0. With the target stopped and the pump held. What has no copy that is still good is the remainder.
+ * A remainder of at most `most` bytes is copied now, of a larger one only what cannot be armed; the
+ * other is armed. `trust`, of SNAP_TRUST_*: what of before is good. 1: something is armed and unsaved
+ * now; 0: nothing is. -ESTALE: see the counters. */
+#define SNAP_TRUST_COPIES 1 /* no device has written past the page tables */
+#define SNAP_TRUST_COVER 2  /* no protection has gone without an event: what is covered is not looked at */
 int snap_pump_settle(snap_pump *pump, uint64_t most, int trust);
 /* The pump that is held goes on: after T0, or still ahead of it. */
 void snap_pump_go(snap_pump *pump);

@@ -1,4 +1,4 @@
-/* Shared by ledger.c, survey.c, ahead.c, settle.c, save.c, queue.c, serve.c, peek.c, children.c
+/* Shared by ledger.c, cover.c, survey.c, ahead.c, settle.c, save.c, queue.c, serve.c, peek.c, children.c
  * and pump.c: the parts of a pump. */
 #ifndef SNAP_PUMP_INTERNAL_H
 #define SNAP_PUMP_INTERNAL_H
@@ -30,6 +30,10 @@ typedef struct {
     uint16_t version; /* of that copy; under the lock */
     uint8_t state;
     bool flying;      /* a copy is with the consumers; under the lock */
+    bool listed;      /* to be looked at at T0 (cover.c) */
+    bool due;         /* what `account` has entered of it: */
+    uint16_t counted; /* wanted pages */
+    uint16_t lacking; /* of them, those without a copy */
 } chunk;
 
 /* 64 MiB of one space. Blocks are made when something is found in them: a reservation costs none. */
@@ -62,6 +66,12 @@ typedef struct {
     uint64_t start, end;
 } range;
 
+/* Of a chunk. */
+typedef struct {
+    uint64_t address;
+    uint32_t space;
+} place;
+
 /* What a look at a chunk's pages finds. */
 typedef struct {
     uint16_t want; /* hold something */
@@ -76,7 +86,10 @@ typedef struct {
         size_t count, capacity; \
     }
 
-enum { NO_ORDER, ORDER_ROUND, ORDER_HOLD };
+typedef VECTOR(range) ranges;
+typedef VECTOR(place) places;
+
+enum { NO_ORDER, ORDER_ROUND, ORDER_ARM, ORDER_HOLD };
 
 struct snap_pump {
     int pid, uffd, uffdinfo, pagemap, mem, spill;
@@ -99,7 +112,14 @@ struct snap_pump {
     VECTOR(range) aliases;      /* mappings of shared objects that are no window, but were told of after
                                    T0; where one ends is not known if it is empty here */
     VECTOR(int) children;       /* their userfaultfds, held until shared memory is saved */
-    uint64_t unsaved_chunks;    /* with wanted pages, from T0 on */
+    bool empties;               /* protecting covers empty pages, and pagemap tells them apart */
+    bool verify;                /* at T0 look at everything, and compare */
+    ranges covered, fickle;     /* see cover.c; run-time addresses */
+    places listed;              /* chunks to be looked at at T0, or in the next round */
+    places work;                /* of this round, sorted */
+    uint64_t wanted_pages;      /* of all chunks, as `account` was told */
+    uint64_t lacking_pages;     /* of them, those without a copy */
+    uint64_t unsaved_chunks;    /* with wanted pages that are in no copy of theirs */
     uint64_t unsaved_objects;   /* of them, those of shared objects */
     size_t sweep_block;
     uint32_t sweep_chunk;
@@ -161,7 +181,7 @@ chunk *ledger_make(snap_pump *p, uint32_t space, uint64_t at);
 int ledger_unmap(snap_pump *p, uint64_t start, uint64_t end);
 int ledger_move(snap_pump *p, uint64_t from, uint64_t to, uint64_t length);
 /* Ahead of T0: the copies of all chunks in the run-time range [start, end) are worth nothing. */
-void ledger_distrust(snap_pump *p, uint64_t start, uint64_t end);
+int ledger_distrust(snap_pump *p, uint64_t start, uint64_t end);
 /* Whether a mapping of a shared object is in the run-time range [start, end). */
 bool ledger_shared(const snap_pump *p, uint64_t start, uint64_t end);
 /* Whether any window of hugetlbfs is in the run-time range [start, end). */
@@ -173,19 +193,43 @@ uint64_t ledger_unsaved_objects(const snap_pump *p, uint64_t *where);
 /* Wanted bytes of [start, end) (run-time) in chunks that are not at least `state`. */
 uint64_t ledger_unsaved(snap_pump *p, uint64_t start, uint64_t end, uint8_t state, uint64_t *where);
 
+/* cover.c */
+bool ranges_meet(const ranges *set, uint64_t start, uint64_t end);
+int ranges_add(ranges *set, uint64_t start, uint64_t end);
+int ranges_remove(ranges *set, uint64_t start, uint64_t end);
+/* Whether parts of w can be covered at all. */
+bool coverable(const snap_pump *p, const snap_window *w);
+/* All pages of [start, end), empty or not, of a coverable window have just been protected. */
+int cover(snap_pump *p, uint64_t start, uint64_t end);
+/* [start, end) is not covered any more; `for_good`: nor will it be. */
+int uncover(snap_pump *p, uint64_t start, uint64_t end, bool for_good);
+/* Whether w is covered at `at`, and up to where that is so (or is not so). */
+bool is_covered(const snap_pump *p, const snap_window *w, uint64_t at, uint64_t *until);
+/* The chunk is to be looked at at T0. */
+int list_chunk(snap_pump *p, uint32_t space, uint64_t address, chunk *c);
+/* By space and address, each once, without those that are not to be looked at any more. */
+void sort_listed(snap_pump *p);
+/* What is listed is the work of a round, and afterwards what is left of that is listed. */
+void begin_work(snap_pump *p);
+int end_work(snap_pump *p);
+/* The first work of `space` at or above an address, NULL: none. */
+const place *work_from(const snap_pump *p, uint32_t space, uint64_t address);
+/* After every change of want, kept or state ahead of T0. */
+void account(snap_pump *p, uint32_t space, chunk *c);
+
 /* survey.c */
 /* Looks at the pages of w in the run-time range [start, end), at most BLOCK: out[i] is the i-th chunk
  * counted from the one that holds start. */
 int survey(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, seen *out);
 /* The chunks that `survey` gives for that range. */
 size_t survey_chunks(const snap_window *w, uint64_t start, uint64_t end);
-/* Where at or above `start` anything may be, w->end when nowhere; a multiple of PAGE. */
-int survey_first(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t *first);
+/* Where in [start, end) of w anything may be, `end` when nowhere; a multiple of PAGE. */
+int survey_first(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, uint64_t *first);
 
 /* ahead.c */
-/* One slice of a round; 1 when the round is over. -ENOBUFS: there is no room for its copies
- * now. */
-int ahead_slice(snap_pump *p);
+/* One slice of a round that copies, or only protects; 1 when the round is over. -ENOBUFS: there is no
+ * room for its copies now. */
+int ahead_slice(snap_pump *p, bool copies);
 
 /* queue.c */
 /* A staging slot, or for the urgent a slot of the spill file; NO_PLACE when there is none. */

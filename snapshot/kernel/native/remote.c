@@ -10,7 +10,6 @@
 #include <unistd.h>
 
 #define SIGNAL_BIT(signal) (1ull << ((signal) - 1))
-#define RSEQ_CS_OFFSET 8 /* struct rseq: cpu_id_start, cpu_id, then rseq_cs */
 
 /* Between two steps of which each changes something in the target. */
 static void point(snap_injection *at)
@@ -58,13 +57,13 @@ static int put_record(snap_injection *at)
                       .owed = at->owed};
     snap_guard_home(&home, at->registers, abort_ip);
     snap_guard_fill_slot(bytes, &home);
-    return snap_write_code(at->tid, record(at), bytes, sizeof bytes);
+    return snap_write_through(at->mem, record(at), bytes, sizeof bytes);
 }
 
 /* From here on it is this thread (0: no thread) that unmaps the scratch on its way. */
 static int put_in_charge(snap_injection *at, uint64_t record)
 {
-    return snap_write_code(at->tid, at->guard + snap_guard_in_charge(), &record, sizeof record);
+    return snap_write_through(at->mem, at->guard + snap_guard_in_charge(), &record, sizeof record);
 }
 
 int snap_guard_place(snap_injection *at)
@@ -72,13 +71,13 @@ int snap_guard_place(snap_injection *at)
     uint64_t size;
     const unsigned char *code = snap_guard_code(&size);
     int result = put_in_charge(at, 0);
-    return result < 0 ? result : snap_write_code(at->tid, at->guard, code, size);
+    return result < 0 ? result : snap_write_through(at->mem, at->guard, code, size);
 }
 
 int snap_guard_wipe(snap_injection *at)
 {
     unsigned char zeros[1 << 12] = {0};
-    return at->guard ? snap_write_code(at->tid, at->guard, zeros, snap_guard_size()) : 0;
+    return at->guard ? snap_write_through(at->mem, at->guard, zeros, snap_guard_size()) : 0;
 }
 
 static int park(snap_injection *at)
@@ -131,7 +130,7 @@ static int remember(snap_injection *at)
     if (result < 0 || snap_get_rseq(at->tid, &rseq) < 0 || !rseq.address)
         return result;
     at->rseq_address = rseq.address;
-    return snap_read_memory(at->tid, rseq.address + RSEQ_CS_OFFSET, &at->critical_section,
+    return snap_read_memory(at->tid, rseq.address + SNAP_RSEQ_CS, &at->critical_section,
                             sizeof at->critical_section);
 }
 
@@ -176,7 +175,7 @@ static int put_back(snap_injection *at)
     int result = at->guard ? park(at)
                            : snap_set_registers(at->tid, at->registers, sizeof at->registers);
     if (result == 0 && at->critical_section)
-        result = snap_write_memory(at->tid, at->rseq_address + RSEQ_CS_OFFSET,
+        result = snap_write_memory(at->tid, at->rseq_address + SNAP_RSEQ_CS,
                                    &at->critical_section, sizeof at->critical_section);
     point(at);
     if (result == 0)
@@ -393,6 +392,38 @@ int snap_inject(snap_injection *at, snap_call *calls, int count)
     at->fault = at->stop;
     int back = trapped ? give_back_trapped(at) : snap_give_back(at);
     return result < 0 ? result : back;
+}
+
+static int inject_one(snap_injection *at, unsigned long options, const snap_call *calls, int count,
+                      uint64_t data, uint64_t size, int64_t *results, unsigned char *answers)
+{
+    snap_call made[count];
+    int result = snap_set_options(at->tid, options);
+    memcpy(made, calls, (size_t)count * sizeof *calls);
+    if (result == 0)
+        result = snap_inject(at, made, count);
+    for (int k = 0; k < count; k++)
+        results[k] = made[k].result;
+    return result < 0 ? result : snap_read_memory(at->tid, data, answers, size);
+}
+
+int snap_inject_each(const snap_injection *like, snap_injection *each, const int *tids, int *stops,
+                     int threads, unsigned long options, const snap_call *calls, int count,
+                     uint64_t data, uint64_t size, int64_t *results, unsigned char *answers, int *error)
+{
+    for (int i = 0; i < threads; i++) {
+        each[i] = *like;
+        each[i].tid = tids[i];
+        each[i].stop = stops[i];
+        each[i].borrowed = each[i].passed = 0;
+        each[i].undo = 0;
+        *error = inject_one(&each[i], options, calls, count, data, size, results + (size_t)i * (size_t)count,
+                            answers + (size_t)i * size);
+        stops[i] = each[i].stop;
+        if (*error < 0)
+            return i;
+    }
+    return threads;
 }
 
 int snap_make(snap_injection *at, snap_call *call)

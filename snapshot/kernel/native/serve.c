@@ -145,6 +145,18 @@ int save_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
     return later;
 }
 
+/* Ahead of T0: chunks that are about to lose their protection. */
+static int list_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
+{
+    for (uint64_t at = from; at < to; at += CHUNK) {
+        chunk *c = ledger_make(p, space, at);
+        int r = c ? list_chunk(p, space, at, c) : -ENOMEM;
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
 /* One fault: save its chunk, then let the write through. -EAGAIN: an event must be read first.
  * Ahead of T0 nothing is saved for it: the next round will find it written. */
 static int serve_fault(snap_pump *p, uint64_t address)
@@ -157,7 +169,7 @@ static int serve_fault(snap_pump *p, uint64_t address)
     uint32_t space = w->is.space;
     uint64_t unit = w->is.huge ? w->is.huge : CHUNK;
     uint64_t from = (address - w->is.start + w->is.at) & ~(unit - 1);
-    int r = p->after_t0 ? save_space(p, space, from, from + unit) : 0;
+    int r = p->after_t0 ? save_space(p, space, from, from + unit) : list_space(p, space, from, from + unit);
     return r ? r : release_space(p, space, from, from + unit);
 }
 
@@ -193,10 +205,14 @@ static int fault(snap_pump *p, uint64_t where)
  * the next plan. */
 static int disturb(snap_pump *p, uint64_t start, uint64_t end, bool gone)
 {
-    ledger_distrust(p, start, end);
-    range *r = p->watching ? VECTOR_PUSH(&p->disturbed) : NULL;
+    int r = ledger_distrust(p, start, end);
+    if (!r)
+        r = uncover(p, start, end, !gone);
     if (r)
-        *r = (range){start, end};
+        return r;
+    range *slot = p->watching ? VECTOR_PUSH(&p->disturbed) : NULL;
+    if (slot)
+        *slot = (range){start, end};
     else if (p->watching)
         return -ENOMEM;
     if (!gone)

@@ -1,48 +1,170 @@
-/* T0: what is done while the target is stopped. Every page is looked at; a chunk whose copy is of a
- * time since which all its pages were protected is done, and only the others are the remainder. */
+/* T0: what is done while the target is stopped. What may have changed since the rounds is looked at: the
+ * chunks that are listed, and what is not covered (cover.c). A chunk whose copy is of a time since
+ * which all its pages were protected is done, and only the others are the remainder. */
 #define _GNU_SOURCE
 #include "pump_internal.h"
 #include "uffd.h"
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define GAP STEP /* between two chunks that are armed in one call */
+
+/* ---- what has to be looked at ------------------------------------------------------------------- */
+
+/* Lists what was ever found at the space addresses [from, to). */
+static int list_known(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
+{
+    chunk *c = NULL;
+    for (uint64_t at = from & ~(CHUNK - 1); at < to; at += CHUNK) {
+        c = c && at % BLOCK ? c + 1 : ledger_chunk(p, space, at);
+        if (!c) {
+            at = (at & ~(BLOCK - 1)) + BLOCK - CHUNK;
+            continue;
+        }
+        int r = c->want || c->kept ? list_chunk(p, space, at, c) : 0;
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
+/* Of a window: where the next part is that is not covered; false: there is none. */
+static bool next_gap(const snap_pump *p, const snap_window *w, uint64_t *start, uint64_t *end)
+{
+    for (; *start < w->end; *start = *end)
+        if (!is_covered(p, w, *start, end))
+            return true;
+    return false;
+}
+
+/* All that is known of what is not covered; objects whole, also where no window shows them. */
+static int list_gaps(snap_pump *p)
+{
+    int r = 0;
+    for (size_t k = 0; !r && k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[k].is;
+        for (uint64_t start = w->start, end; !r && next_gap(p, w, &start, &end); start = end)
+            r = list_known(p, w->space, start - w->start + w->at, end - w->start + w->at);
+    }
+    for (size_t k = 0; !r && k < p->blocks.count; k++) {
+        const block *b = p->blocks.at[k];
+        if (b->space >= OBJECT_SPACE)
+            r = list_known(p, b->space, b->start, b->start + BLOCK);
+    }
+    return r;
+}
+
+/* ---- looking ------------------------------------------------------------------------------------ */
 
 /* Enters what a window holds in [start, end), run-time addresses of one block. */
 static int look_at(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, seen *found)
 {
+    uint64_t first = (start - w->start + w->at) & ~(CHUNK - 1);
     int r = survey(p, w, start, end, found);
     chunk *c = NULL;
     for (size_t i = 0; !r && i < survey_chunks(w, start, end); i++) {
+        p->counters.looked_chunks++;
         if (!found[i].want)
             continue;
         if (!c) {
-            c = ledger_make(p, w->space, (start - w->start + w->at) & ~(CHUNK - 1));
+            c = ledger_make(p, w->space, first);
             if (!c)
                 return -ENOMEM;
         }
         c[i].want |= found[i].want;
         c[i].bare |= w->armed ? found[i].bare : found[i].want;
+        r = list_chunk(p, w->space, first + i * CHUNK, &c[i]);
     }
     return r;
 }
 
-static int look(snap_pump *p, const snap_window *w, seen *found)
+/* What is not covered of w. */
+static int look_at_gaps(snap_pump *p, const snap_window *w, seen *found)
 {
     int r = 0;
-    for (uint64_t start = w->start, end; !r && start < w->end; start = end) {
-        if (w->armed && w->object < 0) /* a reservation is mostly empty */
-            r = survey_first(p, w, start, &start);
-        if (r || start == w->end)
+    for (uint64_t at = w->start, gap; !r && next_gap(p, w, &at, &gap); at = gap)
+        for (uint64_t start = at, end; !r && start < gap; start = end) {
+            if (w->armed && w->object < 0) /* a reservation is mostly empty */
+                r = survey_first(p, w, start, gap, &start);
+            if (r || start == gap)
+                break;
+            end = start + BLOCK - (start - w->start + w->at) % BLOCK;
+            end = end < gap ? end : gap;
+            r = look_at(p, w, start, end, found);
+        }
+    return r;
+}
+
+/* What is covered of a listed chunk of private memory. */
+static int look_at_listed(snap_pump *p, const place *where, seen *found)
+{
+    int r = 0;
+    for (size_t k = ledger_first(p, where->space, where->address); !r && k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[k].is;
+        if (w->space != where->space || w->at >= where->address + CHUNK)
             break;
-        end = start + BLOCK - (start - w->start + w->at) % BLOCK;
-        if (end > w->end)
-            end = w->end;
-        r = look_at(p, w, start, end, found);
+        uint64_t w_end = w->at + (w->end - w->start);
+        uint64_t from = w->at > where->address ? w->at : where->address;
+        uint64_t to = w_end < where->address + CHUNK ? w_end : where->address + CHUNK, until;
+        from = from - w->at + w->start;
+        to = to - w->at + w->start;
+        for (; !r && from < to; from = until) {
+            bool covered = is_covered(p, w, from, &until);
+            until = until < to ? until : to;
+            r = covered ? look_at(p, w, from, until, found) : 0;
+        }
     }
     return r;
 }
+
+static int look(snap_pump *p, seen *found)
+{
+    int r = list_gaps(p);
+    if (r)
+        return r;
+    sort_listed(p);
+    size_t count = p->listed.count; /* what is found beside it is listed behind it */
+    for (size_t i = 0; i < count; i++) {
+        chunk *c = ledger_chunk(p, p->listed.at[i].space, p->listed.at[i].address);
+        c->want = c->bare = 0;
+    }
+    for (size_t i = 0; !r && i < count; i++) {
+        const place where = p->listed.at[i];
+        r = where.space < OBJECT_SPACE ? look_at_listed(p, &where, found) : 0;
+    }
+    for (size_t k = 0; !r && k < p->windows.count; k++)
+        r = look_at_gaps(p, &p->windows.at[k].is, found);
+    sort_listed(p);
+    return r;
+}
+
+/* What is covered and not listed is as it is known. */
+static int verify(snap_pump *p, seen *found)
+{
+    int r = 0;
+    for (size_t k = 0; !r && k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[k].is;
+        for (uint64_t start = w->start, until, end; !r && start < w->end; start = until) {
+            bool covered = is_covered(p, w, start, &until);
+            end = start + BLOCK - (start - w->start + w->at) % BLOCK;
+            until = until < end ? until : end;
+            r = covered ? survey(p, w, start, until, found) : 0;
+            uint64_t at = (start - w->start + w->at) & ~(CHUNK - 1);
+            for (size_t i = 0; covered && !r && i < survey_chunks(w, start, until); i++) {
+                const chunk *c = ledger_chunk(p, w->space, at + i * CHUNK);
+                if (c && c->listed)
+                    continue;
+                unsigned other = found[i].want ^ (c ? c->want & found[i].mask : 0u);
+                p->counters.missed_pages += (uint64_t)__builtin_popcount(other | found[i].bare);
+            }
+        }
+    }
+    return r;
+}
+
+/* ---- what is to be saved ------------------------------------------------------------------------ */
 
 /* Nothing of the chunk belongs to the image any more. */
 static int drop(snap_pump *p, uint32_t space, uint64_t address)
@@ -58,25 +180,27 @@ static int drop(snap_pump *p, uint32_t space, uint64_t address)
  * remainder. */
 static int judge(snap_pump *p)
 {
-    p->unsaved_chunks = p->unsaved_objects = 0;
-    for (size_t k = 0; k < p->blocks.count; k++) {
-        block *b = p->blocks.at[k];
-        for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
-            chunk *c = &b->chunks[i];
-            p->counters.wanted_bytes += (uint64_t)__builtin_popcount(c->want) * PAGE;
-            if (!c->want && c->kept) {
-                int r = drop(p, b->space, b->start + i * CHUNK);
-                if (r)
-                    return r;
-            }
-            if (c->state != SAVED || !(c->kept & c->want))
-                c->bare = c->want;
-            c->bare |= (uint16_t)(c->want & ~c->kept);
-            c->state = c->want && (c->bare || c->kept != c->want) ? UNSAVED : SAVED;
-            count_unsaved(p, b->space, c->state == UNSAVED);
-            p->counters.remainder_bytes += (uint64_t)__builtin_popcount(c->bare) * PAGE;
+    uint64_t remainder = 0, lacking = 0;
+    for (size_t i = 0; i < p->listed.count; i++) {
+        const place where = p->listed.at[i];
+        chunk *c = ledger_chunk(p, where.space, where.address);
+        if (!c->want && c->kept) {
+            int r = drop(p, where.space, where.address);
+            if (r)
+                return r;
         }
+        if (c->state != SAVED || !(c->kept & c->want))
+            c->bare = c->want;
+        c->bare |= (uint16_t)(c->want & ~c->kept);
+        c->state = c->want && (c->bare || c->kept != c->want) ? UNSAVED : SAVED;
+        account(p, where.space, c);
+        remainder += (uint64_t)__builtin_popcount(c->bare);
+        lacking += (uint64_t)__builtin_popcount(c->lacking);
     }
+    p->counters.wanted_bytes = p->wanted_pages * PAGE;
+    /* Of what is not listed and has no copy every page is lacking. */
+    p->counters.remainder_bytes = (p->lacking_pages - lacking + remainder) * PAGE;
+    p->counters.armed_bytes = p->counters.wanted_bytes - p->counters.remainder_bytes;
     return 0;
 }
 
@@ -92,15 +216,17 @@ static int save_now(snap_pump *p, uint32_t space, uint64_t address, chunk *c)
 
 static int save_all(snap_pump *p)
 {
-    for (size_t k = 0; k < p->blocks.count; k++) {
-        block *b = p->blocks.at[k];
-        for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
-            int r = save_now(p, b->space, b->start + i * CHUNK, &b->chunks[i]);
-            if (r)
-                return r;
-        }
+    int r = 0;
+    for (size_t i = 0; !r && i < p->listed.count; i++) {
+        const place where = p->listed.at[i];
+        r = save_now(p, where.space, where.address, ledger_chunk(p, where.space, where.address));
     }
-    return 0;
+    for (size_t k = 0; !r && p->unsaved_chunks && k < p->blocks.count; k++) {
+        block *b = p->blocks.at[k];
+        for (unsigned i = 0; !r && i < BLOCK_CHUNKS; i++)
+            r = save_now(p, b->space, b->start + i * CHUNK, &b->chunks[i]);
+    }
+    return r;
 }
 
 /* Chunks with pages in windows that cannot be armed. */
@@ -136,49 +262,70 @@ static int arm(snap_pump *p, const snap_window *w, uint64_t from, uint64_t to)
     return uffd_writeprotect(p->uffd, low, high - low, UFFDIO_WRITEPROTECT_MODE_WP);
 }
 
-/* Arms what is unsaved. What lies between two such chunks is saved or empty and may be armed as well:
- * a call costs more than passing over some pages. */
+static int arm_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
+{
+    int r = 0;
+    for (size_t k = ledger_first(p, space, from); !r && k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[k].is;
+        if (w->space != space || w->at >= to)
+            break;
+        r = w->armed ? arm(p, w, from, to) : 0;
+    }
+    return r;
+}
+
+/* Arms what is unsaved and listed: the other is. What lies between two such chunks is saved or empty and
+ * may be armed as well: a call costs more than passing over some pages. */
 static int arm_unsaved(snap_pump *p)
 {
-    for (size_t k = 0; k < p->windows.count; k++) {
-        const snap_window *w = &p->windows.at[k].is;
-        uint64_t end = w->at + (w->end - w->start), run = 0, run_end = 0;
-        if (!w->armed)
+    uint64_t from = 0, to = 0;
+    uint32_t space = 0;
+    for (size_t i = 0; i < p->listed.count; i++) {
+        const place where = p->listed.at[i];
+        const chunk *c = ledger_chunk(p, where.space, where.address);
+        if (c->state != UNSAVED)
             continue;
-        const chunk *c = NULL;
-        for (uint64_t at = w->at & ~(CHUNK - 1); at < end; at += CHUNK) {
-            c = c && at % BLOCK ? c + 1 : ledger_chunk(p, w->space, at);
-            if (!c) {
-                at = (at & ~(BLOCK - 1)) + BLOCK - CHUNK;
-                continue;
-            }
-            if (c->state != UNSAVED)
-                continue;
-            if (!run_end || at > run_end + GAP) {
-                int r = arm(p, w, run, run_end);
-                if (r)
-                    return r;
-                run = at;
-            }
-            run_end = at + CHUNK;
-            p->counters.armed_bytes += (uint64_t)__builtin_popcount(c->want) * PAGE;
+        if (to && (where.space != space || where.address > to + GAP)) {
+            int r = arm_space(p, space, from, to);
+            if (r)
+                return r;
+            to = 0;
         }
-        int r = arm(p, w, run, run_end);
-        if (r)
-            return r;
+        if (!to) {
+            space = where.space;
+            from = where.address;
+        }
+        to = where.address + CHUNK;
+        p->counters.armed_bytes += (uint64_t)__builtin_popcount(c->bare) * PAGE;
     }
-    return 0;
+    return to ? arm_space(p, space, from, to) : 0;
 }
 
 /* Of hugetlbfs a discarded page keeps its mark, and one that is then only read comes with it: when the
  * copy was made between the event and the discarding (its caller is awake, and preempted), nothing
  * would tell that it is none of T0. */
-static void distrust_discarded(snap_pump *p)
+static int distrust_discarded(snap_pump *p)
 {
-    for (size_t k = 0; p->huge_removed && k < p->windows.count; k++) {
+    int r = 0;
+    for (size_t k = 0; !r && p->huge_removed && k < p->windows.count; k++) {
         const snap_window *w = &p->windows.at[k].is;
-        if (w->huge)
-            ledger_distrust(p, w->start, w->end);
+        r = w->huge ? ledger_distrust(p, w->start, w->end) : 0;
+    }
+    return r;
+}
+
+static void distrust_copies(snap_pump *p, bool all)
+{
+    for (size_t k = 0; k < p->blocks.count; k++) {
+        block *b = p->blocks.at[k];
+        if (!all && (!p->aliased || b->space < OBJECT_SPACE))
+            continue;
+        for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
+            chunk *c = &b->chunks[i];
+            c->state = UNSAVED;
+            c->bare = c->want;
+            account(p, b->space, c);
+        }
     }
 }
 
@@ -187,24 +334,23 @@ int snap_pump_settle(snap_pump *p, uint64_t most, int trust)
     if (p->counters.stale)
         return -ESTALE;
     seen *found = malloc(sizeof *found * BLOCK_CHUNKS);
-    int r = found ? 0 : -ENOMEM;
-    p->counters.wanted_bytes = p->counters.remainder_bytes = p->counters.armed_bytes = 0;
-    for (size_t k = 0; k < p->blocks.count; k++)
-        for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
-            p->blocks.at[k]->chunks[i].want = p->blocks.at[k]->chunks[i].bare = 0;
-            if (!trust || (p->aliased && p->blocks.at[k]->space >= OBJECT_SPACE))
-                p->blocks.at[k]->chunks[i].state = UNSAVED;
-        }
+    if (!found)
+        return -ENOMEM;
+    p->counters.looked_chunks = p->counters.missed_pages = 0;
+    distrust_copies(p, !(trust & SNAP_TRUST_COPIES));
     for (size_t k = 0; p->forked && k < p->windows.count; k++)
         if (p->windows.at[k].is.object >= 0)
             p->windows.at[k].is.armed = 0;
-    distrust_discarded(p);
-    for (size_t k = 0; !r && k < p->windows.count; k++)
-        r = look(p, &p->windows.at[k].is, found);
+    if (!(trust & SNAP_TRUST_COVER))
+        p->covered.count = 0;
+    int r = distrust_discarded(p);
+    if (!r)
+        r = look(p, found);
+    if (!r && p->verify)
+        r = verify(p, found);
     free(found);
     if (!r)
         r = judge(p);
-    p->counters.armed_bytes = p->counters.wanted_bytes - p->counters.remainder_bytes;
     if (!r)
         r = p->counters.remainder_bytes <= most ? save_all(p) : save_unarmed(p);
     p->counters.objects_left = p->unsaved_objects;

@@ -41,6 +41,21 @@ static void mark(const struct marks *m, uint64_t start, uint64_t end, int what)
     }
 }
 
+/* Protected pages that look swapped out: those that are, for an empty one that is protected does too. */
+static int mark_swapped(const snap_pump *p, const struct marks *m, uint64_t start, uint64_t end)
+{
+    for (uint64_t at = start; at < end; at += 64 * PAGE) {
+        uint64_t empty, pages = (end - at) / PAGE < 64 ? (end - at) / PAGE : 64;
+        int r = snap_pagemap_empty(p->pagemap, at, (unsigned)pages, &empty);
+        if (r)
+            return r;
+        for (uint64_t i = 0; i < pages; i++)
+            if (!(empty >> i & 1))
+                mark(m, at + i * PAGE, at + (i + 1) * PAGE, WANT);
+    }
+    return 0;
+}
+
 /* Each range of [start, end) with the categories asked for is marked. */
 static int scan(const snap_pump *p, const struct marks *m, uint64_t start, uint64_t end,
                 uint64_t inverted, uint64_t mask, int what)
@@ -53,6 +68,13 @@ static int scan(const snap_pump *p, const struct marks *m, uint64_t start, uint6
             return (int)n;
         for (int64_t i = 0; i < n; i++) {
             bool here = !m->w->huge || found[i].categories & SNAP_PAGE_PRESENT;
+            if (what == WANT && p->empties && !m->w->huge &&
+                !(found[i].categories & (SNAP_PAGE_PRESENT | SNAP_PAGE_WRITTEN))) {
+                int r = mark_swapped(p, m, found[i].start, found[i].end);
+                if (r)
+                    return r;
+                continue;
+            }
             mark(m, found[i].start, found[i].end, what);
             if (what == WANT && (found[i].categories & SNAP_PAGE_WRITTEN || !here))
                 mark(m, found[i].start, found[i].end, BARE);
@@ -138,19 +160,19 @@ int survey(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t en
     return scan(p, &m, start, end, without, without, WANT);
 }
 
-int survey_first(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t *first)
+int survey_first(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, uint64_t *first)
 {
-    *first = w->end;
+    *first = end;
     if (w->object >= 0) {
         off_t data = lseek(w->object, (off_t)(start - w->start + w->at), SEEK_DATA);
         if (data < 0)
             return errno == ENXIO ? 0 : -errno;
         uint64_t at = ((uint64_t)data & ~(PAGE - 1)) - w->at + w->start;
-        if (at < w->end)
+        if (at < end)
             *first = at;
         return 0;
     }
-    int64_t n = snap_pagemap_first(p->pagemap, start, w->end, SNAP_PAGE_PFNZERO, SNAP_PAGE_PFNZERO,
+    int64_t n = snap_pagemap_first(p->pagemap, start, end, SNAP_PAGE_PFNZERO, SNAP_PAGE_PFNZERO,
                                    SNAP_PAGE_PRESENT | SNAP_PAGE_SWAPPED, first);
     return n < 0 ? (int)n : 0;
 }

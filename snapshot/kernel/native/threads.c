@@ -181,3 +181,39 @@ int snap_get_registers_all(const int *tids, int *stops, int count, void *registe
     }
     return silent;
 }
+
+static int get_state(int tid, snap_thread_state *s, unsigned char *area, uint64_t size)
+{
+    unsigned char info[128];
+    int r;
+    s->request = "PTRACE_GETREGSET NT_PRSTATUS";
+    if ((r = snap_get_registers(tid, s->registers, sizeof s->registers)) < 0)
+        return r;
+    s->request = "PTRACE_GETREGSET NT_X86_XSTATE";
+    if ((s->xstate = snap_get_xstate(tid, area, size)) < 0)
+        return (int)s->xstate;
+    s->request = "PTRACE_GETSIGMASK";
+    if ((r = snap_get_signal_mask(tid, &s->signal_mask)) < 0)
+        return r;
+    s->request = "PTRACE_PEEKSIGINFO";
+    if ((s->pending = snap_peek_signals(tid, 0, 0, info, 1)) < 0)
+        return s->pending;
+    s->request = "PTRACE_GET_RSEQ_CONFIGURATION";
+    if ((r = snap_get_rseq(tid, &s->rseq)) < 0 && r != -EOPNOTSUPP)
+        return r;
+    s->request = "reading rseq_cs";
+    return s->rseq.address ? snap_read_memory(tid, s->rseq.address + SNAP_RSEQ_CS, &s->critical_section,
+                                              sizeof s->critical_section)
+                           : 0;
+}
+
+int snap_get_states(const int *tids, int count, snap_thread_state *states, unsigned char *areas, uint64_t area)
+{
+    int well = 1;
+    for (int i = 0; i < count; i++) {
+        states[i] = (snap_thread_state){0};
+        states[i].failed = get_state(tids[i], &states[i], areas + (uint64_t)i * area, area);
+        well = well && !states[i].failed;
+    }
+    return well;
+}

@@ -31,4 +31,19 @@ void snap_detach_all(const int *tids, int *stops, int count);
    answer gets -errno for its stop (-ESRCH: it is gone); returns how many did not. */
 int snap_get_registers_all(const int *tids, int *stops, int count, void *registers, size_t size);
 
+/* What a thread holds that only its tracer can ask for. */
+typedef struct {
+    unsigned char registers[216]; /* SNAP_REGISTERS_SIZE */
+    uint64_t signal_mask;
+    snap_rseq rseq;               /* address 0: none */
+    uint64_t critical_section;    /* of it: rseq_cs */
+    int64_t xstate;               /* bytes of the XSAVE area */
+    int32_t pending;              /* whether signals are queued for the thread */
+    int32_t failed;               /* -errno, and `request` failed with it; 0 */
+    const char *request;
+} snap_thread_state;
+
+/* Of stopped threads: states[i], and the XSAVE area at areas + i * area. Whether all went well. */
+int snap_get_states(const int *tids, int count, snap_thread_state *states, unsigned char *areas, uint64_t area);
+
 #endif
