@@ -62,16 +62,17 @@ def warm(mib: int) -> None:
         memory.madvise(POPULATE_WRITE)
 
 
-def own_bytes(pids: Iterable[int]) -> int:
-    """What these processes take that nobody else has too: PSS, which counts what some of them
-    share once."""
-    total = 0
+def own_bytes(pids: Iterable[int]) -> tuple[int, int]:
+    """What these processes take, without and with pages of files: PSS, which counts once what
+    several of them share."""
+    memory = files = 0
     for pid in pids:
         with suppress(OSError):
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) << 10
-    return total
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+            found = {name: int(rest.split()[0]) for name, rest in (s.split(":") for s in lines)}
+            memory += (found["Pss_Anon"] + found["Pss_Shmem"]) << 10
+            files += found["Pss_File"] << 10
+    return memory, memory + files
 
 
 class PeakMemory:
@@ -82,7 +83,7 @@ class PeakMemory:
         self._seconds = seconds
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._sample)
-        self.peak_bytes = 0
+        self.peak_bytes = self.peak_with_files_bytes = 0
         self.available_before = 0
         self.available_least = 0
 
@@ -90,7 +91,9 @@ class PeakMemory:
         while not self._end.wait(self._seconds):
             if (pid := self._pid()) is None:
                 continue
-            self.peak_bytes = max(self.peak_bytes, own_bytes([pid, *descendants(pid)]))
+            memory, with_files = own_bytes([pid, *descendants(pid)])
+            self.peak_bytes = max(self.peak_bytes, memory)
+            self.peak_with_files_bytes = max(self.peak_with_files_bytes, with_files)
             self.available_least = min(self.available_least, meminfo("MemAvailable"))
 
     def __enter__(self) -> PeakMemory:

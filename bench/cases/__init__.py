@@ -8,7 +8,7 @@ from typing import Protocol
 from bench.figures import Part, Rows
 from bench.session import Bench
 
-from . import latency, pause
+from . import command, increments, latency, pause, replies, restore, take, writers
 
 
 class Case(Protocol):
@@ -22,4 +22,10 @@ class Case(Protocol):
 CASES: dict[str, Case] = {
     "pause": pause,
     "latency": latency,
+    "writers": writers,
+    "take": take,
+    "increments": increments,
+    "restore": restore,
+    "replies": replies,
+    "command": command,
 }

@@ -54,8 +54,8 @@ def _rounds(bench: Bench, server: Redis, place: Path, mib: int) -> None:
         ways += [name for name, peer in PEERS.items() if peer.why_not() is None]
         if mib > LARGEST_CORE_MIB:
             ways = [way for way in ways if way not in ("gcore", "criu")]
-    for number_, way in in_turn(bench.choose(5, 1), ways):
-        if way in ("gcore", "criu") and number_ > 1:
+    for number_, way in in_turn(bench.choose({1024: 4, 4096: 2}, {128: 1})[mib], ways):
+        if way in ("gcore", "criu") and number_ > 0:
             continue
         bench.say(f"latency: {size(mib)}, {way}")
         machine.warm(mib)
@@ -64,7 +64,7 @@ def _rounds(bench: Bench, server: Redis, place: Path, mib: int) -> None:
 
 
 def _one(bench: Bench, server: Redis, place: Path, keys: int, way: str) -> tuple[Row, Log]:
-    quiet = bench.choose(3.0, 1.0)
+    quiet = bench.choose(2.0, 1.0)
     client = Client(
         place, server.socket_path, keys, rate=RATE, seconds=LONGEST_SECONDS, watch=server.pid
     )

@@ -31,7 +31,7 @@ PEERS = {"fork": None, "naive": naive, "gcore": gcore, "criu": criu}
 
 def run(bench: Bench) -> None:
     sizes = bench.choose([64, 1024, 4096, 8192], [64, 256])
-    rounds = bench.choose({64: 7, 1024: 5, 4096: 5, 8192: 3}, {64: 2, 256: 2})
+    rounds = bench.choose({64: 5, 1024: 4, 4096: 3, 8192: 2}, {64: 1, 256: 1})
     threads_at = bench.choose(1024, 64)
     if bench.peers:
         for name, peer in PEERS.items():
@@ -42,7 +42,7 @@ def run(bench: Bench) -> None:
         with bench.directory() as place, pages.running(place / "pages", mib) as target:
             target.tell("clock", 1)
             target.tell("writers", 2, 0)
-            for label in WRITERS:
+            for label in bench.choose(list(WRITERS), ["idle", "5,000 pages/s"]):
                 _rounds(bench, target, label, FEW, rounds[mib])
             if mib == threads_at:
                 for threads in MANY:
@@ -57,7 +57,7 @@ def _rounds(bench: Bench, target: Pages, label: str, threads: int, rounds: int) 
     target.tell("writers", *WRITERS[label])
     for number_, way in in_turn(rounds, ways):
         slow = way in ("gcore", "criu")
-        if slow and (number_ > 0 if target.mib > 1024 else number_ > 2):
+        if slow and number_ >= (1 if target.mib >= 1024 else 3):
             continue
         if slow and target.mib > LARGEST_CORE_MIB and label != "5,000 pages/s":
             continue

@@ -7,7 +7,7 @@
  *   writers N RATE      N threads write to pages at random, RATE a second in all (0: without pause)
  *   sleepers N          threads that sleep in futex(2)
  *   touch RATE          a thread that reads one page at random RATE times a second, and times it
- *   rewrite PERMILLE    so many of the pages get other content
+ *   rewrite PERMILLE N  so many of the pages get other content, N of them in a row
  *   fork                forks; the child ends at once
  *   fork-save PATH      forks; the child writes all of the memory to PATH
  *   mark                gaps and touches count from here on
@@ -161,13 +161,12 @@ static void fill_page(size_t page, uint64_t key, const char *how)
             at[i] = i % 4 == 1 ? at[i] & 0xff : 0x00007f0000000000UL + (i % 64) * 16;
 }
 
-static void rewrite(long permille)
+static void rewrite(size_t permille, size_t run)
 {
-    size_t step = permille > 0 ? 1000 / (size_t)permille : 0;
-
     generation++;
-    for (size_t page = generation % (step ? step : 1); step && page < page_count; page += step)
-        fill_page(page, generation << 32, option_text("fill", "mixed"));
+    for (size_t first = 0; permille && run && first < page_count; first += run * 1000 / permille)
+        for (size_t page = first; page < first + run && page < page_count; page++)
+            fill_page(page, generation << 32, option_text("fill", "mixed"));
 }
 
 /* -> how long fork(2) kept its caller, in ns */
@@ -257,7 +256,7 @@ static void carry_out(const char *command, FILE *answer)
             start(touch_pages, NULL);
         touch_started |= first;
     } else if (strcmp(word, "rewrite") == 0) {
-        rewrite(first);
+        rewrite((size_t)first, (size_t)second);
     } else if (strcmp(word, "fork") == 0) {
         fprintf(answer, "\"fork_ns\": %llu, ", (unsigned long long)fork_and(NULL));
     } else if (strcmp(word, "fork-save") == 0) {

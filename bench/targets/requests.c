@@ -291,7 +291,10 @@ static void write_text(void)
     size_t at = 0;
 
     for (uint64_t i = 1; at < POOL - 32; i++) {
-        uint64_t word = mix(i * 0x9e3779b97f4a7c15ULL) % 2000, left = 3 + mix(word) % 7;
+        uint64_t chance = mix(i * 0x9e3779b97f4a7c15ULL), word = chance % 1000;
+        for (unsigned once_more = 0; once_more < 3; once_more++)    /* some are more common */
+            word = word < mix(chance + once_more + 1) % 1000 ? word : mix(chance + once_more + 1) % 1000;
+        uint64_t left = 3 + mix(word) % 9;
         if (i % 8 == 0)
             at += (size_t)sprintf(pool + at, "\"%llu\", ", (unsigned long long)(mix(i) % 1000000));
         for (; left; left--)
