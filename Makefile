@@ -15,7 +15,7 @@ NATIVE_ROUNDS ?= 5
 SANITIZE := -std=gnu11 -g -O1 -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer \
 	-fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help build demo test check stress lint types native-test dist clean
+.PHONY: help build demo bench bench-quick test check stress lint types native-test dist clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,19 @@ build: $(VENV)/.ready $(CORE) ## the virtual environment, the `snap` command and
 demo: build ## a redis-server under load: snapshot it, kill it, bring it back
 	@scripts/setup demo
 	@$(BIN)/python bench/demo.py
+
+$(VENV)/.bench: $(VENV)/.ready
+	@PYTHONWARNINGS=ignore $(LOCK) $(BIN)/python -m pip install --disable-pip-version-check -q -e '.[bench]'
+	@touch $@
+
+bench: build $(VENV)/.bench ## snap and its peers measured, in 25 minutes: docs/benchmarks.md is written
+	@scripts/setup bench
+	@$(BIN)/python -m bench run --out docs/benchmarks/run.jsonl
+	@$(BIN)/python -m bench report docs/benchmarks/run.jsonl
+
+bench-quick: build ## the same, small, in two minutes: tables on stdout
+	@scripts/setup bench
+	@$(BIN)/python -m bench run --quick
 
 test: lint types ## lint, types and all tests (those that lack something say what, and skip)
 	@scripts/setup test
@@ -68,5 +81,5 @@ dist: build ## wheel and sdist, in dist/
 
 clean: ## what was built, but for the virtual environment (.venv)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
-	rm -f snapshot/kernel/_native.* tests/targets/bin/*
+	rm -f snapshot/kernel/_native.* tests/targets/bin/* bench/targets/bin/*
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

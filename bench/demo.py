@@ -9,9 +9,7 @@ is started here is ended here, and the store is removed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a file, Python looks for modules beside it alone
 
+from bench.commands import Failed, Ran, Snap  # noqa: E402
 from tests.harness import ledger, processes, redis, victims  # noqa: E402
 from tests.harness.ledger import Ledger, Report  # noqa: E402
 from tests.harness.victims import PyApp  # noqa: E402
@@ -33,38 +32,12 @@ MIB = 1 << 20
 console = Console(highlight=False, soft_wrap=True)
 
 
-class Failed(Exception):
-    """The demo did not show what it is there to show."""
+class Shown(Snap):
+    """The command, with what was typed."""
 
-
-class Snap:
-    """The command, as anybody would type it; what it starts is ended with the demo."""
-
-    def __init__(self, store: Path) -> None:
-        self.store = store
-        self.left: list[int] = []
-        installed = Path(sys.executable).parent / "snap"
-        self.command = [str(installed)] if installed.exists() else [sys.executable, "cli.py"]
-
-    def __call__(self, *arguments: str) -> dict[str, Any]:
-        words = [*arguments, "--store", str(self.store), "--json"]
-        console.print(f"\n[bold]$ snap {' '.join(arguments)}[/bold]")
-        answer = self.store.parent / "answer"
-        notes = self.store.parent / "notes"
-        # Files, not pipes: the restored process may keep them open.
-        with answer.open("wb") as out, notes.open("wb") as err:
-            ran = subprocess.run(
-                [*self.command, *words], stdout=out, stderr=err, cwd=ROOT, check=False
-            )
-        if ran.returncode:
-            raise Failed(f"exit code {ran.returncode}\n{notes.read_text()}")
-        found: dict[str, Any] = json.loads(answer.read_text())
-        if arguments[0] == "restore":
-            self.left += [pid for pid in (found["pid"], found["server_pid"]) if pid]
-        return found
-
-    def end(self) -> None:
-        processes.kill_all(self.left)
+    def __call__(self, *arguments: object) -> Ran:
+        console.print(f"\n[bold]$ snap {' '.join(map(str, arguments))}[/bold]")
+        return super().__call__(*arguments)
 
 
 def place(stack: ExitStack) -> Path:
@@ -84,7 +57,7 @@ def size(count: int) -> str:
 def demo_redis(mib: int, clients: int) -> Table:
     with ExitStack() as stack:
         directory = place(stack)
-        snap = Snap(directory / "store")
+        snap = Shown(directory / "store")
         server = redis.Redis(directory)
         stack.callback(server.kill)
         stack.callback(snap.end)
@@ -96,7 +69,7 @@ def demo_redis(mib: int, clients: int) -> Table:
         load.works(20 * clients)
         quiet = _second_of(load)
         load.ask("mark")
-        taken = snap("take", str(server.pid), "--name", "demo")
+        taken = snap("take", str(server.pid), "--name", "demo").answer
         say(f"the server went on serving: it stood still for {taken['pause_us'] / 1000:.2f} ms")
         load.works(20 * clients)
         busy = load.stop()
@@ -105,7 +78,7 @@ def demo_redis(mib: int, clients: int) -> Table:
         console.print(f"\n[bold]$ kill -9 {server.pid}[/bold]")
         server.kill()
         started = time.perf_counter()
-        back = snap("restore", "demo", "--lazy")
+        back = snap("restore", "demo", "--lazy").answer
         with server.client() as client:
             client("GET", "key:0")
             first = time.perf_counter() - started
@@ -158,7 +131,7 @@ def _latencies(table: Table, quiet: Report, busy: Report) -> None:
 def demo_python(mib: int) -> Table:
     with ExitStack() as stack:
         directory = place(stack)
-        snap = Snap(directory / "store")
+        snap = Shown(directory / "store")
         app: PyApp = victims.python_app(directory, mib=mib)
         stack.callback(app.kill)
         stack.callback(snap.end)
@@ -166,13 +139,13 @@ def demo_python(mib: int) -> Table:
         say(f"threads, sqlite3 in memory, an asyncio server, {mib} MiB of data")
         app.goes_on()
         at_take = app.ask()["progress"]["bank"]
-        taken = snap("take", str(app.pid), "--name", "demo")
+        taken = snap("take", str(app.pid), "--name", "demo").answer
         say(f"it went on serving: it stood still for {taken['pause_us'] / 1000:.2f} ms")
         app.goes_on()
         console.print(f"\n[bold]$ kill -9 {app.pid}[/bold]")
         app.kill()
         started = time.perf_counter()
-        back = snap("restore", "demo", "--lazy")
+        back = snap("restore", "demo", "--lazy").answer
         answer = app.ask()
         first = time.perf_counter() - started
         app.became(back["pid"])

@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a file, Python looks for modules beside it alone
 
+from bench.commands import Snap  # noqa: E402
 from tests.harness.victims import Victim, build, c_victim  # noqa: E402
 
 WAYS = {
@@ -36,7 +36,6 @@ WAYS = {
     "at once, never guarded": ["--now", "--guard", "never"],
 }
 BEFORE_SECONDS = 1.0
-SNAP = [str(Path(sys.executable).parent / "snap")]
 
 
 def targets(mib: int) -> dict[str, dict[str, Any]]:
@@ -57,24 +56,21 @@ def done(victim: Victim) -> int:
     return sum(victim.status().progress)
 
 
-def take(victim: Victim, store: Path, options: list[str]) -> dict[str, Any]:
+def take(victim: Victim, snap: Snap, options: list[str]) -> dict[str, Any]:
     """One take, with what the target got done in a second before it and during it."""
     before = done(victim)
     time.sleep(BEFORE_SECONDS)
     usual = (done(victim) - before) / BEFORE_SECONDS
-    words = [*SNAP, "take", str(victim.pid), "--store", str(store), "--json", *options]
-    before, began = done(victim), time.monotonic()
-    ran = subprocess.run(words, capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - began
-    during = (done(victim) - before) / seconds
-    found: dict[str, Any] = json.loads(ran.stdout)
+    before = done(victim)
+    ran = snap.run("take", victim.pid, *options)
+    during = (done(victim) - before) / ran.seconds
+    found = ran.answer
     if "image" in found:
-        removal = [*SNAP, "rm", found["image"], "--store", str(store)]
-        subprocess.run(removal, capture_output=True, check=True)
+        snap("rm", found["image"])
     kept = ("pause_us", "longest_stop_us", "attempts", "rounds", "remainder_bytes", "saved_bytes")
     return {
-        "exit_code": ran.returncode,
-        "seconds": seconds,
+        "exit_code": ran.code,
+        "seconds": ran.seconds,
         "throughput": during / usual if usual else 0.0,
         **{name: found.get(name, 0) for name in kept},
     }
@@ -90,7 +86,7 @@ def measure(rounds: int, mib: int) -> list[dict[str, Any]]:
                 for number in range(rounds):
                     for way, flags in WAYS.items():
                         row = {"target": label, "way": way, "round": number, "mib": mib}
-                        row |= take(victim, path / "store", flags)
+                        row |= take(victim, Snap(path / "store"), flags)
                         print(json.dumps(row), flush=True)
                         taken.append(row)
             finally:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 from rich.console import Console
 from rich.table import Table
@@ -27,11 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a file, Python looks for modules beside it alone
 
 from snapshot import freeze  # noqa: E402
+from snapshot.kernel import urgency  # noqa: E402
 from tests.harness.victims import Victim, build, c_victim  # noqa: E402
 
 GAP_SECONDS = 0.005
 BUSY = "while True: pass"
-WAYS = {"urgent": freeze.urgent, "ordinary": nullcontext}
+WAYS = {"urgent": urgency.urgent, "ordinary": nullcontext}
 
 
 @contextmanager
@@ -78,8 +80,8 @@ def main() -> None:
                 for programs in (0, options.busy):
                     with busy(programs):
                         for way, urgent in WAYS.items():
-                            freeze.urgent = urgent
-                            measured = stops(victim, options.stops)
+                            with patch.object(freeze, "urgent", urgent):
+                                measured = stops(victim, options.stops)
                             print(json.dumps({"way": way, "busy": programs, **summary(measured)}))
                             found.setdefault((programs, way), []).extend(measured)
             victim.healthy()

@@ -1,0 +1,131 @@
+"""redis-server comes back: its first reply, and its first 10,000 GETs, 5,000 a second, open loop.
+
+The client tries to connect all the time; GETs count when they were due after the first reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+from bench.client import Client, fill, latencies
+from bench.commands import Failed, Snap
+from bench.figures import Part, Plot, Row, Rows, Table, size, spread
+from bench.peers import bgsave, criu
+from bench.session import OURS, Bench, in_turn
+from tests.harness import processes
+from tests.harness.redis import Redis
+
+CASE = "replies"
+RATE = 5000
+COUNT = 10_000
+SECONDS = 4
+MODES = ("lazy", "eager")
+ROUNDS = {1024: 3, 4096: 2}
+"""By MiB of data."""
+
+
+def run(bench: Bench) -> None:
+    if reason := bgsave.why_not():
+        bench.say(f"replies: {reason}")
+        return
+    if bench.peers and (reason := criu.why_not()):
+        bench.emit(CASE, "criu", why_not=reason)
+    for mib in bench.choose([1024, 4096], [128]):
+        machine.warm(2 * mib)
+        for way in bench.snaps:
+            with bench.directory() as place, bench.snap(way) as snap:
+                _ours(bench, snap, place, mib, way)
+        if bench.peers and not criu.why_not():
+            with bench.directory() as place:
+                _criu(bench, place, mib)
+
+
+def _ours(bench: Bench, snap: Snap, place: Path, mib: int, way: str) -> None:
+    server = Redis(place)
+    try:
+        keys = fill(place, server.socket_path, mib)
+        snap("take", server.pid, "--name", "one")
+    finally:
+        server.kill()
+    for number_, mode in in_turn(bench.choose(ROUNDS, {128: 1})[mib], MODES):
+        bench.say(f"replies: {size(mib)}, {mode}, {way}")
+        machine.warm(mib + 512)
+        client = _client(place, server, keys)
+        try:
+            ran = snap("restore", "one", f"--{mode}")
+            row = {"seconds": ran.seconds, "ready_us": ran.answer["ready_us"]}
+            row |= _felt(client, ran.began)
+        finally:
+            client.kill()
+            snap.end()
+        bench.emit(CASE, way, mib=mib, mode=mode, round=number_, **row)
+
+
+def _criu(bench: Bench, place: Path, mib: int) -> None:
+    server = Redis(place)
+    try:
+        keys = fill(place, server.socket_path, mib)
+        if criu.dump(server.pid, place, leave_running=False)["exit_code"]:
+            raise Failed("criu dump of redis")
+    finally:
+        server.kill()
+    for number_, mode in in_turn(bench.choose(ROUNDS, {128: 1})[mib], MODES):
+        bench.say(f"replies: {size(mib)}, {mode}, criu")
+        machine.warm(mib + 512)
+        client = _client(place, server, keys)
+        pager = None
+        try:
+            measured, pager = criu.restore(place, lazy=mode == "lazy")
+            row = {"seconds": measured["seconds"], **_felt(client, measured["began"])}
+        finally:
+            client.kill()
+            processes.kill(server.pid)
+            if pager is not None:
+                pager.kill()
+                pager.wait()
+        bench.emit(CASE, "criu", mib=mib, mode=mode, round=number_, **row)
+
+
+def _client(place: Path, server: Redis, keys: int) -> Client:
+    return Client(place, server.socket_path, keys, get=1, rate=RATE, seconds=SECONDS)
+
+
+def _felt(client: Client, began: int) -> Row:
+    requests = client.wait().requests
+    first = min(one.answered for one in requests)
+    counted = [one for one in requests if one.due >= first][:COUNT]
+    return {"first_reply_us": (first - began) / 1000, **latencies(counted, "get")}
+
+
+def report(rows: Rows) -> Sequence[Part]:
+    notes = sorted({f"{row['way']}: {row['why_not']}." for row in rows if "why_not" in row})
+    measured = Rows(row for row in rows if "mib" in row)
+    lines = []
+    for mib, way, mode in measured.distinct("mib", "way", "mode"):
+        here = measured.where(mib=mib, way=way, mode=mode)
+        names = ["first_reply_us", *(f"get_{mark}_us" for mark in ("p50", "p99", "p999", "max"))]
+        cells = [spread(here.values(name), 1e-3) for name in names]
+        lines.append([size(mib), way, mode, *cells])
+    columns = ("data", "way", "mode", "first reply", "p50", "p99", "p99.9", "max")
+    title = f"redis comes back: the first reply, and {COUNT:,} GETs from then on, ms"
+    return [Table(f"{title}: median (largest)", columns, lines), *notes, _plot(measured)]
+
+
+def _plot(rows: Rows) -> Plot:
+    marks = {"first reply": "first_reply_us", "GET p50": "get_p50_us", "GET p99": "get_p99_us",
+             "GET p99.9": "get_p999_us", "GET max": "get_max_us"}  # fmt: skip
+
+    def draw(axes: Any) -> None:
+        for mib, way, mode in rows.where().distinct("mib", "way", "mode"):
+            here = rows.where(mib=mib, way=way, mode=mode)
+            values = [(here.median(name) or 0) / 1000 for name in marks.values()]
+            name = mode if way == OURS else f"{way} {mode}"
+            axes.plot(list(marks), values, marker="o", label=f"{size(mib)}, {name}")
+        axes.set_yscale("log")
+        axes.set_ylabel("ms")
+        axes.legend()
+
+    return Plot("replies", "redis comes back", draw)

@@ -1,0 +1,179 @@
+"""How soon a process runs again, and what its missing pages cost it.
+
+The restored process says so itself: its clock stands still from T0 on, and its first reading
+afterwards is when it ran. Then it reads a page at random 2,000 times a second, and times each.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from bench import machine, pages
+from bench.commands import Failed, Ran, Snap
+from bench.figures import Part, Plot, Row, Rows, Table, distribution, number, size, spread
+from bench.pages import Felt, Pages
+from bench.session import OURS, Bench, in_turn, taken
+
+CASE = "restore"
+TOUCHES = 2000
+MISSING_NS = 2000
+"""A page that is there is read in less."""
+AFTER_SECONDS = 0.3
+STEADY_SECONDS = 60
+MODES = ("lazy", "eager")
+STARTS = {
+    "python": ["-c", "pass"],
+    "snap --version": [],
+}
+
+
+def run(bench: Bench) -> None:
+    for what, words in STARTS.items():
+        for way, command in bench.snaps.items():
+            words_ = [sys.executable, *words] if words else [*command, "--version"]
+            for number_ in range(bench.choose(15, 3)):
+                bench.emit(CASE, way, what=what, round=number_, seconds=_wall(words_))
+    for mib in bench.choose([64, 1024, 4096, 8192], [64, 256]):
+        machine.warm(2 * mib)
+        for way in bench.snaps:
+            with (
+                bench.directory() as place,
+                bench.snap(way) as snap,
+                pages.running(place / "pages", mib) as target,
+            ):
+                _rounds(bench, snap, target, way)
+
+
+def _wall(words: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - began
+
+
+def _rounds(bench: Bench, snap: Snap, target: Pages, way: str) -> None:
+    target.tell("clock", 1)
+    target.tell("touch", TOUCHES)
+    target.tell("mark")
+    row = taken(snap("take", target.pid, "--name", "one"))
+    target.kill()
+    rounds = bench.choose({64: 7, 1024: 5, 4096: 3, 8192: 2}, {64: 1, 256: 1})[target.mib]
+    for number_, mode in in_turn(rounds, MODES):
+        bench.say(f"restore: {size(target.mib)}, {mode}, {way}")
+        machine.warm(target.mib + 256)
+        try:
+            measured = _one(snap, target, mode, row["saved_bytes"])
+        finally:
+            target.kill()
+            snap.end()
+        bench.emit(CASE, way, mib=target.mib, mode=mode, round=number_, **measured)
+
+
+def _one(snap: Snap, target: Pages, mode: str, saved: int) -> Row:
+    ran = snap("restore", "one", f"--{mode}")
+    target.became(ran.answer["pid"])
+    ended = _drained(ran) if ran.answer["server_pid"] else ran.ended
+    time.sleep(AFTER_SECONDS)
+    felt = target.felt()
+    runs = _runs_at(felt, ran)
+    touches = [(at, ns) for at, ns in felt.touches if runs <= at]
+    missing = [(at, ns) for at, ns in touches if at < ended and ns >= MISSING_NS]
+    row: Row = {
+        "runs_us": (runs - ran.began) / 1000,
+        "command_us": (ran.ended - ran.began) / 1000,
+        "ready_us": ran.answer["ready_us"],
+        "saved_bytes": saved,
+        "touched": len(touches),
+        **{f"fault_{name}": value for name, value in distribution(
+            (ns for _, ns in missing), "us", 1e-3).items()},
+    }  # fmt: skip
+    if mode == "lazy":
+        row["drain_seconds"] = (ended - runs) / 1e9
+        row["drain_gb_per_second"] = saved / max(ended - runs, 1)
+        row["last_fault_us"] = max((at - runs for at, _ in missing), default=0) / 1000
+    return row
+
+
+def _runs_at(felt: Felt, ran: Ran) -> int:
+    """The end of the gap that spans the beginning of the restore."""
+    for gap in felt.clock:
+        if gap.begin < ran.began < gap.end:
+            return gap.end
+    raise Failed("the restored process did not read its clock across the restore")
+
+
+def _drained(ran: Ran) -> int:
+    """When the page server had nothing left to do, and ended; of a small process that may have
+    been before the command's own end, and counts until then."""
+    try:
+        handle = os.pidfd_open(ran.answer["server_pid"])
+    except ProcessLookupError:
+        return ran.ended
+    try:
+        if not select.select([handle], [], [], STEADY_SECONDS)[0]:
+            raise Failed("the page server does not end")
+    finally:
+        os.close(handle)
+    return time.monotonic_ns()
+
+
+def report(rows: Rows) -> Sequence[Part]:
+    return [_starts(rows), _times(rows), _faults(rows), _plot(rows)]
+
+
+def _starts(rows: Rows) -> Table:
+    lines = []
+    for (what,) in rows.distinct("what"):
+        values = rows.where(what=what, way=OURS).values("seconds")
+        lines.append([what, spread(values, 1e3)])
+    return Table("What starting costs, ms: median (largest)", ("command", "wall"), lines)
+
+
+def _times(rows: Rows) -> Table:
+    lines = []
+    for mib, mode in rows.distinct("mib", "mode"):
+        here = rows.where(mib=mib, mode=mode, way=OURS)
+        names = ("runs_us", "command_us", "ready_us")
+        lines.append([size(mib), mode, *(spread(here.values(name), 1e-3) for name in names)])
+    columns = ("size", "mode", "start of the command to running", "to the end of the command",
+               "of which the restore itself")  # fmt: skip
+    return Table("Until the process runs, ms: median (largest)", columns, lines)
+
+
+def _faults(rows: Rows) -> Table:
+    lines = []
+    for (mib,) in rows.where(mode="lazy").distinct("mib"):
+        here = rows.where(mib=mib, mode="lazy", way=OURS)
+        marks = [f"fault_{mark}_us" for mark in ("p50", "p99", "p999", "max")]
+        counts = here.values("fault_count")
+        lines.append([
+            size(mib), *(spread(here.values(mark)) for mark in marks),
+            number(statistics.median(counts)), spread(here.values("drain_seconds")),
+            number(here.median("drain_gb_per_second")),
+        ])  # fmt: skip
+    columns = ("size", "p50", "p99", "p99.9", "max", "missing pages met", "all there after, s",
+               "GB/s")  # fmt: skip
+    title = f"A page that is missing, read by the process ({TOUCHES:,} reads a second), µs"
+    return Table(title, columns, lines)
+
+
+def _plot(rows: Rows) -> Plot:
+    def draw(axes: Any) -> None:
+        for (mode,) in rows.distinct("mode"):
+            here = rows.where(mode=mode, way=OURS)
+            sizes = [mib for (mib,) in here.distinct("mib")]
+            times = [(here.where(mib=mib).median("runs_us") or 0) / 1000 for mib in sizes]
+            axes.plot(sizes, times, marker="o", label=mode)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("size, MiB")
+        axes.set_ylabel("ms from the start of the command")
+        axes.legend()
+
+    return Plot("restore", "Until the process runs again", draw)

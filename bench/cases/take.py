@@ -1,0 +1,87 @@
+"""How fast a take is, next to zstd -1 alone on the same data and cores, and what memory it needs.
+
+The memory is that of the whole process tree of the command, seen from outside: anonymous and shared
+memory (PSS); pages of the store's file, which the kernel can drop at any time, are another column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench import heaps, machine
+from bench.figures import Part, Row, Rows, Table, number, ratio, size, spread
+from bench.peers import zstd
+from bench.session import OURS, Bench, in_turn, taken
+
+CASE = "take"
+MIB = 1 << 20
+SAMPLE_MIB = 1024
+
+
+def run(bench: Bench) -> None:
+    full = [(kind, 1024) for kind in heaps.KINDS] + [("mixed", 8192)]
+    for kind, mib in bench.choose(full, [("redis", 64), ("random", 64)]):
+        if reason := heaps.why_not(kind):
+            bench.emit(CASE, OURS, kind=kind, why_not=reason)
+            continue
+        machine.warm(2 * mib)
+        with bench.directory() as place, heaps.running(place / "heap", kind, mib) as pid:
+            rounds = bench.choose(3 if mib <= SAMPLE_MIB else 1, 1)
+            for number_, way in in_turn(rounds, [*bench.snaps, *(["zstd"] if bench.peers else [])]):
+                bench.say(f"take: {size(mib)}, {kind}, {way}")
+                machine.warm(mib + 512)
+                row = _zstd(pid) if way == "zstd" else _take(bench, way, pid)
+                bench.emit(CASE, way, mib=mib, kind=kind, round=number_, **row)
+
+
+def _zstd(pid: int) -> Row:
+    return zstd.compress(heaps.memory_of(pid, SAMPLE_MIB * MIB))
+
+
+def _take(bench: Bench, way: str, pid: int) -> Row:
+    with bench.snap(way) as snap:
+        with machine.PeakMemory(snap.pid) as memory:
+            ran = snap.run("take", pid)
+        row = taken(ran)
+        if ran.code:
+            return row
+        files = sum(path.stat().st_blocks * 512 for path in snap.store.rglob("*") if path.is_file())
+    return {
+        **row,
+        "mb_per_second": row["saved_bytes"] / row["seconds"] / 1e6,
+        "take_mb_per_second": row["saved_bytes"] / row["take_seconds"] / 1e6,
+        "peak_bytes": memory.peak_bytes,
+        "peak_with_files_bytes": memory.peak_with_files_bytes,
+        "available_drop_mib": memory.available_before - memory.available_least,
+        "store_bytes": files,
+    }
+
+
+def report(rows: Rows) -> Sequence[Part]:
+    lines = []
+    for kind, mib in rows.distinct("kind", "mib"):
+        here = rows.where(kind=kind, mib=mib)
+        ours, theirs = here.where(way=OURS), here.where(way="zstd")
+        speed = ours.median("take_mb_per_second")
+        zstd_speed = theirs.median("mb_per_second")
+        lines.append([
+            kind, size(mib),
+            spread(ours.values("seconds")),
+            number(ours.median("mb_per_second")),
+            number(speed),
+            number(zstd_speed),
+            number(ratio(zstd_speed, speed), 100, " %"),
+            _part(ours), _part(theirs),
+            spread(ours.values("peak_bytes"), 1 / MIB),
+            number(ours.median("peak_with_files_bytes"), 1 / MIB),
+        ])  # fmt: skip
+    columns = (
+        "memory", "size", "command, s", "command, MB/s", "take, MB/s", "zstd -1 alone, MB/s",
+        "take of zstd", "stored", "zstd stored", "peak memory, MiB", "with its files",
+    )  # fmt: skip
+    notes = sorted({f"{row['kind']}: {row['why_not']}." for row in rows if "why_not" in row})
+    return [Table("Takes: median (largest)", columns, lines), *notes]
+
+
+def _part(rows: Rows) -> str:
+    return number(ratio(rows.median("saved_bytes"), rows.median("stored_bytes")), 100, " %")
