@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .. import manifest
-from ..kernel import procfs
 from ..kernel.closing import Closing
 from ..kernel.remote import dispositions
 from ..manifest import Descriptor, Mapping, OpenFile, Process, Thread, pack
@@ -162,7 +161,8 @@ class Preparation(Closing):
     def __init__(self, pid: int, place: tuple[int, int]) -> None:
         self.files = Open(pid)
         try:
-            self.questions = Questions(Facts.read(pid, procfs.threads(pid), self.files), *place)
+            # Of the others nothing is asked that depends on what they are, and they may end.
+            self.questions = Questions(Facts.read(pid, [pid], self.files), *place)
         except BaseException:
             self.files.close()
             raise

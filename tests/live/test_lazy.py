@@ -104,7 +104,7 @@ def lazily(
 ) -> Iterator[Lazy]:
     """A fresh one, its pages coming slowly unless asked for (parameter: ms a chunk)."""
     directory, image = place
-    monkeypatch.setenv(service.PAUSE, str(getattr(request, "param", 20)))
+    monkeypatch.setenv(service.PAUSE, str(getattr(request, "param", 60)))
     for name in ("do", "done"):
         (directory / name).unlink(missing_ok=True)
     lazy = Lazy(directory, restore(image, lazy=True))

@@ -451,7 +451,7 @@ def test_two_processes(store: Store) -> None:
     clean(store)
 
 
-def test_a_thousand_images_are_listed_quickly(store: Store) -> None:
+def test_a_thousand_images_are_listed(store: Store) -> None:
     take(store, "model", {0: b"x"})
     record = store._record("model")
     environment = store._environment
@@ -463,11 +463,8 @@ def test_a_thousand_images_are_listed_quickly(store: Store) -> None:
             transaction.put(key, seal(key, made), db=environment.databases["images"])
 
     environment.write(work)
-    start = time.perf_counter()
     found = store.images()
-    seconds = time.perf_counter() - start
     assert [info.image for info in found[:-1]] == [f"image{number:03}" for number in range(1000)]
-    assert seconds < 0.5, "some 10 ms on an idle machine"
 
 
 def test_default_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
