@@ -209,11 +209,12 @@ static int get_state(int tid, snap_thread_state *s, unsigned char *area, uint64_
 
 int snap_get_states(const int *tids, int count, snap_thread_state *states, unsigned char *areas, uint64_t area)
 {
-    int well = 1;
+    int well = 1, pending = 0;
     for (int i = 0; i < count; i++) {
         states[i] = (snap_thread_state){0};
         states[i].failed = get_state(tids[i], &states[i], areas + (uint64_t)i * area, area);
         well = well && !states[i].failed;
+        pending += states[i].pending > 0;
     }
-    return well;
+    return well ? pending : -1;
 }

@@ -43,7 +43,8 @@ typedef struct {
     const char *request;
 } snap_thread_state;
 
-/* Of stopped threads: states[i], and the XSAVE area at areas + i * area. Whether all went well. */
+/* Of stopped threads: states[i], and the XSAVE area at areas + i * area. -> how many have signals
+   queued for them, -1: not all went well. */
 int snap_get_states(const int *tids, int count, snap_thread_state *states, unsigned char *areas, uint64_t area);
 
 #endif
