@@ -31,7 +31,7 @@ from .kernel import arch_x86_64 as arch
 from .kernel import ptrace, refusal, room
 from .kernel._native import lib
 from .kernel.arch_x86_64 import NR, Registers
-from .kernel.ptrace import STOP_TIMEOUT, LateError, StateRoom, States, Tracee
+from .kernel.ptrace import STOP_TIMEOUT, LateError, Reaper, StateRoom, States, Tracee
 from .kernel.remote import Interview, Packed, Remote
 from .kernel.room import Room
 from .kernel.urgency import urgent
@@ -110,7 +110,7 @@ class Frozen:
         """In restart_syscall, or about to make it."""
         self.scratch: int = earlier.scratch if earlier is not None else 0
         """Where it was at its last use, and in it:"""
-        self.data = earlier.data if earlier is not None else (0, 0)
+        self.data: tuple[int, int] = earlier.data if earlier is not None else (0, 0)
         """Where answers go: address and size."""
         self._owner = threading.get_native_id()
 
@@ -198,7 +198,7 @@ class Frozen:
         with suppress(SnapError):  # killed
             self._stays.set_options(ptrace.TRACEEXIT)
 
-    def _stop(self, timeout: float) -> bytes:
+    def _stop(self, timeout: float, reaper: Reaper) -> bytes:
         """Rounds of listing, seizing and waiting -> the registers of all, in the order of threads.
 
         A listing that is made while threads end can miss others (proc_task_readdir), so the end is
@@ -227,7 +227,7 @@ class Frozen:
                 time.sleep(_ENDING_SECONDS)  # for those that are ending: we may be `urgent`
             try:
                 stopped, failed = ptrace.seize_and_stop(
-                    new, self.threads, self.pid, timeout, RESTARTED
+                    new, self.threads, reaper, timeout, RESTARTED
                 )
             except LateError as late:
                 self._begin_again(late)
@@ -348,10 +348,11 @@ def freeze(
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
     hurry = ExitStack()
     try:
+        reaper = hurry.enter_context(Reaper(pid))
         hurry.enter_context(urgent())
         began = time.monotonic_ns()
         try:
-            registers = frozen._stop(timeout)
+            registers = frozen._stop(timeout, reaper)
         except (FileNotFoundError, ProcessLookupError):
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}") from None
         if _ended(pidfd):

@@ -23,6 +23,7 @@ from ..errors import KernelError, TargetError, UnsupportedError
 from ..units import PAGE
 from . import arch_x86_64 as arch
 from ._native import ffi, lib
+from .closing import Closing
 from .refusal import fail, refused, status, stuck
 
 EXITKILL: int = lib.SNAP_PTRACE_O_EXITKILL
@@ -295,15 +296,27 @@ def adopt(tid: int, options: int = TRACESYSGOOD, timeout: float = STOP_TIMEOUT) 
     return tracee
 
 
+class Reaper(Closing):
+    """A thread that keeps an execve of a process from waiting for threads that we have stopped, as
+    we do for it (native/threads.h). Started before the pause: to make a thread takes 0.1 ms."""
+
+    def __init__(self, leader: int) -> None:
+        self.handle: Any = lib.snap_reaper_start(leader)
+
+    def close(self) -> None:
+        lib.snap_reaper_stop(self.handle)
+        self.handle = ffi.NULL
+
+
 def seize_and_stop(
     tids: Sequence[int],
     known: Sequence[Tracee] = (),
-    leader: int = 0,
+    reaper: Reaper | None = None,
     timeout: float = STOP_TIMEOUT,
     again: Collection[int] = (),
 ) -> tuple[list[Tracee], dict[int, int]]:
     """Seizes threads of one process, then waits until each is in an event stop. `known`: those of
-    it that are ours already; `leader`: its pid; `again`: system calls that are made again when the
+    it that are ours already; `reaper`: where it may have more than one; `again`: system calls that are made again when the
     stop has made them return EINTR.
 
     -> the stopped ones, and by tid the errno of those that could not be had (ESRCH: it ended;
@@ -314,7 +327,8 @@ def seize_and_stop(
     numbers = ffi.new("int[]", [*(tracee.tid for tracee in known), *tids])
     stops = ffi.new("int[]", before + count)
     running = lib.snap_stop_all(
-        *(numbers, stops, before, count, leader, TRACESYSGOOD, int(timeout * 1e6)),
+        *(numbers, stops, before, count, reaper.handle if reaper is not None else ffi.NULL),
+        *(TRACESYSGOOD, int(timeout * 1e6)),
         call_set(again),
     )
     results = list(stops)[before:]
