@@ -21,8 +21,10 @@ from .errors import KernelError, SnapError, TakeError
 from .gate import Gate
 from .kernel import procfs
 from .kernel._native import ffi, lib
+from .kernel.background import Background
 from .kernel.closing import Closing
 from .kernel.errnames import error_text
+from .kernel.urgency import urgent
 from .kernel.watchdog import Watchdog
 from .regions import Plan
 from .store import RawChunk
@@ -130,7 +132,8 @@ class Pump(Closing):
 
     `watchdog` is told that the fault thread goes on, `tracer` when everything is saved; `stall`:
     seconds that a writer of the target waits at most for the store to make room, before the take is
-    given up.
+    given up. The fault thread runs before ordinary threads, where that is allowed, and those that
+    store after them, in `background`.
     """
 
     def __init__(
@@ -141,8 +144,10 @@ class Pump(Closing):
         watchdog: Watchdog,
         tracer: Tracer,
         stall: float,
+        background: Background,
     ) -> None:
         self.pid = pid
+        self._background = background
         self.staging = staging
         self._fds: list[int] = []
         pagemap = self._open(f"/proc/{pid}/pagemap")
@@ -170,7 +175,6 @@ class Pump(Closing):
         self._runner: Worker | None = None
         self._storers: list[Worker] = []
         self.storing = Gate()
-        """Closed while the target stands still: compressors would take its processor."""
         self.t0_ticks = 0
         """T0 as the start of a process is counted (proc_pid_stat(5), starttime)."""
         self._result = 0
@@ -179,6 +183,21 @@ class Pump(Closing):
     def _open(self, path: str) -> int:
         self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         return self._fds[-1]
+
+    def rest(self, seconds: float) -> None:
+        """Storing pauses, for the target is to stand still and compressors would take processors
+        from the stop; waits up to `seconds` for that. Until `rested` no storing thread runs after
+        all others: it may hold the interpreter lock."""
+        self._background.hurry()
+        self.storing.close(seconds)
+
+    def rested(self) -> None:
+        self.storing.open()
+        self._background.calm()
+
+    def balance(self) -> None:
+        """Ten times a second: where others use all processors storing goes on all the same."""
+        self._background.balance()
 
     def store(self, sink: Callable[[Sequence[RawChunk]], None], threads: int) -> None:
         """Start the storing threads. `sink` is called from all of them at once."""
@@ -312,15 +331,19 @@ class Pump(Closing):
     def _run(self) -> None:
         """The target is let go as soon as the fault thread ends: the store may still take long."""
         try:
-            self._result = lib.snap_pump_run(self._pump)
+            with urgent():
+                self._result = lib.snap_pump_run(self._pump)
         finally:
-            self._watchdog.know(-1)
             self._protection.close()
             while not self._tracer.let_go(BEAT_SECONDS):
                 self._watchdog.beat()
             self._watchdog.rest()
 
     def _store(self, sink: Callable[[Sequence[RawChunk]], None]) -> None:
+        with self._background:
+            self._store_all(sink)
+
+    def _store_all(self, sink: Callable[[Sequence[RawChunk]], None]) -> None:
         saved = ffi.new("snap_saved[]", BATCH)
         while True:
             count = lib.snap_pump_next(self._pump, saved, BATCH, NEXT_MS)

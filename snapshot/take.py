@@ -25,6 +25,7 @@ from .freeze import RESTARTED, Frozen, freeze
 from .hooks import Hooks
 from .image import Image
 from .kernel import procfs, vdso
+from .kernel.background import Background
 from .kernel.exits import Exits
 from .kernel.ptrace import Tracee
 from .kernel.refusal import capable
@@ -165,8 +166,9 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
     shares = bool(before.plan.armed_objects)
     origin = procfs.stat(job.pid)
     identity = ProcessIdentity(procfs.boot_id(), job.pid, origin.start_ticks)
+    background = Background()
     with ExitStack() as stack:
-        writer = stack.enter_context(job.store.begin(job.name, identity))
+        writer = stack.enter_context(job.store.begin(job.name, identity, background))
         watchdog = stack.enter_context(Watchdog(job.pid, job.stall))
         exits = stack.enter_context(Exits(job.pid, job.stall, RESTARTED))
         tracer = stack.enter_context(Tracer(exits, job.pid))
@@ -181,7 +183,9 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                 faults.point("created")
                 first.close_remote()
                 faults.point("clean")
-                pump = Pump(job.pid, protection, job.staging, watchdog, tracer, job.stall)
+                pump = Pump(
+                    job.pid, protection, job.staging, watchdog, tracer, job.stall, background
+                )
                 ahead = Ahead(stack.enter_context(pump), objects, before, origin)
                 pump.start()
                 ahead.plan()  # what is registered tells of its events
@@ -213,13 +217,13 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
 def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer) -> _Instant:
     """`first` is the stop that made the userfaultfd."""
     pump = ahead.pump
-    pump.storing.close(GATE_SECONDS)
+    pump.rest(GATE_SECONDS)
     ahead.last_rounds(lambda: _report(job, pump, "protecting"))
     clock = Stopwatch()
     with Preparation(job.pid, first.data) as prepared:
         pause = tracer.run(lambda: _pause(job, ahead, first, prepared, most, tracer, clock))
     job.stops_us.append(pause.stopped_us)
-    pump.storing.open()
+    pump.rested()
     plan = ahead.examination.plan
     process = pause.gathered.process(
         0, mappings=tuple(plan.mappings), files=pause.files, descriptors=pause.descriptors
@@ -288,6 +292,7 @@ def _wait(job: _Take, ahead: Ahead) -> None:
 
 
 def _report(job: _Take, pump: Pump, phase: str) -> None:
+    pump.balance()
     if job.progress is not None:
         now = pump.counters()
         whole = max(now.wanted_bytes, now.saved_bytes)

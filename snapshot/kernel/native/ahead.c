@@ -12,7 +12,6 @@
 
 #define SLICE_CHUNKS (STEP / CHUNK + 1)
 #define MOST_TRIES 50 /* to protect a slice while events keep the kernel from it */
-#define SERVE_EVERY 4  /* chunks */
 
 /* ---- rounds ----------------------------------------------------------------------------------- */
 
@@ -181,7 +180,7 @@ static int protect_in_a_gap(snap_pump *p, const slice *s)
 static int copy_dirty(snap_pump *p, slice *s)
 {
     int r = survey(p, &s->w, s->start, s->end, s->seen); /* as it is now that it is protected */
-    for (size_t i = 0, copied = 0; !r && i < s->chunks; i++) {
+    for (size_t i = 0; !r && i < s->chunks; i++) {
         uint64_t address = s->at + i * CHUNK;
         chunk *c = s->dirty[i] ? ledger_chunk(p, s->w.space, address) : NULL;
         if (!c || s->seen[i].bare)
@@ -197,8 +196,8 @@ static int copy_dirty(snap_pump *p, slice *s)
             r = r == -EAGAIN ? 0 : r; /* unmapped meanwhile */
         }
         bool any;
-        if (!r && ++copied % SERVE_EVERY == 0)
-            r = serve(p, &any);
+        if (!r)
+            r = serve(p, &any); /* a writer waits for one chunk at most */
     }
     return r;
 }

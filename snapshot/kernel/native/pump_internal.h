@@ -1,5 +1,5 @@
-/* Shared by ledger.c, cover.c, survey.c, ahead.c, settle.c, save.c, queue.c, serve.c, peek.c, children.c
- * and pump.c: the parts of a pump. */
+/* Shared by ledger.c, cover.c, survey.c, ahead.c, settle.c, pace.c, save.c, queue.c, serve.c, peek.c,
+ * children.c and pump.c: the parts of a pump. */
 #ifndef SNAP_PUMP_INTERNAL_H
 #define SNAP_PUMP_INTERNAL_H
 
@@ -89,7 +89,15 @@ typedef struct {
 typedef VECTOR(range) ranges;
 typedef VECTOR(place) places;
 
-enum { NO_ORDER, ORDER_ROUND, ORDER_ARM, ORDER_HOLD };
+enum { NO_ORDER, ORDER_ROUND, ORDER_LAST_ROUND, ORDER_ARM, ORDER_HOLD };
+
+/* See pace.c; ns of CLOCK_MONOTONIC, or of the processors. */
+typedef struct {
+    uint64_t bytes;   /* a second, 0: any */
+    unsigned percent; /* of a processor, for all threads of this process; 0: any */
+    uint64_t rested_ns, due_ns; /* nothing is copied before */
+    uint64_t share_since_ns, share_used_ns;
+} pace;
 
 struct snap_pump {
     int pid, uffd, uffdinfo, pagemap, mem, spill;
@@ -136,6 +144,7 @@ struct snap_pump {
     bool huge_removed;          /* ahead of T0: pages of hugetlbfs were discarded (see settle.c) */
     bool letting_go;            /* nothing is saved any more: faults are released at once */
 
+    pace pace;
     uint64_t cursor;            /* of a round: the run-time address to go on at */
     snap_pump_round round;
 
@@ -230,6 +239,12 @@ int survey_first(const snap_pump *p, const snap_window *w, uint64_t start, uint6
 /* One slice of a round that copies, or only protects; 1 when the round is over. -ENOBUFS: there is no
  * room for its copies now. */
 int ahead_slice(snap_pump *p, bool copies);
+
+/* pace.c */
+/* A piece of what nobody waits for has been done since then. */
+void pace_spent(snap_pump *p, uint64_t began_ns, uint64_t bytes);
+/* For how many ns nothing of that kind is to be begun. `hurried`: whatever the user's limit. */
+uint64_t pace_left(snap_pump *p, bool hurried);
 
 /* queue.c */
 /* A staging slot, or for the urgent a slot of the spill file; NO_PLACE when there is none. */
