@@ -26,6 +26,8 @@ typedef struct {
     bool dirty[SLICE_CHUNKS];
     bool loose[SLICE_CHUNKS]; /* to be protected: the dirty, and what is listed, though it be empty */
     bool any_loose;
+    int dirties;
+    uint64_t written; /* bytes */
 } slice;
 
 /* Where the next slice of w in [at, w->end) is; *end is w->end when there is none. What is covered is
@@ -91,13 +93,24 @@ static int next_slice(snap_pump *p, slice *s, bool *found)
     }
 }
 
-/* Which chunks have no good copy. The number of them. */
+/* The copy of a chunk is not good any more: not for the pages `bare` or, of what can be written past its
+ * mapping, for all. */
+static void soil(const slice *s, chunk *c, uint16_t bare)
+{
+    bool all = s->w.object >= 0 || s->w.huge;
+    c->bare = all ? UINT16_MAX : c->state == SAVED ? bare : c->bare | bare;
+    c->state = UNSAVED;
+}
+
+/* Which chunks have no good copy. */
 static int find_dirty(snap_pump *p, slice *s)
 {
-    int r = survey(p, &s->w, s->start, s->end, s->seen), count = 0;
+    int r = survey(p, &s->w, s->start, s->end, s->seen);
     if (r)
         return r;
     s->any_loose = s->covers;
+    s->dirties = 0;
+    s->written = 0;
     for (size_t i = 0; i < s->chunks; i++) {
         const seen *now = &s->seen[i];
         chunk *c = now->want ? ledger_make(p, s->w.space, s->at + i * CHUNK)
@@ -111,14 +124,14 @@ static int find_dirty(snap_pump *p, slice *s)
         c->want = (uint16_t)((c->want & ~now->mask) | now->want);
         s->dirty[i] = c->want && (now->bare || c->state != SAVED || c->kept != c->want);
         if (s->dirty[i])
-            c->state = UNSAVED;
+            soil(s, c, now->bare);
         account(p, s->w.space, c);
-        p->round.written_bytes += (uint64_t)__builtin_popcount(now->bare) * PAGE;
+        s->written += (uint64_t)__builtin_popcount(now->bare) * PAGE;
         s->loose[i] = s->dirty[i] || c->listed;
         s->any_loose = s->any_loose || s->loose[i];
-        count += s->dirty[i];
+        s->dirties += s->dirty[i];
     }
-    return count;
+    return 0;
 }
 
 /* Before it is protected: from here on a chunk need only be looked at for what happens to it, or where
@@ -161,20 +174,51 @@ static int protect_loose(snap_pump *p, const slice *s)
     return 0;
 }
 
-/* The kernel protects nothing while an event is unread. After one was read its caller goes on, and
- * until its next such call we may: a target that makes such calls in a loop leaves only that moment. */
-static int protect_in_a_gap(snap_pump *p, const slice *s)
+static int list_loose(snap_pump *p, const slice *s)
 {
-    int r = protect_loose(p, s);
-    for (int tries = 0; r == -EAGAIN && tries < MOST_TRIES; tries++) {
-        bool any;
-        r = serve(p, &any);
-        if (!r)
-            r = protect_loose(p, s);
-        if (r == -EAGAIN && !any)
-            uffd_poll(p->uffd, 1);
-    }
+    int r = 0;
+    for (size_t i = 0; !r && i < s->chunks; i++)
+        r = s->loose[i] ? list_again(p, s, i) : 0;
     return r;
+}
+
+static bool is_window(snap_pump *p, const snap_window *w)
+{
+    const window *now = ledger_find(p, w->start);
+    return now && now->is.start == w->start && now->is.end == w->end && now->is.space == w->space;
+}
+
+/* Finds what is to be protected, and protects it: with no fault served in between, for who has written
+ * to what was found protected would be forgotten. The kernel protects nothing while an event is unread.
+ * After one was read its caller goes on, and until its next such call we may: a target that makes such
+ * calls in a loop leaves only that moment. */
+static int protect(snap_pump *p, slice *s, bool copies)
+{
+    uint64_t most = p->slots - p->slots / 4;
+    for (int tries = 0;; tries++) {
+        bool any;
+        int r = find_dirty(p, s);
+        if (r)
+            return r;
+        uint64_t places = (uint64_t)s->dirties < most ? (uint64_t)s->dirties : most;
+        if (copies && places && free_places(p) < places)
+            return -ENOBUFS;
+        if (!s->any_loose)
+            return 0;
+        strike_off(p, s);
+        r = protect_loose(p, s);
+        if (r != -EAGAIN || tries == MOST_TRIES)
+            return r;
+        r = list_loose(p, s);
+        if (!r)
+            r = serve(p, &any);
+        if (r)
+            return r;
+        if (!any)
+            uffd_poll(p->uffd, 1);
+        if (!is_window(p, &s->w))
+            return -ENOENT;
+    }
 }
 
 static int copy_dirty(snap_pump *p, slice *s)
@@ -260,7 +304,6 @@ static int keep_protected(snap_pump *p, slice *s)
         if (!c)
             continue;
         c->want = (uint16_t)((c->want & ~s->seen[i].mask) | s->seen[i].want);
-        c->bare = c->want;
         account(p, s->w.space, c);
         if (s->seen[i].bare) {
             p->round.left_chunks++;
@@ -272,17 +315,16 @@ static int keep_protected(snap_pump *p, slice *s)
 
 static int process(snap_pump *p, slice *s, bool copies)
 {
-    strike_off(p, s);
-    int r = protect_in_a_gap(p, s);
-    if (r) {
-        for (size_t i = 0; i < s->chunks; i++) {
-            p->round.left_chunks += s->dirty[i];
-            int e = s->loose[i] ? list_again(p, s, i) : 0;
-            if (e)
-                return e;
-        }
-        return r == -ESRCH ? r : 0; /* ENOENT: unmapped meanwhile; EAGAIN: for the next round */
+    int r = protect(p, s, copies);
+    if (r == -ENOENT || r == -EAGAIN) { /* unmapped meanwhile; for the next round */
+        p->round.left_chunks += (uint64_t)s->dirties;
+        return list_loose(p, s);
     }
+    if (r)
+        return r;
+    p->round.written_bytes += s->written;
+    if (!s->any_loose)
+        return 0;
     if (s->covers && (r = cover(p, s->start, s->end)))
         return r;
     if (!copies)
@@ -304,14 +346,8 @@ int ahead_slice(snap_pump *p, bool copies)
         return r;
     if (!found)
         return 1;
-    int dirty = find_dirty(p, &s);
-    if (dirty < 0)
-        return dirty;
-    uint64_t most = p->slots - p->slots / 4;
-    if (copies && dirty && free_places(p) < ((uint64_t)dirty < most ? (uint64_t)dirty : most))
-        return -ENOBUFS;
-    if (s.any_loose)
-        r = process(p, &s, copies);
-    p->cursor = s.end;
+    r = process(p, &s, copies);
+    if (r != -ENOBUFS)
+        p->cursor = s.end;
     return r;
 }

@@ -26,7 +26,7 @@ enum { UNSAVED = 0, TENTATIVE = 1, SAVED = 2 };
 typedef struct {
     uint16_t want;    /* pages that hold something: as last seen, from T0 on as they were then */
     uint16_t kept;    /* pages of the newest copy that was handed on */
-    uint16_t bare;    /* pages of which there is no good copy, at T0 */
+    uint16_t bare;    /* UNSAVED: pages of `kept` of which the copy is not good any more */
     uint16_t version; /* of that copy; under the lock */
     uint8_t state;
     bool flying;      /* a copy is with the consumers; under the lock */
@@ -35,6 +35,12 @@ typedef struct {
     uint16_t counted; /* wanted pages */
     uint16_t lacking; /* of them, those without a copy */
 } chunk;
+
+/* Of an UNSAVED chunk: the pages of which there is no good copy. */
+static inline uint16_t missing(const chunk *c)
+{
+    return (uint16_t)(c->want & (c->bare | ~c->kept));
+}
 
 /* 64 MiB of one space. Blocks are made when something is found in them: a reservation costs none. */
 typedef struct {
@@ -145,6 +151,7 @@ struct snap_pump {
     bool letting_go;            /* nothing is saved any more: faults are released at once */
 
     pace pace;
+    uint64_t singles_ns;        /* see serve.c, lets_one_page */
     uint64_t cursor;            /* of a round: the run-time address to go on at */
     snap_pump_round round;
 

@@ -239,11 +239,15 @@ int save_chunk(snap_pump *p, uint32_t space, uint64_t address, bool urgent)
     if (!t)
         return -ENOMEM;
     chunk *c = ledger_chunk(p, space, address);
-    int r = copy_to_place(p, space, address, c->want, urgent, true, t);
+    /* To put a patch together costs the store more than to do without, but nobody waits for that. */
+    uint16_t pages = urgent && space < OBJECT_SPACE ? missing(c) : c->want;
+    int r = copy_to_place(p, space, address, pages, urgent, true, t);
     if (r) {
         p->tentative.count--;
         return r;
     }
+    t->saved.pages = c->want;
+    t->saved.patch = pages != c->want ? SNAP_PATCH | pages : 0;
     c->state = TENTATIVE;
     count_unsaved(p, space, -1);
     pthread_mutex_lock(&p->lock);
@@ -259,15 +263,15 @@ int save_stopped(snap_pump *p, uint32_t space, uint64_t address)
 {
     tentative t;
     chunk *c = ledger_chunk(p, space, address);
-    bool patch = c->bare != c->want;
-    int r = copy_to_place(p, space, address, c->bare, true, false, &t);
+    uint16_t pages = missing(c);
+    int r = copy_to_place(p, space, address, pages, true, false, &t);
     if (r)
         return r;
     c->state = SAVED;
     t.saved.pages = c->want;
-    t.saved.patch = patch ? SNAP_PATCH | c->bare : 0;
+    t.saved.patch = pages != c->want ? SNAP_PATCH | pages : 0;
     pthread_mutex_lock(&p->lock);
-    p->counters.stopped_bytes += (uint64_t)__builtin_popcount(c->bare) * PAGE;
+    p->counters.stopped_bytes += (uint64_t)__builtin_popcount(pages) * PAGE;
     r = enqueue(p, &t.saved);
     pthread_mutex_unlock(&p->lock);
     return r;

@@ -11,6 +11,8 @@
 #define MESSAGES 32
 #define MOST_TURNS 8            /* of reading messages, between two looks at the rest */
 #define GAP_NS UINT64_C(200000) /* see flush_in_the_gap */
+#define SINGLE_NS UINT64_C(50000) /* see lets_one_page: 20,000 a second */
+#define SINGLES 2000              /* … of which so many may come at once */
 
 static int release_later(snap_pump *p, uint64_t start, uint64_t end)
 {
@@ -157,6 +159,29 @@ static int list_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
     return 0;
 }
 
+/* Ahead of T0: whether only the page of a fault is let through, so that no more of its chunk counts as
+ * written. Beyond what an answering machine writes to, whoever writes more is let through a chunk at a
+ * time, or would do nothing but wait. */
+static bool lets_one_page(snap_pump *p)
+{
+    uint64_t now = now_ns();
+    if (p->singles_ns + SINGLES * SINGLE_NS < now)
+        p->singles_ns = now - SINGLES * SINGLE_NS;
+    if (p->singles_ns + SINGLE_NS > now)
+        return false;
+    p->singles_ns += SINGLE_NS;
+    return true;
+}
+
+static int serve_fault_ahead(snap_pump *p, const snap_window *w, uint64_t at)
+{
+    uint64_t unit = w->huge ? w->huge : CHUNK, from = at & ~(unit - 1);
+    int r = list_space(p, w->space, from, from + unit);
+    if (!r && !w->huge && lets_one_page(p))
+        return release_space(p, w->space, at, at + PAGE);
+    return r ? r : release_space(p, w->space, from, from + unit);
+}
+
 /* One fault: save its chunk, then let the write through. -EAGAIN: an event must be read first.
  * Ahead of T0 nothing is saved for it: the next round will find it written. */
 static int serve_fault(snap_pump *p, uint64_t address)
@@ -167,9 +192,11 @@ static int serve_fault(snap_pump *p, uint64_t address)
     if (!w) /* after T0: moved here by a mremap whose event is still to be read */
         return p->after_t0 ? -EAGAIN : release(p, address, address + PAGE);
     uint32_t space = w->is.space;
-    uint64_t unit = w->is.huge ? w->is.huge : CHUNK;
-    uint64_t from = (address - w->is.start + w->is.at) & ~(unit - 1);
-    int r = p->after_t0 ? save_space(p, space, from, from + unit) : list_space(p, space, from, from + unit);
+    uint64_t unit = w->is.huge ? w->is.huge : CHUNK, at = address - w->is.start + w->is.at;
+    if (!p->after_t0)
+        return serve_fault_ahead(p, &w->is, at);
+    uint64_t from = at & ~(unit - 1);
+    int r = save_space(p, space, from, from + unit);
     return r ? r : release_space(p, space, from, from + unit);
 }
 
