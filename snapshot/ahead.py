@@ -31,7 +31,7 @@ FEWEST = 64 * KIB
 ROUNDS = 12
 LAST_ROUNDS = 5
 SHRINKS = 0.7
-"""A round that copies more than this part of the one before gains nothing on the writers."""
+"""A round that would copy more than this part of the one before gains nothing on the writers."""
 
 
 class Ahead:
@@ -46,14 +46,13 @@ class Ahead:
         self.direct_io = False
         """It had a file open O_DIRECT: a device may have written past the page tables, and nothing
         that was copied counts."""
-        self._dirty = EVERYTHING  # what the last round had to copy
+        self._dirty = EVERYTHING  # what the next round has to copy
         self._objects: dict[int, int] = {}
         self._origin = origin
         self._stack = stack
 
     def copy(self, report: Callable[[], None]) -> None:
         """All rounds. `report` is called ten times a second."""
-        before = None
         while self.rounds < ROUNDS:
             faults.point("round-begun")
             done = self._round(report)
@@ -62,20 +61,27 @@ class Ahead:
             self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
             if self.direct_io:
                 return
-            few = done.written + done.left <= FEW
-            if few or (before is not None and self._dirty > before * SHRINKS):
+            if done.next <= FEW or done.next > done.copied * SHRINKS:
                 return
-            before = self._dirty
+
+    def protect(self, report: Callable[[], None]) -> None:
+        """Where much is left, or nothing may be copied ahead, it is only protected: writers are held
+        up by their own faults."""
+        if not self._copies:
+            self.pump.arm(report)
+
+    @property
+    def _copies(self) -> bool:
+        return self._dirty <= SHORT and not self.direct_io
 
     def last_rounds(self, report: Callable[[], None]) -> None:
         """While the storing threads rest: what was written meanwhile, again and again, as long as
-        that is getting less. Each is a short one, as nothing competes with it. Where much is left,
-        or nothing may be copied ahead, it is only protected: nobody makes room in staging now, and
-        writers are held up by their own faults."""
-        copies = self._dirty <= SHORT and not self.direct_io
+        that is getting less. Each is a short one, as nothing competes with it; nobody makes room in
+        staging now."""
+        copies = self._copies
         before = None
         for _ in range(LAST_ROUNDS):
-            done = self._round(report) if copies else self.pump.arm(report)
+            done = self._last_round(report) if copies else self.pump.arm(report)
             loose = done.written + done.left
             if loose <= FEWEST or (before is not None and loose > before * SHRINKS):
                 return
@@ -84,8 +90,12 @@ class Ahead:
     def _round(self, report: Callable[[], None]) -> Round:
         self.rounds += 1
         done = self.pump.round(report)
-        self._dirty = done.copied + done.left
+        self._dirty = done.next
         return done
+
+    def _last_round(self, report: Callable[[], None]) -> Round:
+        self.rounds += 1
+        return self.pump.last_round(report)
 
     def plan(
         self,

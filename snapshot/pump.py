@@ -81,11 +81,13 @@ class Counters(NamedTuple):
 
 class Round(NamedTuple):
     """What a round ahead of T0 did, in bytes. `written`: pages that had been written since they
-    were protected; `left`: chunks that changed while they were copied."""
+    were protected; `left`: chunks that changed while they were copied; `next`: chunks of which is
+    known that they were written meanwhile."""
 
     copied: int
     written: int
     left: int
+    next: int
 
 
 class LostError(TakeError):
@@ -214,13 +216,18 @@ class Pump(Closing):
         """Protect and copy what has no good copy. `report` is called ten times a second."""
         return self._round(lib.snap_pump_order_round, report)
 
+    def last_round(self, report: Callable[[], None]) -> Round:
+        """The same, whatever the pace: T0 waits for it."""
+        return self._round(lib.snap_pump_order_last_round, report)
+
     def arm(self, report: Callable[[], None]) -> Round:
         """Protect what is not. What is not copied yet, or not any more, is saved after T0."""
         return self._round(lib.snap_pump_order_arm, report)
 
     def _round(self, order: Callable[[Any], int], report: Callable[[], None]) -> Round:
         done = self._carried_out(order, report)
-        return Round(done.copied_bytes, done.written_bytes, done.left_chunks * CHUNK)
+        left, following = done.left_chunks * CHUNK, done.next_chunks * CHUNK
+        return Round(done.copied_bytes, done.written_bytes, left, following)
 
     def _carried_out(self, order: Callable[[Any], int], report: Callable[[], None]) -> Any:
         """Gives an order and waits until it is done -> snap_pump_round."""

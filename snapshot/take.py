@@ -217,6 +217,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
 def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer) -> _Instant:
     """`first` is the stop that made the userfaultfd."""
     pump = ahead.pump
+    ahead.protect(lambda: _report(job, pump, "protecting"))
     pump.rest(GATE_SECONDS)
     ahead.last_rounds(lambda: _report(job, pump, "protecting"))
     clock = Stopwatch()

@@ -156,22 +156,19 @@ static int protect_loose(snap_pump *p, const slice *s)
 {
     if (s->covers)
         return uffd_writeprotect(p->uffd, s->start, s->end - s->start, UFFDIO_WRITEPROTECT_MODE_WP);
-    uint64_t shift = s->w.start - s->w.at;
-    for (size_t i = 0; i < s->chunks;) {
-        size_t j = i;
-        while (j < s->chunks && s->loose[j])
-            j++;
-        uint64_t from = s->at + i * CHUNK + shift, to = s->at + j * CHUNK + shift;
-        from = from > s->start ? from : s->start;
-        to = to < s->end ? to : s->end;
-        if (j > i)
-            whole_pages(&s->w, &from, &to);
-        int r = j > i ? uffd_writeprotect(p->uffd, from, to - from, UFFDIO_WRITEPROTECT_MODE_WP) : 0;
-        if (r)
-            return r;
-        i = j + 1;
-    }
-    return 0;
+    /* In one call, with what lies between them: each flushes the TLBs of all processors. */
+    size_t first = 0, last = s->chunks;
+    while (first < last && !s->loose[first])
+        first++;
+    while (first < last && !s->loose[last - 1])
+        last--;
+    if (first == last)
+        return 0;
+    uint64_t base = s->at + s->w.start - s->w.at, from = base + first * CHUNK, to = base + last * CHUNK;
+    from = from > s->start ? from : s->start;
+    to = to < s->end ? to : s->end;
+    whole_pages(&s->w, &from, &to);
+    return uffd_writeprotect(p->uffd, from, to - from, UFFDIO_WRITEPROTECT_MODE_WP);
 }
 
 static int list_loose(snap_pump *p, const slice *s)

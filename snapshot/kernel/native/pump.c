@@ -476,6 +476,7 @@ static int go_round(snap_pump *p, int order)
     if (r != 1)
         return r == -ENOBUFS ? 0 : r;
     r = end_work(p);
+    p->round.next_chunks = p->listed.count;
     if (!r)
         order_done(p);
     return r;
