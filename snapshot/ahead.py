@@ -61,12 +61,12 @@ class Ahead:
             self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
             if self.direct_io:
                 return
-            if done.next <= FEW or done.next > done.copied * SHRINKS:
+            if self._dirty <= FEW or self._dirty > done.copied * SHRINKS:
                 return
 
     def protect(self, report: Callable[[], None]) -> None:
-        """Where much is left, or nothing may be copied ahead, it is only protected: writers are held
-        up by their own faults."""
+        """Where much is left, or nothing may be copied ahead, it is only protected: writers are
+        held up by their own faults."""
         if not self._copies:
             self.pump.arm(report)
 
@@ -77,20 +77,29 @@ class Ahead:
     def last_rounds(self, report: Callable[[], None]) -> None:
         """While the storing threads rest: what was written meanwhile, again and again, as long as
         that is getting less. Each is a short one, as nothing competes with it; nobody makes room in
-        staging now."""
-        copies = self._copies
-        before = None
+        staging now. What is then still too much to be copied in the pause is only protected."""
+        if self._copies and self._shrinks(self._last_round, report) <= REMAINDER:
+            return
+        self._shrinks(self.pump.arm, report)
+
+    def _shrinks(
+        self, one: Callable[[Callable[[], None]], Round], report: Callable[[], None]
+    ) -> int:
+        """Rounds as long as there is less and less to do -> bytes that were written meanwhile."""
+        before = EVERYTHING
         for _ in range(LAST_ROUNDS):
-            done = self._last_round(report) if copies else self.pump.arm(report)
-            loose = done.written + done.left
-            if loose <= FEWEST or (before is not None and loose > before * SHRINKS):
-                return
-            before = loose
+            left = one(report).next
+            if left <= FEWEST or left > before * SHRINKS:
+                break
+            before = left
+        return left
 
     def _round(self, report: Callable[[], None]) -> Round:
         self.rounds += 1
         done = self.pump.round(report)
-        self._dirty = done.next
+        # What finds no room in staging has to wait for the store, which takes chunks.
+        fits = done.next <= self.pump.staging.size
+        self._dirty = done.next if fits else done.next_chunks
         return done
 
     def _last_round(self, report: Callable[[], None]) -> Round:

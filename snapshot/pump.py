@@ -81,13 +81,15 @@ class Counters(NamedTuple):
 
 class Round(NamedTuple):
     """What a round ahead of T0 did, in bytes. `written`: pages that had been written since they
-    were protected; `left`: chunks that changed while they were copied; `next`: chunks of which is
-    known that they were written meanwhile."""
+    were protected; `left`: chunks that changed while they were copied; `next`: pages of which is
+    known that they were written meanwhile, and `next_chunks` the chunks that they are in, each of
+    which costs the store as much as it did the first time."""
 
     copied: int
     written: int
     left: int
     next: int
+    next_chunks: int
 
 
 class LostError(TakeError):
@@ -122,6 +124,11 @@ class Staging:
         self.memory.madvise(MADV_POPULATE_WRITE, 0, min(len(self.memory), TOUCHED))
         self.view = memoryview(self.memory)
         self.spill = os.open(spill, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.slots * CHUNK
 
     def close(self) -> None:
         os.close(self.spill)
@@ -226,8 +233,13 @@ class Pump(Closing):
 
     def _round(self, order: Callable[[Any], int], report: Callable[[], None]) -> Round:
         done = self._carried_out(order, report)
-        left, following = done.left_chunks * CHUNK, done.next_chunks * CHUNK
-        return Round(done.copied_bytes, done.written_bytes, left, following)
+        return Round(
+            done.copied_bytes,
+            done.written_bytes,
+            done.left_chunks * CHUNK,
+            done.next_bytes,
+            done.next_chunks * CHUNK,
+        )
 
     def _carried_out(self, order: Callable[[Any], int], report: Callable[[], None]) -> Any:
         """Gives an order and waits until it is done -> snap_pump_round."""

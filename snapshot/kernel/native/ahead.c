@@ -23,9 +23,11 @@ typedef struct {
     bool covers;         /* all of it is protected, so that it is covered (cover.c) */
     seen seen[SLICE_CHUNKS];
     int64_t place[SLICE_CHUNKS]; /* of the copy made, or NO_PLACE */
+    uint16_t copied[SLICE_CHUNKS]; /* its pages: a patch, if they are not all that the chunk wants */
     bool dirty[SLICE_CHUNKS];
     bool loose[SLICE_CHUNKS]; /* to be protected: the dirty, and what is listed, though it be empty */
     bool any_loose;
+    uint64_t places;  /* that the copies need, about */
     int dirties;
     uint64_t written; /* bytes */
 } slice;
@@ -102,6 +104,11 @@ static void soil(const slice *s, chunk *c, uint16_t bare)
     c->state = UNSAVED;
 }
 
+static bool is_part(const slice *s, const chunk *c)
+{
+    return s->w.object < 0 && !s->w.huge && is_patched(c);
+}
+
 /* Which chunks have no good copy. */
 static int find_dirty(snap_pump *p, slice *s)
 {
@@ -111,6 +118,8 @@ static int find_dirty(snap_pump *p, slice *s)
     s->any_loose = s->covers;
     s->dirties = 0;
     s->written = 0;
+    uint64_t patches = 0;
+    s->places = 0;
     for (size_t i = 0; i < s->chunks; i++) {
         const seen *now = &s->seen[i];
         chunk *c = now->want ? ledger_make(p, s->w.space, s->at + i * CHUNK)
@@ -130,7 +139,12 @@ static int find_dirty(snap_pump *p, slice *s)
         s->loose[i] = s->dirty[i] || c->listed;
         s->any_loose = s->any_loose || s->loose[i];
         s->dirties += s->dirty[i];
+        if (s->dirty[i] && is_part(s, c))
+            patches += (uint64_t)__builtin_popcount(missing(c));
+        else
+            s->places += s->dirty[i];
     }
+    s->places += (patches + CHUNK_PAGES / 2 - 1) / (CHUNK_PAGES / 2); /* a shared slot gets half full */
     return 0;
 }
 
@@ -197,7 +211,7 @@ static int protect(snap_pump *p, slice *s, bool copies)
         int r = find_dirty(p, s);
         if (r)
             return r;
-        uint64_t places = (uint64_t)s->dirties < most ? (uint64_t)s->dirties : most;
+        uint64_t places = s->places < most ? s->places : most;
         if (copies && places && free_places(p) < places)
             return -ENOBUFS;
         if (!s->any_loose)
@@ -228,9 +242,14 @@ static int copy_dirty(snap_pump *p, slice *s)
             continue;
         c->want = (uint16_t)((c->want & ~s->seen[i].mask) | s->seen[i].want);
         account(p, s->w.space, c);
-        if (!c->want || (s->place[i] = take_place(p, false, false)) == NO_PLACE)
+        if (!c->want)
             continue;
-        r = save_to_place(p, s->w.space, address, s->place[i]);
+        s->copied[i] = is_part(s, c) ? missing(c) : c->want;
+        s->place[i] = s->copied[i] == c->want ? take_place(p, false, false)
+                                              : take_pages(p, s->copied[i], false, false);
+        if (s->place[i] == NO_PLACE)
+            continue;
+        r = save_to_place(p, s->w.space, address, s->copied[i], s->place[i]);
         if (r) {
             give_place(p, s->place[i]);
             s->place[i] = NO_PLACE;
@@ -251,7 +270,8 @@ static bool is_disturbed(const snap_pump *p, uint64_t start, uint64_t end)
     return false;
 }
 
-/* A copy is kept when its pages were protected before it and still are after it. */
+/* A copy is kept when its pages were protected before it and still are after it; those that are not are
+ * missing again. */
 static int keep_copies(snap_pump *p, slice *s)
 {
     seen after[SLICE_CHUNKS];
@@ -262,8 +282,8 @@ static int keep_copies(snap_pump *p, slice *s)
         if (!s->dirty[i])
             continue;
         chunk *c = ledger_chunk(p, s->w.space, address);
-        bool good = s->place[i] != NO_PLACE && !r && !after[i].bare &&
-                    after[i].want == s->seen[i].want &&
+        bool good = s->place[i] != NO_PLACE && !r && after[i].want == s->seen[i].want &&
+                    (s->copied[i] & ~after[i].bare) &&
                     !is_disturbed(p, address + shift, address + shift + CHUNK);
         if (!good) {
             give_place(p, s->place[i]);
@@ -274,8 +294,9 @@ static int keep_copies(snap_pump *p, slice *s)
             continue;
         }
         const snap_saved saved = {.address = address, .place = s->place[i], .space = s->w.space,
-                                  .pages = c->want};
-        uint64_t bytes = (uint64_t)__builtin_popcount(c->want) * PAGE;
+                                  .pages = c->want,
+                                  .patch = s->copied[i] != c->want ? SNAP_PATCH | s->copied[i] : 0};
+        uint64_t bytes = (uint64_t)__builtin_popcount(s->copied[i]) * PAGE;
         pthread_mutex_lock(&p->lock);
         int e = enqueue(p, &saved);
         p->counters.sweep_chunks++;
@@ -284,7 +305,12 @@ static int keep_copies(snap_pump *p, slice *s)
         if (e)
             return e;
         c->state = SAVED;
-        c->bare = 0;
+        if (after[i].bare) {
+            soil(s, c, after[i].bare);
+            p->round.left_chunks++;
+            if ((e = list_again(p, s, i)))
+                return e;
+        }
         account(p, s->w.space, c);
         p->round.copied_chunks++;
         p->round.copied_bytes += bytes;

@@ -27,12 +27,14 @@ int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spi
     p->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     p->bounce = aligned_alloc(PAGE, CHUNK);
     p->free_slots = calloc(slots ? slots : 1, sizeof *p->free_slots);
-    if (p->wake < 0 || !p->bounce || !p->free_slots) {
+    p->users = calloc(slots ? slots : 1, sizeof *p->users);
+    if (p->wake < 0 || !p->bounce || !p->free_slots || !p->users) {
         int r = p->wake < 0 ? -errno : -ENOMEM;
         if (p->wake >= 0)
             close(p->wake);
         free(p->bounce);
         free(p->free_slots);
+        free(p->users);
         free(p);
         return r;
     }
@@ -104,6 +106,7 @@ void snap_pump_free(snap_pump *p)
     free(p->queue.at);
     free(p->waiting.at);
     free(p->free_slots);
+    free(p->users);
     free(p->free_spill.at);
     free(p->bounce);
     close(p->wake);
@@ -194,9 +197,13 @@ static int release_saved(snap_pump *p, const block *b, uint32_t first, uint32_t 
  * ever to be so. */
 static bool room_for(snap_pump *p, const block *b, uint32_t first, uint32_t last)
 {
-    uint64_t needed = 0;
+    uint64_t needed = 0, patches = 0;
     for (uint32_t i = first; i < last; i++)
-        needed += is_unsaved(&b->chunks[i]);
+        if (is_unsaved(&b->chunks[i]) && is_patched(&b->chunks[i]))
+            patches++;
+        else
+            needed += is_unsaved(&b->chunks[i]);
+    needed += (patches + 1) / 2; /* mostly they share */
     return free_places(p) >= needed || needed > p->slots - p->slots / 4;
 }
 
@@ -443,6 +450,7 @@ void snap_pump_go(snap_pump *p)
 {
     pthread_mutex_lock(&p->lock);
     p->after_t0 = true;
+    p->hurried = p->counters.remainder_bytes <= p->slots * CHUNK / 16; /* the reserve takes that, too */
     pthread_cond_broadcast(&p->told);
     pthread_cond_broadcast(&p->ready);
     pthread_mutex_unlock(&p->lock);
@@ -462,7 +470,9 @@ static int go_round(snap_pump *p, int order)
     if (!p->round_runs) {
         p->round = (snap_pump_round){0};
         p->cursor = 0;
+        p->next_pages = 0;
         p->armed_ahead = true;
+        p->hurried = order == ORDER_LAST_ROUND;
         begin_work(p);
     }
     if (rest(p, order != ORDER_ROUND))
@@ -476,7 +486,9 @@ static int go_round(snap_pump *p, int order)
     if (r != 1)
         return r == -ENOBUFS ? 0 : r;
     r = end_work(p);
+    p->hurried = false;
     p->round.next_chunks = p->listed.count;
+    p->round.next_bytes = p->next_pages * PAGE;
     if (!r)
         order_done(p);
     return r;

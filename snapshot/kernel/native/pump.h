@@ -90,6 +90,7 @@ typedef struct {
     uint64_t written_bytes; /* pages that were not protected: written since the round before */
     uint64_t left_chunks; /* that changed while they were copied, or could not be protected */
     uint64_t next_chunks; /* of which is known that they were written since: work for another round */
+    uint64_t next_bytes;  /* of them, those that were let through, and are not protected any more */
 } snap_pump_round;
 
 /* pid: the target; uffd: of the target, handshake done, O_NONBLOCK, telling of forks (EVENT_FORK) if

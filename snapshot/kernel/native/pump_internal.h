@@ -62,6 +62,14 @@ typedef struct {
     bool only;          /* it cannot be copied again: its memory has been discarded or unmapped */
 } tentative;
 
+/* A staging slot that patches of several chunks share: each has its pages where they are in the chunk, so
+ * those whose pages differ fit into one. */
+typedef struct {
+    uint32_t slot;
+    uint16_t used; /* pages; 0: none is open here */
+} shared_slot;
+#define OPEN_SLOTS 8
+
 /* An entry of the queue: void when its chunk has a newer version. */
 typedef struct {
     snap_saved saved;
@@ -148,6 +156,8 @@ struct snap_pump {
     bool closes;                /* the thread `closer` runs */
     pthread_t closer;
     bool huge_removed;          /* ahead of T0: pages of hugetlbfs were discarded (see settle.c) */
+    bool hurried;               /* the last rounds: T0 waits, and there is nobody to make room */
+    uint64_t next_pages;        /* see snap_pump_round */
     bool letting_go;            /* nothing is saved any more: faults are released at once */
 
     pace pace;
@@ -170,6 +180,8 @@ struct snap_pump {
     VECTOR(queued) waiting; /* for an older copy of their chunk to be done; older than all of queue */
     uint32_t *free_slots;
     uint64_t free_count;
+    uint16_t *users; /* of each slot */
+    shared_slot open[OPEN_SLOTS];
     VECTOR(uint32_t) free_spill;
     uint64_t spill_end;
     bool ended;
@@ -256,6 +268,8 @@ uint64_t pace_left(snap_pump *p, bool hurried);
 /* queue.c */
 /* A staging slot, or for the urgent a slot of the spill file; NO_PLACE when there is none. */
 int64_t take_place(snap_pump *p, bool urgent, bool no_spill);
+/* The same for some pages of a chunk: perhaps a slot in which others are used. */
+int64_t take_pages(snap_pump *p, uint16_t pages, bool urgent, bool no_spill);
 void give_place(snap_pump *p, int64_t place);
 /* For pthread_cond_timedwait. */
 void deadline(struct timespec *until, int timeout_ms);
@@ -265,8 +279,11 @@ uint64_t free_places(snap_pump *p);
 int enqueue(snap_pump *p, const snap_saved *saved);
 
 /* save.c */
-/* Copies the wanted pages of the chunk at a space address into `place`, zeros for the others. */
-int save_to_place(snap_pump *p, uint32_t space, uint64_t address, int64_t place);
+/* Whether of this chunk, which is missing some pages, only those are to be copied: a patch. */
+bool is_patched(const chunk *c);
+/* Copies the pages of the chunk at a space address into `place`; if they are all that it wants, zeros for
+ * the others. */
+int save_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, int64_t place);
 /* Copies an unsaved chunk with wanted pages and keeps it tentative. urgent: may use the reserve of
  * staging, then the spill file, then waits; else -ENOBUFS when staging runs low. -EAGAIN: it is
  * not as it was at T0 just now, an event will tell; -ESRCH: the address space is gone. */

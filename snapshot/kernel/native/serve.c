@@ -11,8 +11,8 @@
 #define MESSAGES 32
 #define MOST_TURNS 8            /* of reading messages, between two looks at the rest */
 #define GAP_NS UINT64_C(200000) /* see flush_in_the_gap */
-#define SINGLE_NS UINT64_C(50000) /* see lets_one_page: 20,000 a second */
-#define SINGLES 2000              /* … of which so many may come at once */
+#define SINGLE_NS UINT64_C(100000) /* see lets_one_page: 10,000 a second */
+#define SINGLES 500                /* … of which so many may come at once */
 
 static int release_later(snap_pump *p, uint64_t start, uint64_t end)
 {
@@ -177,9 +177,29 @@ static int serve_fault_ahead(snap_pump *p, const snap_window *w, uint64_t at)
 {
     uint64_t unit = w->huge ? w->huge : CHUNK, from = at & ~(unit - 1);
     int r = list_space(p, w->space, from, from + unit);
-    if (!r && !w->huge && lets_one_page(p))
-        return release_space(p, w->space, at, at + PAGE);
+    if (!r && !w->huge && lets_one_page(p)) {
+        from = at;
+        unit = PAGE;
+    }
+    p->next_pages += unit / PAGE;
     return r ? r : release_space(p, w->space, from, from + unit);
+}
+
+/* Nothing of the chunk is to be saved any more, once what is tentative is published: by a release. */
+static bool is_done(const snap_pump *p, uint32_t space, uint64_t at)
+{
+    const chunk *c = ledger_chunk(p, space, at);
+    return c && (!c->want || c->state != UNSAVED);
+}
+
+/* After T0: grows [*from, *to) by what is saved around it, within the 2 MiB of a huge page. */
+static void widen(const snap_pump *p, uint32_t space, uint64_t *from, uint64_t *to)
+{
+    uint64_t low = *from & ~(STEP - 1), high = low + STEP;
+    while (*from > low && is_done(p, space, *from - CHUNK))
+        *from -= CHUNK;
+    while (*to < high && is_done(p, space, *to))
+        *to += CHUNK;
 }
 
 /* One fault: save its chunk, then let the write through. -EAGAIN: an event must be read first.
@@ -195,9 +215,11 @@ static int serve_fault(snap_pump *p, uint64_t address)
     uint64_t unit = w->is.huge ? w->is.huge : CHUNK, at = address - w->is.start + w->is.at;
     if (!p->after_t0)
         return serve_fault_ahead(p, &w->is, at);
-    uint64_t from = at & ~(unit - 1);
-    int r = save_space(p, space, from, from + unit);
-    return r ? r : release_space(p, space, from, from + unit);
+    uint64_t from = at & ~(unit - 1), to = from + unit;
+    int r = save_space(p, space, from, to);
+    if (!r && unit == CHUNK && space < OBJECT_SPACE)
+        widen(p, space, &from, &to);
+    return r ? r : release_space(p, space, from, to);
 }
 
 static int serve_faults(snap_pump *p)
