@@ -26,6 +26,7 @@ from .kernel.closing import Closing
 from .kernel.errnames import error_text
 from .kernel.urgency import urgent
 from .kernel.watchdog import Watchdog
+from .pace import Pace
 from .regions import Plan
 from .store import RawChunk
 from .tracer import Tracer
@@ -212,6 +213,10 @@ class Pump(Closing):
         """Start the storing threads. `sink` is called from all of them at once."""
         for number in range(threads):
             self._storers.append(Worker(f"snap-store-{number}", partial(self._store, sink)))
+
+    def pace(self, pace: Pace) -> None:
+        """Before `start`: the limit of rounds and of the sweep; a fault is served at once."""
+        lib.snap_pump_pace(self._pump, pace.bytes_per_second, pace.percent)
 
     def start(self) -> None:
         """Start the fault thread: before anything is registered."""

@@ -32,6 +32,7 @@ from .kernel.refusal import capable
 from .kernel.room import find_room
 from .kernel.watchdog import Watchdog
 from .manifest import Descriptor, Host, Manifest, OpenFile, Process, TakeStats
+from .pace import ANY, Pace
 from .pump import MEMORY, LostError, Pump, Staging
 from .records import ProcessIdentity
 from .regions import Plan
@@ -62,6 +63,7 @@ class _Take:
     progress: ProgressCallback | None
     now: bool
     stall: float
+    pace: Pace
     clock: Stopwatch = field(default_factory=Stopwatch)
     reasons: list[str] = field(default_factory=list)
     stops_us: list[int] = field(default_factory=list)
@@ -102,6 +104,7 @@ def take(
     now: bool = False,
     guard: Guard = "auto",
     stall: float = STALL,
+    pace: Pace = ANY,
     attempts: int = ATTEMPTS,
 ) -> Image:
     """Take an image of the running process `pid` and return it, committed.
@@ -112,7 +115,8 @@ def take(
     so that nothing can be lost; "auto" does so when another T0 has to be tried, at most `attempts`
     times in all; "never" raises TakeError instead. `stall`: seconds that the target waits at most
     for a store that makes no progress, or at its end for what is unsaved (TakeError), or for this
-    process, which is ended when it stands still for so long.
+    process, which is ended when it stands still for so long. `pace` limits what is copied that
+    nobody waits for; memory stays protected, and can be lost, for longer then.
     Raises TargetError, DeniedError, UnsupportedError (before anything is touched), StoreError,
     HookError (a hook failed before T0), TakeError. The target runs on in every case.
     """
@@ -126,7 +130,7 @@ def take(
         check_name(name)
         staging = Staging(memory, store.path)
         stack.callback(staging.close)
-        job = _Take(pid, name, store, staging, hooks, progress, now, stall)
+        job = _Take(pid, name, store, staging, hooks, progress, now, stall, pace)
         with _reported(job):
             hooks.run("before-freeze", pid=pid, image=name)
             if guard == "never":
@@ -186,6 +190,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                 pump = Pump(
                     job.pid, protection, job.staging, watchdog, tracer, job.stall, background
                 )
+                pump.pace(job.pace)
                 ahead = Ahead(stack.enter_context(pump), objects, before, origin)
                 pump.start()
                 ahead.plan()  # what is registered tells of its events
