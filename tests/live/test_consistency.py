@@ -68,7 +68,7 @@ def test_a_write_waits_for_no_pace(spawn: Spawn, store: Path) -> None:
     with image:
         assert not list(oracle.compare(memory, image, writer.pid))
         stats = image.manifest.stats
-        assert stats.fault_chunks > 16 * stats.sweep_chunks  # a minute's work at that pace
+        assert stats.fault_chunks > stats.sweep_chunks  # alone it would take a minute
     writer.verify()
 
 
