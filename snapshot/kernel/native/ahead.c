@@ -83,7 +83,8 @@ static int next_slice(snap_pump *p, slice *s, bool *found)
             continue;
         }
         uint64_t until;
-        s->covers = coverable(p, &s->w) && !is_covered(p, &s->w, s->start, &until);
+        s->covers = coverable(p, &s->w) && !is_covered(p, &s->w, s->start, &until) &&
+                    !ranges_meet(&p->fickle, s->start & ~(STEP - 1), s->end);
         if (s->covers) { /* with what is empty before it */
             uint64_t step = s->start & ~(STEP - 1);
             s->start = step > s->w.start ? step : s->w.start;
@@ -170,19 +171,24 @@ static int protect_loose(snap_pump *p, const slice *s)
 {
     if (s->covers)
         return uffd_writeprotect(p->uffd, s->start, s->end - s->start, UFFDIO_WRITEPROTECT_MODE_WP);
-    /* In one call, with what lies between them: each flushes the TLBs of all processors. */
-    size_t first = 0, last = s->chunks;
-    while (first < last && !s->loose[first])
-        first++;
-    while (first < last && !s->loose[last - 1])
-        last--;
-    if (first == last)
-        return 0;
-    uint64_t base = s->at + s->w.start - s->w.at, from = base + first * CHUNK, to = base + last * CHUNK;
-    from = from > s->start ? from : s->start;
-    to = to < s->end ? to : s->end;
-    whole_pages(&s->w, &from, &to);
-    return uffd_writeprotect(p->uffd, from, to - from, UFFDIO_WRITEPROTECT_MODE_WP);
+    /* And nothing between them: what is not looked at again must not be protected, for where pages lose
+     * their protection without an event it may have been written since. */
+    uint64_t shift = s->w.start - s->w.at;
+    for (size_t i = 0; i < s->chunks;) {
+        size_t j = i;
+        while (j < s->chunks && s->loose[j])
+            j++;
+        uint64_t from = s->at + i * CHUNK + shift, to = s->at + j * CHUNK + shift;
+        from = from > s->start ? from : s->start;
+        to = to < s->end ? to : s->end;
+        if (j > i)
+            whole_pages(&s->w, &from, &to);
+        int r = j > i ? uffd_writeprotect(p->uffd, from, to - from, UFFDIO_WRITEPROTECT_MODE_WP) : 0;
+        if (r)
+            return r;
+        i = j + 1;
+    }
+    return 0;
 }
 
 static int list_loose(snap_pump *p, const slice *s)

@@ -342,7 +342,7 @@ static int after_t0(snap_pump *p)
             return -ECANCELED;
         int r = serve(p, &any);
         uint64_t events = p->counters.events;
-        if (!r && !is_urgent(p) && rest(p, false))
+        if (!r && p->unsaved_chunks && !is_urgent(p) && rest(p, false))
             continue;
         uint64_t began = now_ns(), saved = p->counters.sweep_chunks;
         if (!r)

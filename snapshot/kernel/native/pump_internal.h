@@ -302,6 +302,8 @@ void save_last(snap_pump *p, uint64_t start, uint64_t end);
 /* Shared objects can be written unseen from now on: the same of all tentative copies of them. */
 void save_last_objects(snap_pump *p);
 uint64_t now_ns(void);
+/* Lets a thread run that may be on this processor; sched_yield would not, for who runs before it. */
+void breathe(void);
 /* One more chunk of the space is unsaved, or (-1) one less. */
 void count_unsaved(snap_pump *p, uint32_t space, int more);
 /* Tells the watchdog that this thread goes on. */

@@ -24,12 +24,18 @@
 /* Pages of a patch. The store has to put it together with the copy before, which costs more than a whole
  * one, but it takes less of staging, and of the time of who waits. */
 #define MOST_PATCHED 8
+#define BREATH_NS 20000
 
 uint64_t now_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+void breathe(void)
+{
+    nanosleep(&(struct timespec){.tv_nsec = BREATH_NS}, NULL);
 }
 
 void count_unsaved(snap_pump *p, uint32_t space, int more)

@@ -11,6 +11,7 @@
 #define MESSAGES 32
 #define MOST_TURNS 8            /* of reading messages, between two looks at the rest */
 #define GAP_NS UINT64_C(200000) /* see flush_in_the_gap */
+#define SPIN_NS UINT64_C(20000)
 #define SINGLE_NS UINT64_C(100000) /* see lets_one_page: 10,000 a second */
 #define SINGLES 500                /* … of which so many may come at once */
 
@@ -79,12 +80,17 @@ static int flush_releases(snap_pump *p)
  * that makes such calls in a loop would starve every writer if this moment were missed. */
 static int flush_in_the_gap(snap_pump *p)
 {
-    uint64_t until = now_ns() + GAP_NS;
-    int r;
-    do {
-        r = flush_releases(p);
-    } while (!r && (p->releases.count || p->tentative.count) && now_ns() < until);
-    return r;
+    uint64_t since = now_ns(), until = since + GAP_NS;
+    for (;;) {
+        int r = flush_releases(p);
+        uint64_t now = now_ns();
+        if (r || (!p->releases.count && !p->tentative.count) || now >= until)
+            return r;
+        if (now > since + SPIN_NS) { /* or it is on this processor, and cannot go on */
+            breathe();
+            since = now_ns();
+        }
+    }
 }
 
 /* The same of [start, end) in w, of hugetlbfs: whole pages, but for those of which a part is unsaved. */
