@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from snapshot.hooks import Hooks
     from snapshot.store import Store
 
+T = TypeVar("T")
 app = typer.Typer(
     help="Take a snapshot of a running Linux process, and bring the process back.",
     no_args_is_help=True,
@@ -106,6 +107,12 @@ def take(
             "--stall", metavar="SECONDS", min=1.0, help="Let go when nothing moves for so long."
         ),
     ] = 10.0,
+    pace: Annotated[
+        str | None,
+        typer.Option(
+            "--pace", metavar="RATE", help="Of copying: bytes a second, or % of a processor."
+        ),
+    ] = None,
     attempts: Annotated[
         int, typer.Option("--attempts", metavar="N", min=1, help="Instants tried at most.")
     ] = 3,
@@ -116,11 +123,13 @@ def take(
     verbose: VerboseOption = 0,
 ) -> None:
     from snapshot import arguments, describe, progress, store_path
+    from snapshot import pace as paces
     from snapshot.hooks import TAKE_STAGES
     from snapshot.take import take as run
 
     hooks = _hooks(hook, TAKE_STAGES)
     limit = _parsed(arguments.size, memory, "--memory")
+    speed = paces.ANY if pace is None else _parsed(paces.parse, pace, "--pace")
     with progress.shown() as report:
         image = run(
             pid,
@@ -132,6 +141,7 @@ def take(
             now=now,
             guard=guard.value,
             stall=stall,
+            pace=speed,
             attempts=attempts,
         )
     with image:
@@ -329,7 +339,7 @@ def check(
     return checks.exit_code(items)
 
 
-def _parsed(parse: Callable[[str], int], given: str, option: str) -> int:
+def _parsed(parse: Callable[[str], T], given: str, option: str) -> T:
     try:
         return parse(given)
     except ValueError as error:

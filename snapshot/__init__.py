@@ -41,6 +41,7 @@ def take(
     memory: int = 192 * MIB,
     now: bool = False,
     guard: Literal["auto", "always", "never"] = "auto",
+    pace: str | None = None,
     hooks: HookMapping | None = None,
     progress: ProgressCallback | None = None,
 ) -> Image:
@@ -51,21 +52,26 @@ def take(
     another moment is tried and what is left then copied while the process stands still (`guard`
     "auto"); or so the first time ("always"); or TakeError is raised ("never").
 
-    `memory` bounds the staging buffer, in bytes. `hooks` maps stages (docs/cli-contract.md) to
-    callables that get a HookContext; `progress` is called now and then from the taking thread.
+    `memory` bounds the staging buffer, in bytes. `pace` limits copying, to bytes a second ("100M")
+    or to a share of a processor ("50%"); what the process waits for is copied at once. `hooks` maps
+    stages (docs/cli-contract.md) to callables that get a HookContext; `progress` is called now and
+    then from the taking thread.
     The image cannot be removed while it is open: close it, or use it in a `with` statement.
 
     `pid` may be the caller's own: a helper process takes the image then (snapshot/inprocess.py
     says what is different, and what `take` returns in the restored process).
 
     Raises SnapError, in every case with the target running on as before; ValueError for an
-    unknown stage.
+    unknown stage, or what is no pace.
     """
+    from . import pace as paces
+
+    speed = paces.ANY if pace is None else paces.parse(pace)
     if pid == os.getpid():
         from .inprocess import take_self
 
         return take_self(
-            name=name, store=store, memory=memory, now=now, guard=guard, hooks=hooks
+            name=name, store=store, memory=memory, now=now, guard=guard, pace=pace, hooks=hooks
         )
     from .hooks import TAKE_STAGES
     from .take import take as run
@@ -79,6 +85,7 @@ def take(
         memory=memory,
         now=now,
         guard=guard,
+        pace=speed,
         hooks=joined,
         progress=progress,
     )

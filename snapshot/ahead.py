@@ -31,7 +31,7 @@ FEWEST = 64 * KIB
 ROUNDS = 12
 LAST_ROUNDS = 5
 SHRINKS = 0.7
-"""A round that copies more than this part of the one before gains nothing on the writers."""
+"""A round that would copy more than this part of the one before gains nothing on the writers."""
 
 
 class Ahead:
@@ -46,14 +46,13 @@ class Ahead:
         self.direct_io = False
         """It had a file open O_DIRECT: a device may have written past the page tables, and nothing
         that was copied counts."""
-        self._dirty = EVERYTHING  # what the last round had to copy
+        self._dirty = EVERYTHING  # what the next round has to copy
         self._objects: dict[int, int] = {}
         self._origin = origin
         self._stack = stack
 
     def copy(self, report: Callable[[], None]) -> None:
         """All rounds. `report` is called ten times a second."""
-        before = None
         while self.rounds < ROUNDS:
             faults.point("round-begun")
             done = self._round(report)
@@ -62,30 +61,50 @@ class Ahead:
             self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
             if self.direct_io:
                 return
-            few = done.written + done.left <= FEW
-            if few or (before is not None and self._dirty > before * SHRINKS):
+            if self._dirty <= FEW or self._dirty > done.copied * SHRINKS:
                 return
-            before = self._dirty
+
+    def protect(self, report: Callable[[], None]) -> None:
+        """Where much is left, or nothing may be copied ahead, it is only protected: writers are
+        held up by their own faults."""
+        if not self._copies:
+            self.pump.arm(report)
+
+    @property
+    def _copies(self) -> bool:
+        return self._dirty <= SHORT and not self.direct_io
 
     def last_rounds(self, report: Callable[[], None]) -> None:
         """While the storing threads rest: what was written meanwhile, again and again, as long as
-        that is getting less. Each is a short one, as nothing competes with it. Where much is left,
-        or nothing may be copied ahead, it is only protected: nobody makes room in staging now, and
-        writers are held up by their own faults."""
-        copies = self._dirty <= SHORT and not self.direct_io
-        before = None
+        that is getting less. Each is a short one, as nothing competes with it; nobody makes room in
+        staging now. What is then still too much to be copied in the pause is only protected."""
+        if self._copies and self._shrinks(self._last_round, report) <= REMAINDER:
+            return
+        self._shrinks(self.pump.arm, report)
+
+    def _shrinks(
+        self, one: Callable[[Callable[[], None]], Round], report: Callable[[], None]
+    ) -> int:
+        """Rounds as long as there is less and less to do -> bytes that were written meanwhile."""
+        before = EVERYTHING
         for _ in range(LAST_ROUNDS):
-            done = self._round(report) if copies else self.pump.arm(report)
-            loose = done.written + done.left
-            if loose <= FEWEST or (before is not None and loose > before * SHRINKS):
-                return
-            before = loose
+            left = one(report).next
+            if left <= FEWEST or left > before * SHRINKS:
+                break
+            before = left
+        return left
 
     def _round(self, report: Callable[[], None]) -> Round:
         self.rounds += 1
         done = self.pump.round(report)
-        self._dirty = done.copied + done.left
+        # What finds no room in staging has to wait for the store, which takes chunks.
+        fits = done.next <= self.pump.staging.size
+        self._dirty = done.next if fits else done.next_chunks
         return done
+
+    def _last_round(self, report: Callable[[], None]) -> Round:
+        self.rounds += 1
+        return self.pump.last_round(report)
 
     def plan(
         self,

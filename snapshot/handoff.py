@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 from .worker import Worker, clear_frames
@@ -14,14 +15,20 @@ T = TypeVar("T")
 class Handoff(Generic[T]):
     """Takes items from any thread and gives `work` all that wait, in order, in a thread of its own.
     While that is busy (with the sync of a slow disk) the next ones gather; as long as they weigh
-    `most` or more together, `give` waits.
+    `most` or more together, `give` waits. The thread lives inside `around`.
 
     The first exception of `work` ends it: `give` and `drain` raise it from then on.
     """
 
-    def __init__(self, work: Callable[[list[T]], None], most: int) -> None:
+    def __init__(
+        self,
+        work: Callable[[list[T]], None],
+        most: int,
+        around: AbstractContextManager[None] | None = None,
+    ) -> None:
         self._work = work
         self._most = most
+        self._around = around or nullcontext()
         self._items: list[T] = []
         self._weight = 0
         self._busy = False
@@ -62,6 +69,10 @@ class Handoff(Generic[T]):
             raise self._failure
 
     def _run(self) -> None:
+        with self._around:
+            self._loop()
+
+    def _loop(self) -> None:
         while True:
             with self._changed:
                 while not self._items and not self._closed:

@@ -47,6 +47,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     memory: int
     now: bool
     guard: Literal["auto", "always", "never"]
+    pace: str | None
 
 
 class Reply(msgspec.Struct, forbid_unknown_fields=True):
@@ -65,6 +66,7 @@ def take_self(
     memory: int,
     now: bool,
     guard: Literal["auto", "always", "never"],
+    pace: str | None,
     hooks: HookMapping | None,
 ) -> Image:
     """The image of the calling process; `snapshot.take` calls this for the own pid."""
@@ -79,7 +81,7 @@ def take_self(
     # A restored process must know the name too, so it is chosen here and not by the helper.
     joined = Hooks(hooks, installed=False)
     where = str(store_path(store).absolute())
-    request = Request(pid, where, name or default_name(pid), memory, now, guard)
+    request = Request(pid, where, name or default_name(pid), memory, now, guard, pace)
     try:
         joined.run("before-freeze", pid=pid, image=request.name)
         reply = _ask(request)
@@ -171,6 +173,7 @@ def _error(reply: Reply) -> SnapError:
 
 
 def _help(request: Request) -> Reply:
+    from . import pace as paces
     from .take import take
 
     try:
@@ -181,6 +184,7 @@ def _help(request: Request) -> Reply:
             memory=request.memory,
             now=request.now,
             guard=request.guard,
+            pace=paces.ANY if request.pace is None else paces.parse(request.pace),
             hooks=Hooks(),
         ).close()
     except SnapError as error:

@@ -21,9 +21,12 @@ from .errors import KernelError, SnapError, TakeError
 from .gate import Gate
 from .kernel import procfs
 from .kernel._native import ffi, lib
+from .kernel.background import Background
 from .kernel.closing import Closing
 from .kernel.errnames import error_text
+from .kernel.urgency import urgent
 from .kernel.watchdog import Watchdog
+from .pace import Pace
 from .regions import Plan
 from .store import RawChunk
 from .tracer import Tracer
@@ -79,11 +82,15 @@ class Counters(NamedTuple):
 
 class Round(NamedTuple):
     """What a round ahead of T0 did, in bytes. `written`: pages that had been written since they
-    were protected; `left`: chunks that changed while they were copied."""
+    were protected; `left`: chunks that changed while they were copied; `next`: pages of which is
+    known that they were written meanwhile, and `next_chunks` the chunks that they are in, each of
+    which costs the store as much as it did the first time."""
 
     copied: int
     written: int
     left: int
+    next: int
+    next_chunks: int
 
 
 class LostError(TakeError):
@@ -119,6 +126,11 @@ class Staging:
         self.view = memoryview(self.memory)
         self.spill = os.open(spill, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.slots * CHUNK
+
     def close(self) -> None:
         os.close(self.spill)
         self.view.release()
@@ -130,7 +142,8 @@ class Pump(Closing):
 
     `watchdog` is told that the fault thread goes on, `tracer` when everything is saved; `stall`:
     seconds that a writer of the target waits at most for the store to make room, before the take is
-    given up.
+    given up. The fault thread runs before ordinary threads, where that is allowed, and those that
+    store after them, in `background`.
     """
 
     def __init__(
@@ -140,8 +153,10 @@ class Pump(Closing):
         watchdog: Watchdog,
         tracer: Tracer,
         stall: float,
+        background: Background,
     ) -> None:
         self.pid = pid
+        self._background = background
         self.staging = staging
         self._fds: list[int] = []
         pagemap = self._open(f"/proc/{pid}/pagemap")
@@ -164,7 +179,6 @@ class Pump(Closing):
         self._runner: Worker | None = None
         self._storers: list[Worker] = []
         self.storing = Gate()
-        """Closed while the target stands still: compressors would take its processor."""
         self.t0_ticks = 0
         """T0 as the start of a process is counted (proc_pid_stat(5), starttime)."""
         self._result = 0
@@ -174,10 +188,29 @@ class Pump(Closing):
         self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         return self._fds[-1]
 
+    def rest(self, seconds: float) -> None:
+        """Storing pauses, for the target is to stand still and compressors would take processors
+        from the stop; waits up to `seconds` for that. Until `rested` no storing thread runs after
+        all others: it may hold the interpreter lock."""
+        self._background.hurry()
+        self.storing.close(seconds)
+
+    def rested(self) -> None:
+        self.storing.open()
+        self._background.calm()
+
+    def balance(self) -> None:
+        """Ten times a second: where others use all processors storing goes on all the same."""
+        self._background.balance()
+
     def store(self, sink: Callable[[Sequence[RawChunk]], None], threads: int) -> None:
         """Start the storing threads. `sink` is called from all of them at once."""
         for number in range(threads):
             self._storers.append(Worker(f"snap-store-{number}", partial(self._store, sink)))
+
+    def pace(self, pace: Pace) -> None:
+        """Before `start`: the limit of rounds and of the sweep; a fault is served at once."""
+        lib.snap_pump_pace(self._pump, pace.bytes_per_second, pace.percent)
 
     def start(self) -> None:
         """Start the fault thread, which is held until `release`."""
@@ -189,6 +222,10 @@ class Pump(Closing):
         """Protect and copy what has no good copy. `report` is called ten times a second."""
         return self._round(lib.snap_pump_order_round, report)
 
+    def last_round(self, report: Callable[[], None]) -> Round:
+        """The same, whatever the pace: T0 waits for it."""
+        return self._round(lib.snap_pump_order_last_round, report)
+
     def arm(self, report: Callable[[], None]) -> Round:
         """Protect what is not. What is not copied yet, or not any more, is saved after T0."""
         return self._round(lib.snap_pump_order_arm, report)
@@ -196,7 +233,13 @@ class Pump(Closing):
     def _round(self, order: Callable[[Any], int], report: Callable[[], None]) -> Round:
         self._order(order)
         done = self._await(report)
-        return Round(done.copied_bytes, done.written_bytes, done.left_chunks * CHUNK)
+        return Round(
+            done.copied_bytes,
+            done.written_bytes,
+            done.left_chunks * CHUNK,
+            done.next_bytes,
+            done.next_chunks * CHUNK,
+        )
 
     def _order(self, order: Callable[[Any], int]) -> None:
         result = order(self._pump)
@@ -327,9 +370,9 @@ class Pump(Closing):
     def _run(self) -> None:
         """The target is let go as soon as the fault thread ends: the store may still take long."""
         try:
-            self._result = lib.snap_pump_run(self._pump)
+            with urgent():
+                self._result = lib.snap_pump_run(self._pump)
         finally:
-            self._watchdog.know(-1)
             if self._protection is not None:
                 self._protection.close()
             while not self._tracer.let_go(BEAT_SECONDS):
@@ -337,6 +380,10 @@ class Pump(Closing):
             self._watchdog.rest()
 
     def _store(self, sink: Callable[[Sequence[RawChunk]], None]) -> None:
+        with self._background:
+            self._store_all(sink)
+
+    def _store_all(self, sink: Callable[[Sequence[RawChunk]], None]) -> None:
         saved = ffi.new("snap_saved[]", BATCH)
         while True:
             count = lib.snap_pump_next(self._pump, saved, BATCH, NEXT_MS)

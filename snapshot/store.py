@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,9 +98,15 @@ class Store:
             names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
             return next(n for n in names if transaction.get(n.encode(), db=taken) is None)
 
-    def begin(self, name: str, like: ProcessIdentity | None = None) -> ImageWriter:
+    def begin(
+        self,
+        name: str,
+        like: ProcessIdentity | None = None,
+        around: AbstractContextManager[None] | None = None,
+    ) -> ImageWriter:
         """A new image, after removing what dead takes left. `like` names its process: chunks equal
-        to those of its newest image, at the same address, are shared with that.
+        to those of its newest image, at the same address, are shared with that. The thread that
+        writes to the disk lives inside `around`.
 
         StoreError when an image of the name exists or is being taken.
         """
@@ -128,7 +134,7 @@ class Store:
 
         number, sequence = self._environment.write(work)
         earlier = self._newest(like) if like else None
-        return ImageWriter(self._environment, name, number, sequence, held[0], earlier)
+        return ImageWriter(self._environment, name, number, sequence, held[0], earlier, around)
 
     def images(self) -> list[ImageInfo]:
         """All images, the oldest first."""

@@ -25,12 +25,14 @@ from .freeze import RESTARTED, Frozen, freeze
 from .hooks import Hooks
 from .image import Image
 from .kernel import procfs, vdso
+from .kernel.background import Background
 from .kernel.exits import Exits
 from .kernel.ptrace import Tracee
 from .kernel.refusal import capable
 from .kernel.room import find_room
 from .kernel.watchdog import Watchdog
 from .manifest import Host, Manifest, Process, TakeStats
+from .pace import ANY, Pace
 from .pump import MEMORY, LostError, Pump, Staging
 from .records import ProcessIdentity
 from .regions import Plan
@@ -61,6 +63,7 @@ class _Take:
     progress: ProgressCallback | None
     now: bool
     stall: float
+    pace: Pace
     clock: Stopwatch = field(default_factory=Stopwatch)
     reasons: list[str] = field(default_factory=list)
     stops_us: list[int] = field(default_factory=list)
@@ -100,6 +103,7 @@ def take(
     now: bool = False,
     guard: Guard = "auto",
     stall: float = STALL,
+    pace: Pace = ANY,
     attempts: int = ATTEMPTS,
 ) -> Image:
     """Take an image of the running process `pid` and return it, committed.
@@ -110,7 +114,8 @@ def take(
     so that nothing can be lost; "auto" does so when another T0 has to be tried, at most `attempts`
     times in all; "never" raises TakeError instead. `stall`: seconds that the target waits at most
     for a store that makes no progress, or at its end for what is unsaved (TakeError), or for this
-    process, which is ended when it stands still for so long.
+    process, which is ended when it stands still for so long. `pace` limits what is copied that
+    nobody waits for; memory stays protected, and can be lost, for longer then.
     Raises TargetError, DeniedError, UnsupportedError (before anything is touched), StoreError,
     HookError (a hook failed before T0), TakeError. The target runs on in every case.
     """
@@ -124,7 +129,7 @@ def take(
         check_name(name)
         staging = Staging(memory, store.path)
         stack.callback(staging.close)
-        job = _Take(pid, name, store, staging, hooks, progress, now, stall)
+        job = _Take(pid, name, store, staging, hooks, progress, now, stall, pace)
         with _reported(job):
             hooks.run("before-freeze", pid=pid, image=name)
             if guard == "never":
@@ -164,13 +169,17 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
     shares = bool(before.plan.armed_objects)
     origin = procfs.stat(job.pid)
     identity = ProcessIdentity(procfs.boot_id(), job.pid, origin.start_ticks)
+    background = Background()
     with ExitStack() as stack:
-        writer = stack.enter_context(job.store.begin(job.name, identity))
+        writer = stack.enter_context(job.store.begin(job.name, identity, background))
         watchdog = stack.enter_context(Watchdog(job.pid, job.stall))
         exits = stack.enter_context(Exits(job.pid, job.stall, RESTARTED))
         tracer = stack.enter_context(Tracer(exits, job.pid))
         after_pump = stack.enter_context(ExitStack())  # what is closed when it has ended
-        pump = stack.enter_context(Pump(job.pid, job.staging, watchdog, tracer, job.stall))
+        pump = stack.enter_context(
+            Pump(job.pid, job.staging, watchdog, tracer, job.stall, background)
+        )
+        pump.pace(job.pace)
         ahead = Ahead(pump, after_pump, before, origin)
         pump.start()
         # A device writes past the page tables to memory that it was given before.
@@ -213,13 +222,14 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
 def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer) -> _Instant:
     """`first` is the stop that made the userfaultfd."""
     pump = ahead.pump
-    pump.storing.close(GATE_SECONDS)
+    ahead.protect(lambda: _report(job, pump, "protecting"))
+    pump.rest(GATE_SECONDS)
     ahead.last_rounds(lambda: _report(job, pump, "protecting"))
     clock = Stopwatch()
     with Preparation(job.pid, first.data) as prepared:
         pause = tracer.run(lambda: _pause(job, ahead, first, prepared, most, tracer, clock))
     job.stops_us.append(pause.stopped_us)
-    pump.storing.open()
+    pump.rested()
     plan = ahead.examination.plan
     files, table = pause.table.complete()
     if pause.table.problems:  # a file was renamed or deleted just then
@@ -293,6 +303,7 @@ def _wait(job: _Take, ahead: Ahead) -> None:
 
 
 def _report(job: _Take, pump: Pump, phase: str) -> None:
+    pump.balance()
     if job.progress is not None:
         now = pump.counters()
         whole = max(now.wanted_bytes, now.saved_bytes)

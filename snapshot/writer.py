@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import zstandard
@@ -90,6 +91,7 @@ class ImageWriter:
         first_sequence: int,
         lease: Lease,
         earlier: tuple[int, Lease] | None,
+        around: AbstractContextManager[None] | None = None,
     ) -> None:
         self.name = name
         self.number = number
@@ -104,7 +106,7 @@ class ImageWriter:
         self._counting = threading.Lock()
         self._known = Known()
         self._unwritten: set[bytes] = set()  # keys that were put and are not in the index yet
-        self._handoff = Handoff(self._write, _WAITING)
+        self._handoff = Handoff(self._write, _WAITING, around)
         self._open = True
 
     def put(self, batch: Sequence[RawChunk]) -> None:

@@ -2,9 +2,9 @@
 
 How: code and data of 1 KiB, the *guard*, are written into the padding behind the vdso, where
 nothing of the target is, and are zeros again in the end (the page stays a private copy: 4 KiB). A
-call made by that code maps room for data, the *scratch*. From then on a loop in it runs whole arrays
-of calls for one round trip. It tells of the end of a call, or of all, with a signal that the target
-ignores; where it ignores none, or catches all, every call is made with system call stops.
+call made by that code maps room for data, the *scratch*. From then on a loop in it runs whole
+arrays of calls for one round trip. It tells of the end of a call, or of all, with a signal that the
+target ignores; where it ignores none, or catches all, calls are made with system call stops.
 
 Where there is no vdso, or no room behind it, and in a process that dies with us anyway (EXITKILL:
 one that is being rebuilt), there is no guard: calls go through the target's own `syscall`

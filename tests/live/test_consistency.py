@@ -54,6 +54,24 @@ def test_every_byte_of_a_writer(spawn: Spawn, store: Path, options: dict[str, ob
     writer.goes_on()
 
 
+@pytest.mark.parametrize("pace", ["64M", "40%"])
+def test_every_byte_at_a_pace(spawn: Spawn, store: Path, pace: str) -> None:
+    writer = spawn("writer", kind="anon", mib=32, threads=2, rate=2000)
+    assert compared(writer.pid, store, "ahead", pace=pace) == []
+    assert compared(writer.pid, store, "now", pace=pace, now=True) == []
+    writer.verify()
+
+
+def test_a_write_waits_for_no_pace(spawn: Spawn, store: Path) -> None:
+    writer = spawn("writer", kind="anon", mib=64, threads=2)
+    memory, image = take_with_oracle(writer.pid, store, "slow", pace="1M", now=True)
+    with image:
+        assert not list(oracle.compare(memory, image, writer.pid))
+        stats = image.manifest.stats
+        assert stats.fault_chunks > stats.sweep_chunks  # alone it would take a minute
+    writer.verify()
+
+
 def test_every_byte_of_python(spawn: Spawn, store: Path) -> None:
     app = spawn.python(mib=32)
     for number in range(TIMES):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-from snapshot import arguments
+from snapshot import arguments, pace
 from snapshot.door import door
 from snapshot.manifest import Descriptor, OpenFile, TakeStats
 from snapshot.store import Store
@@ -109,6 +109,8 @@ def test_version() -> None:
         (("take", "1", "--hook", "frosen=true"), "before-freeze, frozen, resumed"),
         (("take", "1", "--hook", "frozen"), "STAGE=COMMAND"),
         (("take", "1", "--memory", "much"), "size"),
+        (("take", "1", "--pace", "fast"), "pace"),
+        (("take", "1", "--pace", "0"), "pace"),
         (("read", "latest", "q", "1"), "address"),
         (("read", "latest", "0", "-1"), ""),
     ],
@@ -283,6 +285,21 @@ def test_sizes(given: str, value: int) -> None:
 def test_no_sizes(given: str) -> None:
     with pytest.raises(ValueError, match="not a size"):
         arguments.size(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [("100M", (100 << 20, 0)), ("64k/s", (65536, 0)), ("1.5G", (3 << 29, 0)), ("50%", (0, 50)),
+     (" 200% ", (0, 200))],
+)  # fmt: skip
+def test_paces(given: str, parsed: tuple[int, int]) -> None:
+    assert pace.parse(given) == parsed
+
+
+@pytest.mark.parametrize("given", ["", "0", "4K", "-1M", "0%", "-5%", "1.5%", "%", "fast", "9e9%"])
+def test_no_paces(given: str) -> None:
+    with pytest.raises(ValueError, match="not a pace"):
+        pace.parse(given)
 
 
 def test_progress_is_nothing_without_a_terminal_and_one_line_with() -> None:

@@ -12,7 +12,6 @@
 
 #define SLICE_CHUNKS (STEP / CHUNK + 1)
 #define MOST_TRIES 50 /* to protect a slice while events keep the kernel from it */
-#define SERVE_EVERY 4  /* chunks */
 
 /* ---- rounds ----------------------------------------------------------------------------------- */
 
@@ -24,9 +23,13 @@ typedef struct {
     bool covers;         /* all of it is protected, so that it is covered (cover.c) */
     seen seen[SLICE_CHUNKS];
     int64_t place[SLICE_CHUNKS]; /* of the copy made, or NO_PLACE */
+    uint16_t copied[SLICE_CHUNKS]; /* its pages: a patch, if they are not all that the chunk wants */
     bool dirty[SLICE_CHUNKS];
     bool loose[SLICE_CHUNKS]; /* to be protected: the dirty, and what is listed, though it be empty */
     bool any_loose;
+    uint64_t places;  /* that the copies need, about */
+    int dirties;
+    uint64_t written; /* bytes */
 } slice;
 
 /* Where the next slice of w in [at, w->end) is; *end is w->end when there is none. What is covered is
@@ -80,7 +83,8 @@ static int next_slice(snap_pump *p, slice *s, bool *found)
             continue;
         }
         uint64_t until;
-        s->covers = coverable(p, &s->w) && !is_covered(p, &s->w, s->start, &until);
+        s->covers = coverable(p, &s->w) && !is_covered(p, &s->w, s->start, &until) &&
+                    !ranges_meet(&p->fickle, s->start & ~(STEP - 1), s->end);
         if (s->covers) { /* with what is empty before it */
             uint64_t step = s->start & ~(STEP - 1);
             s->start = step > s->w.start ? step : s->w.start;
@@ -92,13 +96,31 @@ static int next_slice(snap_pump *p, slice *s, bool *found)
     }
 }
 
-/* Which chunks have no good copy. The number of them. */
+/* The copy of a chunk is not good any more: not for the pages `bare` or, of what can be written past its
+ * mapping, for all. */
+static void soil(const slice *s, chunk *c, uint16_t bare)
+{
+    bool all = s->w.object >= 0 || s->w.huge;
+    c->bare = all ? UINT16_MAX : c->state == SAVED ? bare : c->bare | bare;
+    c->state = UNSAVED;
+}
+
+static bool is_part(const slice *s, const chunk *c)
+{
+    return s->w.object < 0 && !s->w.huge && is_patched(c);
+}
+
+/* Which chunks have no good copy. */
 static int find_dirty(snap_pump *p, slice *s)
 {
-    int r = survey(p, &s->w, s->start, s->end, s->seen), count = 0;
+    int r = survey(p, &s->w, s->start, s->end, s->seen);
     if (r)
         return r;
     s->any_loose = s->covers;
+    s->dirties = 0;
+    s->written = 0;
+    uint64_t patches = 0;
+    s->places = 0;
     for (size_t i = 0; i < s->chunks; i++) {
         const seen *now = &s->seen[i];
         chunk *c = now->want ? ledger_make(p, s->w.space, s->at + i * CHUNK)
@@ -112,14 +134,19 @@ static int find_dirty(snap_pump *p, slice *s)
         c->want = (uint16_t)((c->want & ~now->mask) | now->want);
         s->dirty[i] = c->want && (now->bare || c->state != SAVED || c->kept != c->want);
         if (s->dirty[i])
-            c->state = UNSAVED;
+            soil(s, c, now->bare);
         account(p, s->w.space, c);
-        p->round.written_bytes += (uint64_t)__builtin_popcount(now->bare) * PAGE;
+        s->written += (uint64_t)__builtin_popcount(now->bare) * PAGE;
         s->loose[i] = s->dirty[i] || c->listed;
         s->any_loose = s->any_loose || s->loose[i];
-        count += s->dirty[i];
+        s->dirties += s->dirty[i];
+        if (s->dirty[i] && is_part(s, c))
+            patches += (uint64_t)__builtin_popcount(missing(c));
+        else
+            s->places += s->dirty[i];
     }
-    return count;
+    s->places += (patches + CHUNK_PAGES / 2 - 1) / (CHUNK_PAGES / 2); /* a shared slot gets half full */
+    return 0;
 }
 
 /* Before it is protected: from here on a chunk need only be looked at for what happens to it, or where
@@ -144,6 +171,8 @@ static int protect_loose(snap_pump *p, const slice *s)
 {
     if (s->covers)
         return uffd_writeprotect(p->uffd, s->start, s->end - s->start, UFFDIO_WRITEPROTECT_MODE_WP);
+    /* And nothing between them: what is not looked at again must not be protected, for where pages lose
+     * their protection without an event it may have been written since. */
     uint64_t shift = s->w.start - s->w.at;
     for (size_t i = 0; i < s->chunks;) {
         size_t j = i;
@@ -162,43 +191,79 @@ static int protect_loose(snap_pump *p, const slice *s)
     return 0;
 }
 
-/* The kernel protects nothing while an event is unread. After one was read its caller goes on, and
- * until its next such call we may: a target that makes such calls in a loop leaves only that moment. */
-static int protect_in_a_gap(snap_pump *p, const slice *s)
+static int list_loose(snap_pump *p, const slice *s)
 {
-    int r = protect_loose(p, s);
-    for (int tries = 0; r == -EAGAIN && tries < MOST_TRIES; tries++) {
-        bool any;
-        r = serve(p, &any);
-        if (!r)
-            r = protect_loose(p, s);
-        if (r == -EAGAIN && !any)
-            uffd_poll(p->uffd, 1);
-    }
+    int r = 0;
+    for (size_t i = 0; !r && i < s->chunks; i++)
+        r = s->loose[i] ? list_again(p, s, i) : 0;
     return r;
+}
+
+static bool is_window(snap_pump *p, const snap_window *w)
+{
+    const window *now = ledger_find(p, w->start);
+    return now && now->is.start == w->start && now->is.end == w->end && now->is.space == w->space;
+}
+
+/* Finds what is to be protected, and protects it: with no fault served in between, for who has written
+ * to what was found protected would be forgotten. The kernel protects nothing while an event is unread.
+ * After one was read its caller goes on, and until its next such call we may: a target that makes such
+ * calls in a loop leaves only that moment. */
+static int protect(snap_pump *p, slice *s, bool copies)
+{
+    uint64_t most = p->slots - p->slots / 4;
+    for (int tries = 0;; tries++) {
+        bool any;
+        int r = find_dirty(p, s);
+        if (r)
+            return r;
+        uint64_t places = s->places < most ? s->places : most;
+        if (copies && places && free_places(p) < places)
+            return -ENOBUFS;
+        if (!s->any_loose)
+            return 0;
+        strike_off(p, s);
+        r = protect_loose(p, s);
+        if (r != -EAGAIN || tries == MOST_TRIES)
+            return r;
+        r = list_loose(p, s);
+        if (!r)
+            r = serve(p, &any);
+        if (r)
+            return r;
+        if (!any)
+            uffd_poll(p->uffd, 1);
+        if (!is_window(p, &s->w))
+            return -ENOENT;
+    }
 }
 
 static int copy_dirty(snap_pump *p, slice *s)
 {
     int r = survey(p, &s->w, s->start, s->end, s->seen); /* as it is now that it is protected */
-    for (size_t i = 0, copied = 0; !r && i < s->chunks; i++) {
+    for (size_t i = 0; !r && i < s->chunks; i++) {
         uint64_t address = s->at + i * CHUNK;
         chunk *c = s->dirty[i] ? ledger_chunk(p, s->w.space, address) : NULL;
         if (!c || s->seen[i].bare)
             continue;
         c->want = (uint16_t)((c->want & ~s->seen[i].mask) | s->seen[i].want);
         account(p, s->w.space, c);
-        if (!c->want || (s->place[i] = take_place(p, false, false)) == NO_PLACE)
+        if (!c->want)
             continue;
-        r = save_to_place(p, s->w.space, address, s->place[i]);
+        s->copied[i] = is_part(s, c) ? missing(c) : c->want;
+        s->place[i] = s->copied[i] == c->want ? take_place(p, false, false)
+                                              : take_pages(p, s->copied[i], false, false);
+        if (s->place[i] == NO_PLACE)
+            continue;
+        r = save_to_place(p, s->w.space, address, s->copied[i], s->place[i]);
         if (r) {
             give_place(p, s->place[i]);
             s->place[i] = NO_PLACE;
             r = r == -EAGAIN ? 0 : r; /* unmapped meanwhile */
         }
         bool any;
-        if (!r && ++copied % SERVE_EVERY == 0)
-            r = serve(p, &any);
+        if (!r)
+            r = serve(p, &any); /* a writer waits for one chunk at most */
     }
     return r;
 }
@@ -211,7 +276,8 @@ static bool is_disturbed(const snap_pump *p, uint64_t start, uint64_t end)
     return false;
 }
 
-/* A copy is kept when its pages were protected before it and still are after it. */
+/* A copy is kept when its pages were protected before it and still are after it; those that are not are
+ * missing again. */
 static int keep_copies(snap_pump *p, slice *s)
 {
     seen after[SLICE_CHUNKS];
@@ -222,8 +288,8 @@ static int keep_copies(snap_pump *p, slice *s)
         if (!s->dirty[i])
             continue;
         chunk *c = ledger_chunk(p, s->w.space, address);
-        bool good = s->place[i] != NO_PLACE && !r && !after[i].bare &&
-                    after[i].want == s->seen[i].want &&
+        bool good = s->place[i] != NO_PLACE && !r && after[i].want == s->seen[i].want &&
+                    (s->copied[i] & ~after[i].bare) &&
                     !is_disturbed(p, address + shift, address + shift + CHUNK);
         if (!good) {
             give_place(p, s->place[i]);
@@ -234,8 +300,9 @@ static int keep_copies(snap_pump *p, slice *s)
             continue;
         }
         const snap_saved saved = {.address = address, .place = s->place[i], .space = s->w.space,
-                                  .pages = c->want};
-        uint64_t bytes = (uint64_t)__builtin_popcount(c->want) * PAGE;
+                                  .pages = c->want,
+                                  .patch = s->copied[i] != c->want ? SNAP_PATCH | s->copied[i] : 0};
+        uint64_t bytes = (uint64_t)__builtin_popcount(s->copied[i]) * PAGE;
         pthread_mutex_lock(&p->lock);
         int e = enqueue(p, &saved);
         p->counters.sweep_chunks++;
@@ -244,7 +311,12 @@ static int keep_copies(snap_pump *p, slice *s)
         if (e)
             return e;
         c->state = SAVED;
-        c->bare = 0;
+        if (after[i].bare) {
+            soil(s, c, after[i].bare);
+            p->round.left_chunks++;
+            if ((e = list_again(p, s, i)))
+                return e;
+        }
         account(p, s->w.space, c);
         p->round.copied_chunks++;
         p->round.copied_bytes += bytes;
@@ -261,7 +333,6 @@ static int keep_protected(snap_pump *p, slice *s)
         if (!c)
             continue;
         c->want = (uint16_t)((c->want & ~s->seen[i].mask) | s->seen[i].want);
-        c->bare = c->want;
         account(p, s->w.space, c);
         if (s->seen[i].bare) {
             p->round.left_chunks++;
@@ -273,17 +344,16 @@ static int keep_protected(snap_pump *p, slice *s)
 
 static int process(snap_pump *p, slice *s, bool copies)
 {
-    strike_off(p, s);
-    int r = protect_in_a_gap(p, s);
-    if (r) {
-        for (size_t i = 0; i < s->chunks; i++) {
-            p->round.left_chunks += s->dirty[i];
-            int e = s->loose[i] ? list_again(p, s, i) : 0;
-            if (e)
-                return e;
-        }
-        return r == -ESRCH ? r : 0; /* ENOENT: unmapped meanwhile; EAGAIN: for the next round */
+    int r = protect(p, s, copies);
+    if (r == -ENOENT || r == -EAGAIN) { /* unmapped meanwhile; for the next round */
+        p->round.left_chunks += (uint64_t)s->dirties;
+        return list_loose(p, s);
     }
+    if (r)
+        return r;
+    p->round.written_bytes += s->written;
+    if (!s->any_loose)
+        return 0;
     if (s->covers && (r = cover(p, s->start, s->end)))
         return r;
     if (!copies)
@@ -305,14 +375,8 @@ int ahead_slice(snap_pump *p, bool copies)
         return r;
     if (!found)
         return 1;
-    int dirty = find_dirty(p, &s);
-    if (dirty < 0)
-        return dirty;
-    uint64_t most = p->slots - p->slots / 4;
-    if (copies && dirty && free_places(p) < ((uint64_t)dirty < most ? (uint64_t)dirty : most))
-        return -ENOBUFS;
-    if (s.any_loose)
-        r = process(p, &s, copies);
-    p->cursor = s.end;
+    r = process(p, &s, copies);
+    if (r != -ENOBUFS)
+        p->cursor = s.end;
     return r;
 }

@@ -204,7 +204,7 @@ const place *work_from(const snap_pump *p, uint32_t space, uint64_t address)
 void account(snap_pump *p, uint32_t space, chunk *c)
 {
     bool good = c->state == SAVED, due = c->want && (!good || c->kept != c->want);
-    uint16_t lacking = good ? (uint16_t)(c->want & ~c->kept) : c->want;
+    uint16_t lacking = good ? (uint16_t)(c->want & ~c->kept) : missing(c);
     p->wanted_pages += (uint64_t)(__builtin_popcount(c->want) - __builtin_popcount(c->counted));
     p->lacking_pages += (uint64_t)(__builtin_popcount(lacking) - __builtin_popcount(c->lacking));
     if (due != c->due)

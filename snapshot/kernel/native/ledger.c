@@ -215,6 +215,7 @@ int ledger_distrust(snap_pump *p, uint64_t start, uint64_t end)
                 continue;
             }
             c->state = UNSAVED;
+            c->bare = UINT16_MAX;
             account(p, w->space, c);
             int r = list_chunk(p, w->space, at, c);
             if (r)

@@ -6,7 +6,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <sched.h>
 #include <stdio.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -166,7 +165,7 @@ int save_before_event(snap_pump *p)
         r = save_ahead_of(p, dirfd(names), names, &waiting, &running);
         if (waiting && (look || !running))
             break;
-        sched_yield();
+        breathe();
     }
     closedir(names);
     return r;

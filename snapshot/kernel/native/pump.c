@@ -4,6 +4,7 @@
 #include "uffd.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +15,6 @@
 #define PATIENCE_NS UINT64_C(10000000000) /* for the event that explains why a mark is gone */
 #define MOST_UNEXPLAINED 3               /* times that a mark is gone and no event was unread */
 #define BEAT_MS 100                      /* the watchdog hears of us at least so often */
-#define SWEEP_POLL_CHUNKS 4              /* faults are looked for every 256 KiB of the sweep */
 
 /* ---- set up -------------------------------------------------------------------------------- */
 
@@ -27,12 +27,14 @@ int snap_pump_new(int pid, int pagemap, int mem, int spill, void *staging, uint6
     p->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     p->bounce = aligned_alloc(PAGE, CHUNK);
     p->free_slots = calloc(slots ? slots : 1, sizeof *p->free_slots);
-    if (p->wake < 0 || !p->bounce || !p->free_slots) {
+    p->users = calloc(slots ? slots : 1, sizeof *p->users);
+    if (p->wake < 0 || !p->bounce || !p->free_slots || !p->users) {
         int r = p->wake < 0 ? -errno : -ENOMEM;
         if (p->wake >= 0)
             close(p->wake);
         free(p->bounce);
         free(p->free_slots);
+        free(p->users);
         free(p);
         return r;
     }
@@ -49,7 +51,12 @@ int snap_pump_new(int pid, int pagemap, int mem, int spill, void *staging, uint6
     p->free_count = slots;
     p->counters.stale = 1; /* nothing is planned */
     p->stall_ns = UINT64_MAX;
-    pthread_mutex_init(&p->lock, NULL);
+    pthread_mutexattr_t kind;
+    pthread_mutexattr_init(&kind);
+    /* Who holds it may be a thread that runs after all others. */
+    pthread_mutexattr_setprotocol(&kind, PTHREAD_PRIO_INHERIT);
+    pthread_mutex_init(&p->lock, &kind);
+    pthread_mutexattr_destroy(&kind);
     pthread_condattr_t attr;
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
@@ -107,6 +114,7 @@ void snap_pump_free(snap_pump *p)
     free(p->queue.at);
     free(p->waiting.at);
     free(p->free_slots);
+    free(p->users);
     free(p->free_spill.at);
     free(p->bounce);
     close(p->wake);
@@ -197,39 +205,51 @@ static int release_saved(snap_pump *p, const block *b, uint32_t first, uint32_t 
  * ever to be so. */
 static bool room_for(snap_pump *p, const block *b, uint32_t first, uint32_t last)
 {
-    uint64_t needed = 0;
+    uint64_t needed = 0, patches = 0;
     for (uint32_t i = first; i < last; i++)
-        needed += is_unsaved(&b->chunks[i]);
+        if (is_unsaved(&b->chunks[i]) && is_patched(&b->chunks[i]))
+            patches++;
+        else
+            needed += is_unsaved(&b->chunks[i]);
+    needed += (patches + 1) / 2; /* mostly they share */
     return free_places(p) >= needed || needed > p->slots - p->slots / 4;
 }
 
+static bool children_wait(const snap_pump *p)
+{
+    return p->children.count && p->unsaved_objects;
+}
+
+/* Children, and a target that is held up at its end, wait for the sweep as a writer waits for a fault:
+ * what the store cannot take yet goes to the spill file. */
+static bool is_urgent(const snap_pump *p)
+{
+    return children_wait(p) || (p->exits && snap_exits_holds(p->exits));
+}
+
 /* Saves on to the end of the cursor's 2 MiB and releases what it saved there in one go. While
- * children wait for shared memory that comes first. They, and a target that is held up at its end, wait
- * for us as a writer does: what the store cannot take yet goes to the spill file. */
+ * children wait for shared memory that comes first. */
 static int sweep(snap_pump *p)
 {
     if (!p->unsaved_chunks)
         return 0;
-    bool urgent = p->children.count && p->unsaved_objects;
-    while (urgent && p->blocks.at[p->sweep_block]->space < OBJECT_SPACE)
+    bool children = children_wait(p), urgent = is_urgent(p);
+    while (children && p->blocks.at[p->sweep_block]->space < OBJECT_SPACE)
         next_block(p);
     if (!next_unsaved(p))
         return 0;
     const block *b = p->blocks.at[p->sweep_block];
     uint32_t first = p->sweep_chunk, i = first;
     uint32_t limit = (uint32_t)((first * CHUNK / STEP + 1) * STEP / CHUNK);
-    urgent = urgent || (p->exits && snap_exits_holds(p->exits));
     if (!urgent && !room_for(p, b, first, limit))
         return -ENOBUFS;
     int r = 0;
     for (; i < limit; i++) {
         if (is_unsaved(&b->chunks[i]) && (r = save_chunk(p, b->space, b->start + i * CHUNK, urgent)))
             break;
-        if ((i - first) % SWEEP_POLL_CHUNKS == SWEEP_POLL_CHUNKS - 1) {
-            bool any;
-            if ((r = serve(p, &any)))
-                return r;
-        }
+        bool any;
+        if ((r = serve(p, &any))) /* a writer waits for one chunk at most */
+            return r;
     }
     p->sweep_chunk = i;
     int e = release_saved(p, b, first, i);
@@ -277,13 +297,28 @@ static bool finished(const snap_pump *p)
 }
 
 /* Waits for a message, and when `slots` also for a free staging slot. */
-static void idle(snap_pump *p, bool slots, int timeout_ms)
+static void idle_ns(snap_pump *p, bool slots, uint64_t ns)
 {
     struct pollfd fds[2] = {{.fd = p->uffd, .events = POLLIN}, {.fd = p->wake, .events = POLLIN}};
-    if (poll(fds, slots ? 2 : 1, timeout_ms) > 0 && slots && fds[1].revents) {
+    struct timespec most = {(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
+    if (ppoll(fds, slots ? 2 : 1, &most, NULL) > 0 && slots && fds[1].revents) {
         uint64_t count;
         (void)!read(p->wake, &count, sizeof count);
     }
+}
+
+static void idle(snap_pump *p, bool slots, int timeout_ms)
+{
+    idle_ns(p, slots, (uint64_t)timeout_ms * 1000000);
+}
+
+/* Whether the next piece that nobody waits for has to wait; if so, waits for a message or its time. */
+static bool rest(snap_pump *p, bool hurried)
+{
+    uint64_t left = pace_left(p, hurried), most = (uint64_t)BEAT_MS * 1000000;
+    if (left)
+        idle_ns(p, false, left < most ? left : most);
+    return left != 0;
 }
 
 /* Whether nothing has been saved for so long that no event will explain any more why not. */
@@ -315,8 +350,12 @@ static int after_t0(snap_pump *p)
             return -ECANCELED;
         int r = serve(p, &any);
         uint64_t events = p->counters.events;
+        if (!r && p->unsaved_chunks && !is_urgent(p) && rest(p, false))
+            continue;
+        uint64_t began = now_ns(), saved = p->counters.sweep_chunks;
         if (!r)
             r = sweep(p);
+        pace_spent(p, began, (p->counters.sweep_chunks - saved) * CHUNK);
         if (r == -ENOBUFS) {
             p->stuck_since_ns = 0;
             idle(p, true, p->tentative.count ? 1 : BEAT_MS);
@@ -356,6 +395,11 @@ static int give_order(snap_pump *p, int order)
 int snap_pump_order_round(snap_pump *p)
 {
     return give_order(p, ORDER_ROUND);
+}
+
+int snap_pump_order_last_round(snap_pump *p)
+{
+    return give_order(p, ORDER_LAST_ROUND);
 }
 
 int snap_pump_order_arm(snap_pump *p)
@@ -421,6 +465,7 @@ void snap_pump_go(snap_pump *p)
 {
     pthread_mutex_lock(&p->lock);
     p->after_t0 = true;
+    p->hurried = p->counters.remainder_bytes <= p->slots * CHUNK / 16; /* the reserve takes that, too */
     pthread_cond_broadcast(&p->told);
     pthread_cond_broadcast(&p->ready);
     pthread_mutex_unlock(&p->lock);
@@ -434,21 +479,31 @@ void snap_pump_release(snap_pump *p)
     pthread_mutex_unlock(&p->lock);
 }
 
-static int go_round(snap_pump *p, bool copies)
+static int go_round(snap_pump *p, int order)
 {
+    bool copies = order != ORDER_ARM;
     if (!p->round_runs) {
         p->round = (snap_pump_round){0};
         p->cursor = 0;
+        p->next_pages = 0;
         p->armed_ahead = true;
+        p->hurried = order == ORDER_LAST_ROUND;
         begin_work(p);
     }
+    if (rest(p, order != ORDER_ROUND))
+        return 0;
+    uint64_t began = now_ns(), copied = p->round.copied_bytes;
     int r = ahead_slice(p, copies);
+    pace_spent(p, began, p->round.copied_bytes - copied);
     p->round_runs = r != 1;
     if (r == -ENOBUFS)
         idle(p, true, BEAT_MS);
     if (r != 1)
         return r == -ENOBUFS ? 0 : r;
     r = end_work(p);
+    p->hurried = false;
+    p->round.next_chunks = p->listed.count;
+    p->round.next_bytes = p->next_pages * PAGE;
     if (!r)
         order_done(p);
     return r;
@@ -458,8 +513,9 @@ static int carry_out(snap_pump *p, int order)
 {
     switch (order) {
     case ORDER_ROUND:
+    case ORDER_LAST_ROUND:
     case ORDER_ARM:
-        return go_round(p, order == ORDER_ROUND);
+        return go_round(p, order);
     case ORDER_HOLD:
         if (!p->faults.count && !p->releases.count && uffd_poll(p->uffd, 0) == 0)
             return hold(p);
@@ -490,6 +546,15 @@ static int ahead_of_t0(snap_pump *p)
     return 0;
 }
 
+/* Not left to the caller, who has to get hold of the interpreter first: until it is closed who discards
+ * or unmaps memory waits for nobody. */
+static void close_uffd(snap_pump *p)
+{
+    if (p->watchdog)
+        snap_watchdog_know(p->watchdog, -1);
+    (void)dup3(p->wake, p->uffd, O_CLOEXEC); /* the number stays the caller's */
+}
+
 int snap_pump_run(snap_pump *p)
 {
     int r = stand(p);
@@ -508,6 +573,8 @@ int snap_pump_run(snap_pump *p)
     if (attached && !gone && (r || p->armed_ahead))
         (void)let_go(p); /* a courtesy: the close of the uffd does all of it */
     children_go(p, true);
+    if (attached)
+        close_uffd(p);
     snap_pump_end(p);
     return r;
 }

@@ -89,6 +89,8 @@ typedef struct {
     uint64_t copied_bytes;
     uint64_t written_bytes; /* pages that were not protected: written since the round before */
     uint64_t left_chunks; /* that changed while they were copied, or could not be protected */
+    uint64_t next_chunks; /* of which is known that they were written since: work for another round */
+    uint64_t next_bytes;  /* of them, those that were let through, and are not protected any more */
 } snap_pump_round;
 
 /* pid: the target; pagemap, mem: /proc/PID/pagemap and /proc/PID/mem, open before T0; spill: a file
@@ -111,6 +113,11 @@ void snap_pump_watch(snap_pump *pump, snap_watchdog *watchdog, snap_exits *exits
  * the two are compared (missed_pages). */
 void snap_pump_cover(snap_pump *pump, int verify);
 
+/* Before run: at most so many bytes a second are copied that nobody waits for, and not more than so
+ * many percent of a processor are used by all threads of this process; 0: no limit. What a writer, or a
+ * target at its end, waits for is copied at once. */
+void snap_pump_pace(snap_pump *pump, uint64_t bytes, unsigned percent);
+
 /* All windows, in place of those planned before, and registers what will be armed. With the target
  * stopped, and the pump held: to register a range that is not, or no longer, a whole
  * mapping would split one for a moment, and a mremap of the target across the split would fail. What
@@ -119,8 +126,8 @@ void snap_pump_cover(snap_pump *pump, int verify);
 int snap_pump_plan(snap_pump *pump, const snap_window *windows, size_t count, uint64_t *address);
 
 /* Serves faults and events until everything is saved. Ahead of T0 it carries out what is ordered in
- * between. In the end it releases what is armed. The caller then closes the uffd at once: until then
- * nobody serves what still faults.
+ * between. In the end it releases what is armed and closes the uffd: its number, which the caller has
+ * still to close, is something else then, and the watchdog knows of none.
  * 0: the image is complete. -ENODATA: bytes of T0 were lost, see the counters. -ECANCELED:
  * snap_pump_stop. Anything else: unexpected. In every case the queue ends for snap_pump_next. */
 int snap_pump_run(snap_pump *pump);
@@ -129,9 +136,11 @@ void snap_pump_stop(snap_pump *pump);
 
 /* Orders to a running pump, one at a time, ahead of T0; each is followed by await until it is done.
  * round: protect what is not, copy what has no copy of a time since when it was protected.
+ * last_round: the same, whatever the pace.
  * arm: only protect it, so that T0 finds little to do; it is saved afterwards.
  * hold: answer all that waits, then stand still until release or go; plan and settle meanwhile. */
 int snap_pump_order_round(snap_pump *pump);
+int snap_pump_order_last_round(snap_pump *pump);
 int snap_pump_order_arm(snap_pump *pump);
 int snap_pump_order_hold(snap_pump *pump);
 /* 0: the order is done; -ETIMEDOUT: not within timeout_ms; -EPIPE: run has ended. *round may be

@@ -1,5 +1,5 @@
-/* Shared by ledger.c, cover.c, survey.c, ahead.c, settle.c, save.c, queue.c, serve.c, peek.c, children.c
- * and pump.c: the parts of a pump. */
+/* Shared by ledger.c, cover.c, survey.c, ahead.c, settle.c, pace.c, save.c, queue.c, serve.c, peek.c,
+ * children.c and pump.c: the parts of a pump. */
 #ifndef SNAP_PUMP_INTERNAL_H
 #define SNAP_PUMP_INTERNAL_H
 
@@ -26,7 +26,7 @@ enum { UNSAVED = 0, TENTATIVE = 1, SAVED = 2 };
 typedef struct {
     uint16_t want;    /* pages that hold something: as last seen, from T0 on as they were then */
     uint16_t kept;    /* pages of the newest copy that was handed on */
-    uint16_t bare;    /* pages of which there is no good copy, at T0 */
+    uint16_t bare;    /* UNSAVED: pages of `kept` of which the copy is not good any more */
     uint16_t version; /* of that copy; under the lock */
     uint8_t state;
     bool flying;      /* a copy is with the consumers; under the lock */
@@ -35,6 +35,12 @@ typedef struct {
     uint16_t counted; /* wanted pages */
     uint16_t lacking; /* of them, those without a copy */
 } chunk;
+
+/* Of an UNSAVED chunk: the pages of which there is no good copy. */
+static inline uint16_t missing(const chunk *c)
+{
+    return (uint16_t)(c->want & (c->bare | ~c->kept));
+}
 
 /* 64 MiB of one space. Blocks are made when something is found in them: a reservation costs none. */
 typedef struct {
@@ -55,6 +61,14 @@ typedef struct {
     uint64_t low, high; /* the run-time addresses that it was read from lie in [low, high) */
     bool only;          /* it cannot be copied again: its memory has been discarded or unmapped */
 } tentative;
+
+/* A staging slot that patches of several chunks share: each has its pages where they are in the chunk, so
+ * those whose pages differ fit into one. */
+typedef struct {
+    uint32_t slot;
+    uint16_t used; /* pages; 0: none is open here */
+} shared_slot;
+#define OPEN_SLOTS 8
 
 /* An entry of the queue: void when its chunk has a newer version. */
 typedef struct {
@@ -89,7 +103,15 @@ typedef struct {
 typedef VECTOR(range) ranges;
 typedef VECTOR(place) places;
 
-enum { NO_ORDER, ORDER_ROUND, ORDER_ARM, ORDER_HOLD };
+enum { NO_ORDER, ORDER_ROUND, ORDER_LAST_ROUND, ORDER_ARM, ORDER_HOLD };
+
+/* See pace.c; ns of CLOCK_MONOTONIC, or of the processors. */
+typedef struct {
+    uint64_t bytes;   /* a second, 0: any */
+    unsigned percent; /* of a processor, for all threads of this process; 0: any */
+    uint64_t rested_ns, due_ns; /* nothing is copied before */
+    uint64_t share_since_ns, share_used_ns;
+} pace;
 
 struct snap_pump {
     int pid, uffd, uffdinfo, pagemap, mem, spill;
@@ -134,8 +156,12 @@ struct snap_pump {
     bool closes;                /* the thread `closer` runs */
     pthread_t closer;
     bool huge_removed;          /* ahead of T0: pages of hugetlbfs were discarded (see settle.c) */
+    bool hurried;               /* the last rounds: T0 waits, and there is nobody to make room */
+    uint64_t next_pages;        /* see snap_pump_round */
     bool letting_go;            /* nothing is saved any more: faults are released at once */
 
+    pace pace;
+    uint64_t singles_ns;        /* see serve.c, lets_one_page */
     uint64_t cursor;            /* of a round: the run-time address to go on at */
     snap_pump_round round;
 
@@ -154,6 +180,8 @@ struct snap_pump {
     VECTOR(queued) waiting; /* for an older copy of their chunk to be done; older than all of queue */
     uint32_t *free_slots;
     uint64_t free_count;
+    uint16_t *users; /* of each slot */
+    shared_slot open[OPEN_SLOTS];
     VECTOR(uint32_t) free_spill;
     uint64_t spill_end;
     bool ended;
@@ -231,9 +259,17 @@ int survey_first(const snap_pump *p, const snap_window *w, uint64_t start, uint6
  * room for its copies now. */
 int ahead_slice(snap_pump *p, bool copies);
 
+/* pace.c */
+/* A piece of what nobody waits for has been done since then. */
+void pace_spent(snap_pump *p, uint64_t began_ns, uint64_t bytes);
+/* For how many ns nothing of that kind is to be begun. `hurried`: whatever the user's limit. */
+uint64_t pace_left(snap_pump *p, bool hurried);
+
 /* queue.c */
 /* A staging slot, or for the urgent a slot of the spill file; NO_PLACE when there is none. */
 int64_t take_place(snap_pump *p, bool urgent, bool no_spill);
+/* The same for some pages of a chunk: perhaps a slot in which others are used. */
+int64_t take_pages(snap_pump *p, uint16_t pages, bool urgent, bool no_spill);
 void give_place(snap_pump *p, int64_t place);
 /* For pthread_cond_timedwait. */
 void deadline(struct timespec *until, int timeout_ms);
@@ -243,8 +279,11 @@ uint64_t free_places(snap_pump *p);
 int enqueue(snap_pump *p, const snap_saved *saved);
 
 /* save.c */
-/* Copies the wanted pages of the chunk at a space address into `place`, zeros for the others. */
-int save_to_place(snap_pump *p, uint32_t space, uint64_t address, int64_t place);
+/* Whether of this chunk, which is missing some pages, only those are to be copied: a patch. */
+bool is_patched(const chunk *c);
+/* Copies the pages of the chunk at a space address into `place`; if they are all that it wants, zeros for
+ * the others. */
+int save_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, int64_t place);
 /* Copies an unsaved chunk with wanted pages and keeps it tentative. urgent: may use the reserve of
  * staging, then the spill file, then waits; else -ENOBUFS when staging runs low. -EAGAIN: it is
  * not as it was at T0 just now, an event will tell; -ESRCH: the address space is gone. */
@@ -263,6 +302,8 @@ void save_last(snap_pump *p, uint64_t start, uint64_t end);
 /* Shared objects can be written unseen from now on: the same of all tentative copies of them. */
 void save_last_objects(snap_pump *p);
 uint64_t now_ns(void);
+/* Lets a thread run that may be on this processor; sched_yield would not, for who runs before it. */
+void breathe(void);
 /* One more chunk of the space is unsaved, or (-1) one less. */
 void count_unsaved(snap_pump *p, uint32_t space, int more);
 /* Tells the watchdog that this thread goes on. */

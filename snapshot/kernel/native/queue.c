@@ -6,13 +6,19 @@
 #include <time.h>
 #include <unistd.h>
 
-int64_t take_place(snap_pump *p, bool urgent, bool no_spill)
+/* Slots that only the urgent may take. */
+static uint64_t reserve(const snap_pump *p)
+{
+    return p->hurried ? 0 : p->slots / 4;
+}
+
+/* Caller holds the lock. */
+static int64_t take(snap_pump *p, bool urgent, bool no_spill)
 {
     int64_t place = NO_PLACE;
-    uint64_t reserve = urgent ? 0 : p->slots / 4;
-    pthread_mutex_lock(&p->lock);
-    if (p->free_count > reserve) {
+    if (p->free_count > (urgent ? 0 : reserve(p))) {
         place = p->free_slots[--p->free_count];
+        p->users[place] = 1;
         uint64_t used = p->slots - p->free_count;
         if (used > p->counters.peak_slots)
             p->counters.peak_slots = used;
@@ -21,15 +27,47 @@ int64_t take_place(snap_pump *p, bool urgent, bool no_spill)
         place = -(int64_t)slot - 1;
         p->counters.spilled_chunks++;
     }
+    return place;
+}
+
+int64_t take_place(snap_pump *p, bool urgent, bool no_spill)
+{
+    pthread_mutex_lock(&p->lock);
+    int64_t place = take(p, urgent, no_spill);
+    pthread_mutex_unlock(&p->lock);
+    return place;
+}
+
+int64_t take_pages(snap_pump *p, uint16_t pages, bool urgent, bool no_spill)
+{
+    shared_slot *fullest = &p->open[0];
+    int64_t place = NO_PLACE;
+    pthread_mutex_lock(&p->lock);
+    for (int i = 0; place == NO_PLACE && i < OPEN_SLOTS; i++) {
+        shared_slot *one = &p->open[i];
+        if (one->used && !(one->used & pages)) {
+            place = one->slot;
+            p->users[place]++;
+            one->used |= pages;
+        } else if (fullest->used && __builtin_popcount(one->used) > __builtin_popcount(fullest->used)) {
+            fullest = one;
+        } else if (!one->used) {
+            fullest = one;
+        }
+    }
+    if (place == NO_PLACE) {
+        place = take(p, urgent, no_spill);
+        if (place >= 0)
+            *fullest = (shared_slot){(uint32_t)place, pages};
+    }
     pthread_mutex_unlock(&p->lock);
     return place;
 }
 
 uint64_t free_places(snap_pump *p)
 {
-    uint64_t reserve = p->slots / 4;
     pthread_mutex_lock(&p->lock);
-    uint64_t count = p->free_count > reserve ? p->free_count - reserve : 0;
+    uint64_t count = p->free_count > reserve(p) ? p->free_count - reserve(p) : 0;
     pthread_mutex_unlock(&p->lock);
     return count;
 }
@@ -38,6 +76,11 @@ uint64_t free_places(snap_pump *p)
 static void put_back(snap_pump *p, int64_t place)
 {
     if (place >= 0) {
+        if (--p->users[place])
+            return;
+        for (int i = 0; i < OPEN_SLOTS; i++)
+            if (p->open[i].slot == place)
+                p->open[i].used = 0;
         p->free_slots[p->free_count++] = (uint32_t)place;
     } else if (place != NO_PLACE) {
         uint32_t *slot = VECTOR_PUSH(&p->free_spill);

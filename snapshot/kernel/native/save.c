@@ -21,11 +21,21 @@
 #include <time.h>
 #include <unistd.h>
 
+/* Pages of a patch. The store has to put it together with the copy before, which costs more than a whole
+ * one, but it takes less of staging, and of the time of who waits. */
+#define MOST_PATCHED 8
+#define BREATH_NS 20000
+
 uint64_t now_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+void breathe(void)
+{
+    nanosleep(&(struct timespec){.tv_nsec = BREATH_NS}, NULL);
 }
 
 void count_unsaved(snap_pump *p, uint32_t space, int more)
@@ -41,10 +51,11 @@ void beat(snap_pump *p)
 }
 
 /* A place whatever it takes: waits for the consumers when staging and spill are full. */
-static int urgent_place(snap_pump *p, bool no_spill, int64_t *place)
+static int urgent_place(snap_pump *p, uint16_t pages, bool part, bool no_spill, int64_t *place)
 {
     uint64_t since = 0;
-    while ((*place = take_place(p, true, no_spill)) == NO_PLACE) {
+    while ((*place = part ? take_pages(p, pages, true, no_spill)
+                          : take_place(p, true, no_spill)) == NO_PLACE) {
         if (atomic_load(&p->stop))
             return -ECANCELED;
         beat(p);
@@ -191,27 +202,34 @@ static int copy_chunk(snap_pump *p, uint32_t space, uint64_t base, uint16_t want
     return 0;
 }
 
-int save_to_place(snap_pump *p, uint32_t space, uint64_t address, int64_t place)
+bool is_patched(const chunk *c)
+{
+    unsigned pages = (unsigned)__builtin_popcount(missing(c));
+    return c->kept && pages && pages <= MOST_PATCHED;
+}
+
+int save_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, int64_t place)
 {
     uint64_t low, high;
     const chunk *c = ledger_chunk(p, space, address);
+    uint16_t zero = pages == c->want ? (uint16_t)~pages : 0; /* what a patch lacks may be another's */
     uint8_t *out = p->staging + (uint64_t)place * CHUNK;
-    return copy_chunk(p, space, address, c->want, (uint16_t)~c->want, out, false, &low, &high);
+    return copy_chunk(p, space, address, pages, zero, out, false, &low, &high);
 }
 
 /* Copies the pages `want` into a place of its own, which *t describes. */
 static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t want, bool urgent,
                          bool check, tentative *t)
 {
-    /* Nobody looks at the other pages of a patch. */
-    uint16_t zero = want == ledger_chunk(p, space, address)->want ? (uint16_t)~want : 0;
-    bool no_spill = false;
+    /* Nobody looks at the other pages of a patch, and they may be another's. */
+    bool part = want != ledger_chunk(p, space, address)->want, no_spill = false;
+    uint16_t zero = part ? 0 : (uint16_t)~want;
     for (;;) {
         int64_t place = NO_PLACE;
         int r = 0;
         if (urgent)
-            r = urgent_place(p, no_spill, &place);
-        else if ((place = take_place(p, false, false)) == NO_PLACE)
+            r = urgent_place(p, want, part, no_spill, &place);
+        else if ((place = part ? take_pages(p, want, false, false) : take_place(p, false, false)) == NO_PLACE)
             r = -ENOBUFS;
         if (r)
             return r;
@@ -239,11 +257,15 @@ int save_chunk(snap_pump *p, uint32_t space, uint64_t address, bool urgent)
     if (!t)
         return -ENOMEM;
     chunk *c = ledger_chunk(p, space, address);
-    int r = copy_to_place(p, space, address, c->want, urgent, true, t);
+    bool part = space < OBJECT_SPACE && is_patched(c);
+    uint16_t pages = part ? missing(c) : c->want;
+    int r = copy_to_place(p, space, address, pages, urgent, true, t);
     if (r) {
         p->tentative.count--;
         return r;
     }
+    t->saved.pages = c->want;
+    t->saved.patch = pages != c->want ? SNAP_PATCH | pages : 0;
     c->state = TENTATIVE;
     count_unsaved(p, space, -1);
     pthread_mutex_lock(&p->lock);
@@ -259,15 +281,15 @@ int save_stopped(snap_pump *p, uint32_t space, uint64_t address)
 {
     tentative t;
     chunk *c = ledger_chunk(p, space, address);
-    bool patch = c->bare != c->want;
-    int r = copy_to_place(p, space, address, c->bare, true, false, &t);
+    uint16_t pages = missing(c);
+    int r = copy_to_place(p, space, address, pages, true, false, &t);
     if (r)
         return r;
     c->state = SAVED;
     t.saved.pages = c->want;
-    t.saved.patch = patch ? SNAP_PATCH | c->bare : 0;
+    t.saved.patch = pages != c->want ? SNAP_PATCH | pages : 0;
     pthread_mutex_lock(&p->lock);
-    p->counters.stopped_bytes += (uint64_t)__builtin_popcount(c->bare) * PAGE;
+    p->counters.stopped_bytes += (uint64_t)__builtin_popcount(pages) * PAGE;
     r = enqueue(p, &t.saved);
     pthread_mutex_unlock(&p->lock);
     return r;

@@ -11,6 +11,9 @@
 #define MESSAGES 32
 #define MOST_TURNS 8            /* of reading messages, between two looks at the rest */
 #define GAP_NS UINT64_C(200000) /* see flush_in_the_gap */
+#define SPIN_NS UINT64_C(20000)
+#define SINGLE_NS UINT64_C(100000) /* see lets_one_page: 10,000 a second */
+#define SINGLES 500                /* … of which so many may come at once */
 
 static int release_later(snap_pump *p, uint64_t start, uint64_t end)
 {
@@ -77,12 +80,17 @@ static int flush_releases(snap_pump *p)
  * that makes such calls in a loop would starve every writer if this moment were missed. */
 static int flush_in_the_gap(snap_pump *p)
 {
-    uint64_t until = now_ns() + GAP_NS;
-    int r;
-    do {
-        r = flush_releases(p);
-    } while (!r && (p->releases.count || p->tentative.count) && now_ns() < until);
-    return r;
+    uint64_t since = now_ns(), until = since + GAP_NS;
+    for (;;) {
+        int r = flush_releases(p);
+        uint64_t now = now_ns();
+        if (r || (!p->releases.count && !p->tentative.count) || now >= until)
+            return r;
+        if (now > since + SPIN_NS) { /* or it is on this processor, and cannot go on */
+            breathe();
+            since = now_ns();
+        }
+    }
 }
 
 /* The same of [start, end) in w, of hugetlbfs: whole pages, but for those of which a part is unsaved. */
@@ -157,6 +165,49 @@ static int list_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
     return 0;
 }
 
+/* Ahead of T0: whether only the page of a fault is let through, so that no more of its chunk counts as
+ * written. Beyond what an answering machine writes to, whoever writes more is let through a chunk at a
+ * time, or would do nothing but wait. */
+static bool lets_one_page(snap_pump *p)
+{
+    uint64_t now = now_ns();
+    if (p->singles_ns + SINGLES * SINGLE_NS < now)
+        p->singles_ns = now - SINGLES * SINGLE_NS;
+    if (p->singles_ns + SINGLE_NS > now)
+        return false;
+    p->singles_ns += SINGLE_NS;
+    return true;
+}
+
+static int serve_fault_ahead(snap_pump *p, const snap_window *w, uint64_t at)
+{
+    uint64_t unit = w->huge ? w->huge : CHUNK, from = at & ~(unit - 1);
+    int r = list_space(p, w->space, from, from + unit);
+    if (!r && !w->huge && lets_one_page(p)) {
+        from = at;
+        unit = PAGE;
+    }
+    p->next_pages += unit / PAGE;
+    return r ? r : release_space(p, w->space, from, from + unit);
+}
+
+/* Nothing of the chunk is to be saved any more, once what is tentative is published: by a release. */
+static bool is_done(const snap_pump *p, uint32_t space, uint64_t at)
+{
+    const chunk *c = ledger_chunk(p, space, at);
+    return c && (!c->want || c->state != UNSAVED);
+}
+
+/* After T0: grows [*from, *to) by what is saved around it, within the 2 MiB of a huge page. */
+static void widen(const snap_pump *p, uint32_t space, uint64_t *from, uint64_t *to)
+{
+    uint64_t low = *from & ~(STEP - 1), high = low + STEP;
+    while (*from > low && is_done(p, space, *from - CHUNK))
+        *from -= CHUNK;
+    while (*to < high && is_done(p, space, *to))
+        *to += CHUNK;
+}
+
 /* One fault: save its chunk, then let the write through. -EAGAIN: an event must be read first.
  * Ahead of T0 nothing is saved for it: the next round will find it written. */
 static int serve_fault(snap_pump *p, uint64_t address)
@@ -167,10 +218,14 @@ static int serve_fault(snap_pump *p, uint64_t address)
     if (!w) /* after T0: moved here by a mremap whose event is still to be read */
         return p->after_t0 ? -EAGAIN : release(p, address, address + PAGE);
     uint32_t space = w->is.space;
-    uint64_t unit = w->is.huge ? w->is.huge : CHUNK;
-    uint64_t from = (address - w->is.start + w->is.at) & ~(unit - 1);
-    int r = p->after_t0 ? save_space(p, space, from, from + unit) : list_space(p, space, from, from + unit);
-    return r ? r : release_space(p, space, from, from + unit);
+    uint64_t unit = w->is.huge ? w->is.huge : CHUNK, at = address - w->is.start + w->is.at;
+    if (!p->after_t0)
+        return serve_fault_ahead(p, &w->is, at);
+    uint64_t from = at & ~(unit - 1), to = from + unit;
+    int r = save_space(p, space, from, to);
+    if (!r && unit == CHUNK && space < OBJECT_SPACE)
+        widen(p, space, &from, &to);
+    return r ? r : release_space(p, space, from, to);
 }
 
 static int serve_faults(snap_pump *p)

@@ -128,7 +128,9 @@ static int look(snap_pump *p, seen *found)
     size_t count = p->listed.count; /* what is found beside it is listed behind it */
     for (size_t i = 0; i < count; i++) {
         chunk *c = ledger_chunk(p, p->listed.at[i].space, p->listed.at[i].address);
-        c->want = c->bare = 0;
+        c->want = 0;
+        if (c->state == SAVED)
+            c->bare = 0;
     }
     for (size_t i = 0; !r && i < count; i++) {
         const place where = p->listed.at[i];
@@ -189,9 +191,7 @@ static int judge(snap_pump *p)
             if (r)
                 return r;
         }
-        if (c->state != SAVED || !(c->kept & c->want))
-            c->bare = c->want;
-        c->bare |= (uint16_t)(c->want & ~c->kept);
+        c->bare = missing(c);
         c->state = c->want && (c->bare || c->kept != c->want) ? UNSAVED : SAVED;
         account(p, where.space, c);
         remainder += (uint64_t)__builtin_popcount(c->bare);
@@ -296,7 +296,7 @@ static int arm_unsaved(snap_pump *p)
             from = where.address;
         }
         to = where.address + CHUNK;
-        p->counters.armed_bytes += (uint64_t)__builtin_popcount(c->bare) * PAGE;
+        p->counters.armed_bytes += (uint64_t)__builtin_popcount(missing(c)) * PAGE;
     }
     return to ? arm_space(p, space, from, to) : 0;
 }
@@ -323,7 +323,7 @@ static void distrust_copies(snap_pump *p, bool all)
         for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
             chunk *c = &b->chunks[i];
             c->state = UNSAVED;
-            c->bare = c->want;
+            c->bare = UINT16_MAX;
             account(p, b->space, c);
         }
     }
