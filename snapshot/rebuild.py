@@ -12,7 +12,8 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from . import address_space, fill, hugepages, objects
 from .errors import DeniedError, RestoreError, SnapError, UnsupportedError
@@ -38,8 +39,7 @@ _PR_SET_PDEATHSIG = 1
 _AT_FDCWD = -100
 
 
-@dataclass
-class Context:
+class Context(Struct, eq=False):
     """What the modules of a restore share, and where they report."""
 
     manifest: Manifest

@@ -13,10 +13,9 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import msgspec
+from msgspec import MsgspecError, Struct, field
 
 from . import address_space, fill
 from .errors import DamagedError, TargetError, UnsupportedError
@@ -38,8 +37,7 @@ class Hooks(Protocol):
     def wants(self, stage: str, /) -> bool: ...
 
 
-@dataclass
-class Restored:
+class Restored(Struct, eq=False):
     """A restored process, which runs. It is a child of this process."""
 
     image: str
@@ -202,7 +200,7 @@ def _sensible(image: Image) -> Iterator[None]:
     nowhere, names with zeros. Nothing is left of the process when one of them is met."""
     try:
         yield
-    except (ValueError, OverflowError, LookupError, struct.error, msgspec.MsgspecError) as error:
+    except (ValueError, OverflowError, LookupError, struct.error, MsgspecError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DamagedError(
             f"image {image.name} says what cannot be rebuilt: {reason}",

@@ -34,7 +34,8 @@ from .manifest import Descriptor, Host, Manifest, OpenFile, Process, TakeStats
 from .pump import MEMORY, LostError, Pump, Staging
 from .records import ProcessIdentity
 from .regions import Plan
-from .resources import Gathered, Preparation, descriptors, gather, preflight
+from .resources import descriptors, preflight
+from .resources.capture import Gathered, Preparation, gather
 from .stats import Progress, ProgressCallback, Stopwatch
 from .store import Store, check_name
 from .tracer import Tracer
