@@ -53,10 +53,15 @@ class Context(Struct, eq=False):
 Memory = Callable[[Process, Remote, Context], None]
 
 
-def fill_all(process: Process, remote: Remote, ctx: Context) -> None:
-    """All bytes now."""
+def fill_all(
+    process: Process,
+    remote: Remote,
+    ctx: Context,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """All bytes now. `progress` is told how many."""
     everything = Ranges([(address_space.LOWEST, address_space.HIGHEST)])
-    fill.fill(ctx.image, process, everything, remote.tracee)
+    fill.fill(ctx.image, process, everything, remote.tracee, progress)
 
 
 class Rebuilt:

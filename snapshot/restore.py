@@ -13,19 +13,19 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from msgspec import MsgspecError, Struct, field
 
-from . import address_space, fill
 from .errors import DamagedError, TargetError, UnsupportedError
 from .image import Image
-from .kernel.remote import Remote
 from .manifest import Process
 from .paging import PageServer
-from .ranges import Ranges
-from .rebuild import Context, Rebuilt, rebuild
 from .stats import Progress, ProgressCallback, Stopwatch
+
+if TYPE_CHECKING:
+    from .kernel.remote import Remote
+    from .rebuild import Context, Rebuilt
 
 log = logging.getLogger("snap")
 
@@ -100,8 +100,10 @@ def restore(
     job = _Restore(image, hooks, progress, alone=alone, working_set=working_set)
     process = _only_process(image)
     job.hook("before-restore", 0)
-    context = Context(image.manifest, image, stdio)
     with job.page_server(process, lazy) as server:
+        from .rebuild import Context, rebuild  # while the server starts, on another CPU
+
+        context = Context(image.manifest, image, stdio)
         memory = server.memory if server else job.fill
         new = rebuild(process, context, namespace=pid == "new", memory=memory)
         with _sensible(image), new as rebuilt:
@@ -154,14 +156,15 @@ class _Restore:
 
     def fill(self, process: Process, remote: Remote, ctx: Context) -> None:
         """rebuild.Memory for an eager restore, with progress."""
+        from . import rebuild
+
         total = self._image.manifest.stats.saved_bytes
 
         def filled(done: int) -> None:
             if self._progress is not None:
                 self._progress(Progress("filling", done, total, seconds=self._clock.seconds))
 
-        everything = Ranges([(address_space.LOWEST, address_space.HIGHEST)])
-        fill.fill(self._image, process, everything, remote.tracee, filled)
+        rebuild.fill_all(process, remote, ctx, filled)
 
     def running(self, rebuilt: Rebuilt, ctx: Context, server: PageServer | None) -> Restored:
         """From here on nothing can be taken back."""
