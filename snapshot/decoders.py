@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from .kernel import urgency
 from .kernel.fdcalls import close_others
 from .units import CHUNK
 
@@ -133,6 +134,12 @@ class Decoders:
         one.end()
         return one.busy
 
+    def insist(self) -> None:
+        """They run where nobody else wants to, and that seems to be nowhere: now they get a share.
+        """
+        for one in self._all:
+            urgency.ordinary(one.pid)
+
     def close(self) -> None:
         """Ends them: none has the image in use when this returns."""
         while self._all:
@@ -176,6 +183,7 @@ def _decode_all(
     with suppress(OSError), open("/proc/self/comm", "wb") as file:
         file.write(b"snap-decoder")
     os.nice(_NICE)
+    urgency.last()
     opened: Image | None = None
     poll = select.poll()
     poll.register(requests, select.POLLIN)

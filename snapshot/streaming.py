@@ -47,6 +47,7 @@ class Streaming:
         self._space = space
         self._first: deque[int] = deque()
         self._decoders: Decoders | None = None
+        self._insisted = False
         self._asked: dict[int, Asked] = {}  # by slot
         self._ready: deque[Answer] = deque()
 
@@ -68,6 +69,18 @@ class Streaming:
             return False
         self._ready += answers
         return True
+
+    @property
+    def helped(self) -> bool:
+        """Whether anybody decodes."""
+        return self._decoders is not None and bool(self._decoders.descriptors)
+
+    def insist(self) -> bool:
+        """The decoders are to get their share of the CPUs. False: they have been told before."""
+        told, self._insisted = self._insisted, True
+        if self._decoders is not None and not told:
+            self._decoders.insist()
+        return not told
 
     def dismiss(self) -> list[int]:
         """Ends the decoders. -> their descriptors, which are closed."""
