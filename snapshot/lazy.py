@@ -43,6 +43,9 @@ STALE_MS = 2000
 """Those that say nothing for so long are done without."""
 AGAIN_MS = 20
 """Until `finish` is called again."""
+LET_RUN_US = 50
+"""This server runs before all others, and goes on streaming: a thread that it has just served may
+have been woken on this very CPU, and gets there first."""
 _ZEROS = bytes(CHUNK)
 
 
@@ -200,7 +203,10 @@ class Server:
             elif not self._listen(SLOW_MS):
                 self._unanswered()
             while self._waiting:
-                self._serve(*self._waiting.popleft())
+                client, address = self._waiting.popleft()
+                self._serve(client, address)
+                if not self._waiting:
+                    client.uffd.poll_us(LET_RUN_US)
                 self._listen(0)
 
     def _pause(self, ms: int) -> None:
