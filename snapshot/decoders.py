@@ -27,9 +27,9 @@ from .units import CHUNK
 if TYPE_CHECKING:
     from .image import Image
 
-RUN = 4
+RUN = 16
 """Chunks that are asked for and put in place together, when they follow each other: each by itself
-would cost the server more than its pages."""
+would cost the server more than its pages. Somebody who waits is served in between all the same."""
 _REQUEST = struct.Struct("<IIQ")  # slot, how many chunks, the address of the first
 _ANSWER = struct.Struct(f"<II{RUN}H")  # slot, chunks that were decoded, the pages present of each
 _AHEAD = 4
