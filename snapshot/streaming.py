@@ -29,8 +29,12 @@ class Next(NamedTuple):
     chunks: int = 1
 
     @property
+    def bytes(self) -> int:
+        return self.chunks * CHUNK
+
+    @property
     def end(self) -> int:
-        return self.base + self.chunks * CHUNK
+        return self.base + self.bytes
 
     def rest(self, done: int) -> Next:
         return Next(self.base + done * CHUNK, self.chunk + done * CHUNK, self.chunks - done)
@@ -135,7 +139,7 @@ class Streaming:
         while self._first and client.number == 0:
             here = Next(self._first[0], self._first.popleft())
             if parts(client, here):
-                return here
+                return self._longer(here, most)
         known = self._source.addresses(self._space)
         while (piece := client.missing.after(client.cursor)) is not None:
             index = bisect_left(known, align_down(piece.source, CHUNK))
@@ -155,6 +159,13 @@ class Streaming:
             client.cursor = base + count * CHUNK
             return Next(base, chunk, count)
         return None
+
+    def _longer(self, here: Next, most: int) -> Next:
+        """With those that come first as well and lie behind it."""
+        while here.chunks < most and self._first and self._first[0] == here.chunk + here.bytes:
+            self._first.popleft()
+            here = here._replace(chunks=here.chunks + 1)
+        return here
 
 
 def parts(client: Client, wanted: Next) -> list[Piece]:
