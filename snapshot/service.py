@@ -112,6 +112,7 @@ class Service:
 
     def run(self) -> None:
         self._server.run()
+        urgency.calm_down()
         self._decoders.close()
         os.close(self._successor)
 
