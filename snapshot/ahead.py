@@ -92,10 +92,9 @@ class Ahead:
         needed: dict[tuple[int, int], SharedMemory] | None = None,
         problems: Sequence[str] = (),
     ) -> None:
-        """With the target stopped: what is to be saved is what it has now. The fault thread is
-        held afterwards. `needed`, `problems`: what its descriptors lead to, where they have been
-        looked at. Raises UnsupportedError."""
-        self.pump.hold()
+        """With the target stopped, the fault thread held: what is to be saved is what it has now.
+        `needed`, `problems`: what its descriptors lead to, where they have been looked at. Raises
+        UnsupportedError."""
         before = self.examination
         if problems or not before.holds(before.needed if needed is None else needed):
             self.examination = examine.examine(self.pump.pid, needed, before)

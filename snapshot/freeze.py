@@ -31,8 +31,8 @@ from .kernel import arch_x86_64 as arch
 from .kernel import ptrace, refusal, room
 from .kernel._native import lib
 from .kernel.arch_x86_64 import NR, Registers
-from .kernel.ptrace import STOP_TIMEOUT, LateError, State, Tracee
-from .kernel.remote import Remote
+from .kernel.ptrace import STOP_TIMEOUT, LateError, Reaper, StateRoom, States, Tracee
+from .kernel.remote import Interview, Packed, Remote
 from .kernel.room import Room
 from .kernel.urgency import urgent
 
@@ -106,9 +106,11 @@ class Frozen:
         self._calls_at: dict[int, tuple[tuple[int, int], int]] = {}
         """By tid: where (rip, rsp) a thread is in a call that goes on as restart_syscall, and its
         own number."""
+        self._restarting: list[Tracee] = []
+        """In restart_syscall, or about to make it."""
         self.scratch: int = earlier.scratch if earlier is not None else 0
         """Where it was at its last use, and in it:"""
-        self.data = (0, 0)
+        self.data: tuple[int, int] = earlier.data if earlier is not None else (0, 0)
         """Where answers go: address and size."""
         self._owner = threading.get_native_id()
 
@@ -130,13 +132,23 @@ class Frozen:
         """Somebody has stopped the process (SIGSTOP, SIGTSTP, …); it stays so when let go."""
         return (self.threads[0].stop >> 8 & 0xFF) in _STOPPING
 
-    def states(self) -> list[State]:
-        """What every thread holds, in the order of `threads`; before the first use of `remote`."""
+    def interview(self, first: Packed, others: Packed, status_text: bytes) -> Interview | None:
+        """What the leader and the other threads answer, in one go, with the scratch where it was
+        the last time. None: they have to be asked step by step."""
+        remote = self._remote = Remote(self.threads[0], room=self._room)
+        found = remote.interview(self.scratch, first, others, self.threads[1:], status_text)
+        self._remote = None
+        return found
+
+    def states(self, room: StateRoom | None = None) -> States:
+        """What every thread holds, in the order of `threads`; before the first use of `remote`.
+        `room`: for that."""
         assert self._remote is None, "calls have been made"
-        return [
-            state._replace(registers=self._as_image(tracee, state.registers))
-            for tracee, state in zip(self.threads, ptrace.states_of(self.threads), strict=True)
-        ]
+        return States(self.threads, room)
+
+    def restarting(self) -> dict[int, bytes]:
+        """By tid: `registers` of the threads of which an image stores others than they have."""
+        return {tracee.tid: self.registers(tracee) for tracee in self._restarting}
 
     def registers(self, tracee: Tracee) -> bytes:
         """The registers as an image stores them, 216 bytes: those of the thread, in which a call
@@ -186,7 +198,7 @@ class Frozen:
         with suppress(SnapError):  # killed
             self._stays.set_options(ptrace.TRACEEXIT)
 
-    def _stop(self, timeout: float) -> bytes:
+    def _stop(self, timeout: float, reaper: Reaper) -> bytes:
         """Rounds of listing, seizing and waiting -> the registers of all, in the order of threads.
 
         A listing that is made while threads end can miss others (proc_task_readdir), so the end is
@@ -215,7 +227,7 @@ class Frozen:
                 time.sleep(_ENDING_SECONDS)  # for those that are ending: we may be `urgent`
             try:
                 stopped, failed = ptrace.seize_and_stop(
-                    new, self.threads, self.pid, timeout, RESTARTED
+                    new, self.threads, reaper, timeout, RESTARTED
                 )
             except LateError as late:
                 self._begin_again(late)
@@ -234,8 +246,10 @@ class Frozen:
         killed (kernel/remote.py): their registers say nothing, and what leads them may not be
         written over. Whether there were any."""
         places = [rip for _, _, rip, _ in arch.CALL.iter_unpack(all_registers)]
-        vdso = self._room.vdso if self._room is not None else None
-        guard = room.guard_left(self.threads[0], places, vdso) if places else range(0)
+        if self._room is not None:
+            guard = self._room.guarded
+        else:
+            guard = room.guard_left(self.threads[0], places) if places else range(0)
         late = [one for one, at in zip(self.threads, places, strict=True) if at in guard]
         for tracee in late:
             tracee.cont()
@@ -283,6 +297,8 @@ class Frozen:
             elif result == NR.restart_syscall:  # it stands before the instruction
                 self._note_call(tracee.tid, number, (rip + len(arch.SYSCALL_INSTRUCTION), rsp))
             self.restarted += result == arch.ERESTARTNOHAND and number in RESTARTED
+            if NR.restart_syscall in (result, number):
+                self._restarting.append(tracee)
 
     def thaw(self) -> None:
         """Lets every thread go, with nothing of ours left in it."""
@@ -332,10 +348,11 @@ def freeze(
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
     hurry = ExitStack()
     try:
+        reaper = hurry.enter_context(Reaper(pid))
         hurry.enter_context(urgent())
         began = time.monotonic_ns()
         try:
-            registers = frozen._stop(timeout)
+            registers = frozen._stop(timeout, reaper)
         except (FileNotFoundError, ProcessLookupError):
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}") from None
         if _ended(pidfd):

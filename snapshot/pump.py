@@ -136,7 +136,6 @@ class Pump(Closing):
     def __init__(
         self,
         pid: int,
-        protection: WriteProtection,
         staging: Staging,
         watchdog: Watchdog,
         tracer: Tracer,
@@ -147,23 +146,18 @@ class Pump(Closing):
         self._fds: list[int] = []
         pagemap = self._open(f"/proc/{pid}/pagemap")
         memory = self._open(f"/proc/{pid}/mem")
-        uffd = protection.uffd.fd
-        info = self._open(f"/proc/self/fdinfo/{uffd}")
         made = ffi.new("snap_pump **")
         self._buffer = ffi.from_buffer(staging.memory)
         _check(
             lib.snap_pump_new(
-                pid, uffd, info, pagemap, memory, staging.spill, self._buffer, staging.slots, made
+                pid, pagemap, memory, staging.spill, self._buffer, staging.slots, made
             ),
             "pump",
         )
         self._pump: Any = made[0]
-        if protection.empties:
-            lib.snap_pump_cover(self._pump, VERIFY)
-        self._protection = protection
+        self._protection: WriteProtection | None = None
         self._watchdog = watchdog
         self._tracer = tracer
-        watchdog.know(uffd)
         lib.snap_pump_watch(
             self._pump, watchdog.handle, tracer.exits.handle, max(1, int(stall * 1000))
         )
@@ -186,7 +180,7 @@ class Pump(Closing):
             self._storers.append(Worker(f"snap-store-{number}", partial(self._store, sink)))
 
     def start(self) -> None:
-        """Start the fault thread: before anything is registered."""
+        """Start the fault thread, which is held until `release`."""
         self._runner = Worker("snap-faults", self._run)
 
     # --- ahead of T0 --------------------------------------------------------------------------
@@ -226,6 +220,16 @@ class Pump(Closing):
         raise SnapError("saving was cancelled")
 
     # --- the target is stopped ----------------------------------------------------------------
+
+    def attach(self, protection: WriteProtection) -> None:
+        """Before the first plan, once. `protection` is closed with the end of the fault thread."""
+        uffd = protection.uffd.fd
+        info = self._open(f"/proc/self/fdinfo/{uffd}")
+        self._protection = protection
+        self._watchdog.know(uffd)
+        lib.snap_pump_attach(self._pump, uffd, info)
+        if protection.empties:
+            lib.snap_pump_cover(self._pump, VERIFY)
 
     def hold(self) -> None:
         """The fault thread answers what waits, and stands still until `release` or `go`."""
@@ -315,7 +319,8 @@ class Pump(Closing):
             self._result = lib.snap_pump_run(self._pump)
         finally:
             self._watchdog.know(-1)
-            self._protection.close()
+            if self._protection is not None:
+                self._protection.close()
             while not self._tracer.let_go(BEAT_SECONDS):
                 self._watchdog.beat()
             self._watchdog.rest()

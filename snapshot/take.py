@@ -30,7 +30,7 @@ from .kernel.ptrace import Tracee
 from .kernel.refusal import capable
 from .kernel.room import find_room
 from .kernel.watchdog import Watchdog
-from .manifest import Descriptor, Host, Manifest, OpenFile, Process, TakeStats
+from .manifest import Host, Manifest, Process, TakeStats
 from .pump import MEMORY, LostError, Pump, Staging
 from .records import ProcessIdentity
 from .regions import Plan
@@ -72,8 +72,7 @@ class _Pause(NamedTuple):
 
     taken_at: float
     gathered: Gathered
-    files: tuple[OpenFile, ...]
-    descriptors: tuple[Descriptor, ...]
+    table: descriptors.Capture
     stopped_us: int
 
 
@@ -171,20 +170,21 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
         watchdog = stack.enter_context(Watchdog(job.pid, job.stall))
         exits = stack.enter_context(Exits(job.pid, job.stall, RESTARTED))
         tracer = stack.enter_context(Tracer(exits, job.pid))
-        objects = stack.enter_context(ExitStack())  # closed after the pump has ended
+        after_pump = stack.enter_context(ExitStack())  # what is closed when it has ended
+        pump = stack.enter_context(Pump(job.pid, job.staging, watchdog, tracer, job.stall))
+        ahead = Ahead(pump, after_pump, before, origin)
+        pump.start()
         # A device writes past the page tables to memory that it was given before.
         copying = (bool(job.reasons) or not job.now) and not descriptors.direct_io(job.pid)
         try:
             faults.point("begun")
             with freeze(job.pid, room=find_room(Tracee(job.pid, 0))) as first:
                 faults.point("first-stop")
-                protection = stack.enter_context(WriteProtection.create(first, forks=shares))
+                protection = after_pump.enter_context(WriteProtection.create(first, forks=shares))
                 faults.point("created")
                 first.close_remote()
                 faults.point("clean")
-                pump = Pump(job.pid, protection, job.staging, watchdog, tracer, job.stall)
-                ahead = Ahead(stack.enter_context(pump), objects, before, origin)
-                pump.start()
+                pump.attach(protection)
                 ahead.plan()  # what is registered tells of its events
                 faults.point("registered")
                 pump.release()
@@ -222,8 +222,11 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer)
     job.stops_us.append(pause.stopped_us)
     pump.storing.open()
     plan = ahead.examination.plan
+    files, table = pause.table.complete()
+    if pause.table.problems:  # a file was renamed or deleted just then
+        raise LostError("; ".join(pause.table.problems))
     process = pause.gathered.process(
-        0, mappings=tuple(plan.mappings), files=pause.files, descriptors=pause.descriptors
+        0, mappings=tuple(plan.mappings), files=files, descriptors=table
     )
     return _Instant(pause.taken_at, process, plan, pause.gathered, clock.stages_us)
 
@@ -252,12 +255,13 @@ def _pause(
             frozen.close_remote()
             faults.point("clean-again")
         with clock.stage("descriptors"):
-            files, table, problems = descriptors.capture(frozen.pid, frozen.pidfd)
+            table = descriptors.Capture(frozen.pid, frozen.pidfd)
         with clock.stage("maps"):
-            ahead.plan(descriptors.needed(files, table), problems)
+            pump.hold()
+            ahead.plan(table.needed, table.problems)
             faults.point("held")
         with clock.stage("settle"):
-            direct_io = ahead.direct_io or any(file.flags & os.O_DIRECT for file in files)
+            direct_io = ahead.direct_io or table.direct_io
             cover = not procfs.mergeable(job.pid)
             unsaved = pump.settle(most, copies=not direct_io, cover=cover)
         taken_at = time.time()
@@ -272,7 +276,7 @@ def _pause(
         faults.point("let-go")
     if stays:
         faults.point("stays")
-    return _Pause(taken_at, gathered, files, table, frozen.stopped_us)
+    return _Pause(taken_at, gathered, table, frozen.stopped_us)
 
 
 def _wait(job: _Take, ahead: Ahead) -> None:

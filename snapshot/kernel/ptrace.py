@@ -20,8 +20,10 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import KernelError, TargetError, UnsupportedError
+from ..units import PAGE
 from . import arch_x86_64 as arch
 from ._native import ffi, lib
+from .closing import Closing
 from .refusal import fail, refused, status, stuck
 
 EXITKILL: int = lib.SNAP_PTRACE_O_EXITKILL
@@ -51,7 +53,6 @@ class State(NamedTuple):
     registers: bytes  # 216 bytes, struct user_regs_struct
     xstate: bytes  # the XSAVE area
     signal_mask: int
-    pending: bool  # whether signals are queued for it
     rseq: Rseq | None
     critical_section: int  # of that: rseq_cs
 
@@ -295,15 +296,27 @@ def adopt(tid: int, options: int = TRACESYSGOOD, timeout: float = STOP_TIMEOUT) 
     return tracee
 
 
+class Reaper(Closing):
+    """A thread that keeps an execve of a process from waiting for threads that we have stopped, as
+    we do for it (native/threads.h). Started before the pause: to make a thread takes 0.1 ms."""
+
+    def __init__(self, leader: int) -> None:
+        self.handle: Any = lib.snap_reaper_start(leader)
+
+    def close(self) -> None:
+        lib.snap_reaper_stop(self.handle)
+        self.handle = ffi.NULL
+
+
 def seize_and_stop(
     tids: Sequence[int],
     known: Sequence[Tracee] = (),
-    leader: int = 0,
+    reaper: Reaper | None = None,
     timeout: float = STOP_TIMEOUT,
     again: Collection[int] = (),
 ) -> tuple[list[Tracee], dict[int, int]]:
     """Seizes threads of one process, then waits until each is in an event stop. `known`: those of
-    it that are ours already; `leader`: its pid; `again`: system calls that are made again when the
+    it that are ours already; `reaper`: where it may have more than one; `again`: system calls that are made again when the
     stop has made them return EINTR.
 
     -> the stopped ones, and by tid the errno of those that could not be had (ESRCH: it ended;
@@ -314,7 +327,8 @@ def seize_and_stop(
     numbers = ffi.new("int[]", [*(tracee.tid for tracee in known), *tids])
     stops = ffi.new("int[]", before + count)
     running = lib.snap_stop_all(
-        *(numbers, stops, before, count, leader, TRACESYSGOOD, int(timeout * 1e6)),
+        *(numbers, stops, before, count, reaper.handle if reaper is not None else ffi.NULL),
+        *(TRACESYSGOOD, int(timeout * 1e6)),
         call_set(again),
     )
     results = list(stops)[before:]
@@ -358,35 +372,65 @@ def registers_of(tracees: Sequence[Tracee]) -> tuple[bytes, list[Tracee]]:
     return bytes(ffi.buffer(out)), gone
 
 
-def states_of(tracees: Sequence[Tracee]) -> list[State]:
-    """The `State` of all, in one call."""
-    count = len(tracees)
-    numbers = ffi.new("int[]", [tracee.tid for tracee in tracees])
-    raw = ffi.new("snap_thread_state[]", count)
-    areas = bytearray(count * arch.XSTATE_MAX)
-    well = lib.snap_get_states(numbers, count, raw, ffi.from_buffer(areas), arch.XSTATE_MAX)
-    view = memoryview(areas)
-    found = []
-    for i, tracee in enumerate(tracees):
-        one = raw[i]
-        if not well and one.failed == -errno.ENOEXEC:
-            tracee.registers()  # raises, with the reason
-        elif not well and one.failed:
-            fail(tracee.tid, ffi.string(one.request).decode(), -one.failed)
-        rseq = one.rseq
-        found.append(
-            State(
-                registers=bytes(ffi.buffer(one.registers)),
-                xstate=bytes(view[i * arch.XSTATE_MAX : i * arch.XSTATE_MAX + one.xstate]),
-                signal_mask=one.signal_mask,
-                pending=one.pending > 0,
-                rseq=Rseq(rseq.address, rseq.size, rseq.signature, rseq.flags)
-                if rseq.address
-                else None,
-                critical_section=one.critical_section,
+class StateRoom:
+    """Memory for what `most` threads hold, touched: in the pause the first touch of a page costs
+    more than what is read to it."""
+
+    def __init__(self, most: int) -> None:
+        self.most = max(1, most)
+        self.raw = ffi.new("snap_thread_state[]", self.most)
+        self.areas = bytearray(self.most * arch.XSTATE_MAX)
+        pages = len(self.areas) // PAGE
+        self.areas[::PAGE] = bytes(pages)
+
+
+class States:
+    """The `State` of many threads: read at once, in one call, decoded later."""
+
+    def __init__(self, tracees: Sequence[Tracee], room: StateRoom | None = None) -> None:
+        """`room`: for them, if there is any yet."""
+        self._tracees = tracees
+        count = len(tracees)
+        self._room = room if room is not None and room.most >= count else StateRoom(count)
+        numbers = ffi.new("int[]", [tracee.tid for tracee in tracees])
+        areas = ffi.from_buffer(self._room.areas)
+        raw = self._room.raw
+        self._pending = lib.snap_get_states(numbers, count, raw, areas, arch.XSTATE_MAX)
+        for i in range(count) if self._pending < 0 else ():
+            self._check(i)
+
+    def _check(self, i: int) -> None:
+        failed = self._room.raw[i].failed
+        if failed == -errno.ENOEXEC:
+            self._tracees[i].registers()  # raises, with the reason
+        elif failed:
+            fail(self._tracees[i].tid, ffi.string(self._room.raw[i].request).decode(), -failed)
+
+    @property
+    def signalled(self) -> list[Tracee]:
+        """Those that have signals queued for them."""
+        if not self._pending:
+            return []
+        return [one for i, one in enumerate(self._tracees) if self._room.raw[i].pending]
+
+    def decode(self) -> list[State]:
+        view = memoryview(self._room.areas)
+        found = []
+        for i in range(len(self._tracees)):
+            one, area = self._room.raw[i], i * arch.XSTATE_MAX
+            rseq = one.rseq
+            found.append(
+                State(
+                    registers=bytes(ffi.buffer(one.registers)),
+                    xstate=bytes(view[area : area + one.xstate]),
+                    signal_mask=one.signal_mask,
+                    rseq=Rseq(rseq.address, rseq.size, rseq.signature, rseq.flags)
+                    if rseq.address
+                    else None,
+                    critical_section=one.critical_section,
+                )
             )
-        )
-    return found
+        return found
 
 
 def detach_all(tracees: Sequence[Tracee]) -> None:

@@ -61,9 +61,9 @@ import signal
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from ..errors import DeniedError, KernelError, TargetError
+from ..errors import DeniedError, KernelError, SnapError, TargetError
 from ..units import PAGE, align_up
 from . import arch_x86_64 as arch
 from ._native import ffi, lib
@@ -77,6 +77,8 @@ SCRATCH_SIZE = 64 * 1024
 CALL_TIMEOUT = 10.0
 """Seconds that a batch gets."""
 CALL_BYTES = 64
+CAPACITY = 4 * PAGE // CALL_BYTES
+"""Calls that make a batch, with a scratch of SCRATCH_SIZE."""
 OWED = struct.Struct("2i16xi4x")
 _SIGNALS = re.compile(rb"^(SigIgn|SigCgt):\s*(\w+)", re.MULTILINE)
 _IGNORED_BY_DEFAULT = sum(1 << n - 1 for n in (signal.SIGURG, signal.SIGWINCH, signal.SIGCHLD))
@@ -96,6 +98,33 @@ class Call(NamedTuple):
 
     nr: int
     args: tuple[int, ...] = ()
+
+
+class Packed(NamedTuple):
+    """Calls that were put together before (`pack`), as many as fit into one batch."""
+
+    calls: Sequence[Call]
+    data: bytes
+    size: int
+    """Bytes from the begin of the data area on that they write."""
+
+    def decoded(self, results: bytearray, answers: bytearray, i: int) -> tuple[list[int], bytes]:
+        """What the i-th of several threads has answered."""
+        count = len(self.calls)
+        row = struct.unpack_from(f"{count}q", results, 8 * count * i)
+        return list(row), bytes(answers[self.size * i : self.size * (i + 1)])
+
+
+class Interview(NamedTuple):
+    """What threads have answered, the first one and the others; decoded later."""
+
+    first: tuple[Packed, bytearray, bytearray]
+    others: tuple[Packed, bytearray, bytearray]
+
+    def of(self, i: int) -> tuple[list[int], bytes]:
+        """Results and answers of thread i, in the order in which they were asked."""
+        packed, results, answers = self.others if i else self.first
+        return packed.decoded(results, answers, max(i - 1, 0))
 
 
 class Remote:
@@ -122,7 +151,7 @@ class Remote:
         self.timeout = timeout
         self.scratch = 0
         self.scratch_size = max(align_up(size, PAGE), 2 * PAGE)
-        array = min(4 * PAGE, (self.scratch_size - PAGE) // 2)
+        array = min(CAPACITY * CALL_BYTES, (self.scratch_size - PAGE) // 2)
         self.capacity = array // CALL_BYTES
         self._data_offset = PAGE + array
         self._at: Any = None
@@ -150,15 +179,7 @@ class Remote:
         Raises UnsupportedError when the target has no `syscall` instruction to borrow, DeniedError
         when a seccomp filter of it cannot be suspended, KernelError when mmap fails.
         """
-        if self.room is None or not is_still(self.tracee, self.room):
-            self.room = find_room(self.tracee)
-        if self.room.guard and not self.tracee.options & EXITKILL:
-            self._guard = self.room.guard
-            self._caught, self._ignored = dispositions(self.tracee.tid, text=status_text)
-            self._mem = _open_memory(self.tracee.tid)
-        self._prepare(self.room.instruction)
-        self._at.undo = self.scratch_size if self._guard else 0
-        self._at.undo_call = NR.munmap
+        self._begin(status_text)
         if self._guard and (placed := lib.snap_guard_place(self._at)) < 0:
             self._failed(-placed, [])
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -186,6 +207,69 @@ class Remote:
             raise
         self._at.loop = self._guard or self.scratch
         self._at.array = self.scratch + PAGE
+
+    def _begin(self, status_text: bytes) -> None:
+        """Everything that comes before the first call."""
+        if self.room is None or not is_still(self.tracee, self.room):
+            self.room = find_room(self.tracee)
+        if self.room.guard and not self.tracee.options & EXITKILL:
+            self._guard = self.room.guard
+            self._caught, self._ignored = dispositions(self.tracee.tid, text=status_text)
+            self._mem = _open_memory(self.tracee.tid)
+        self._prepare(self.room.instruction)
+        self._at.undo = self.scratch_size if self._guard else 0
+        self._at.undo_call = NR.munmap
+
+    def interview(
+        self,
+        near: int,
+        first: Packed,
+        others: Packed,
+        tracees: Sequence[Tracee],
+        status_text: bytes = b"",
+    ) -> Interview | None:
+        """`open` with the scratch at `near`, `packed` here, `packed_in` in other threads, and
+        `close`, all at once. None, and nothing is open: it has to be done step by step."""
+        self._begin(status_text)
+        if not self._guard or not self.tracee.options & SUSPEND_SECCOMP or not near:
+            self._abandon()
+            return None
+        threads, options = len(tracees), self.tracee.options
+        each = ffi.new("snap_injection[]", max(1, threads))
+        numbers = [tracee.tid for tracee in tracees]
+        stops = ffi.new("int[]", [tracee.stop for tracee in tracees])
+        made = Interview(_room_for(first, 1), _room_for(others, threads))
+        questions = [_questions(*one) for one in made]
+        step = ffi.new("int *")
+        self._last = each
+        result = lib.snap_interview(
+            *(self._at, near, PAGE, near + self._data_offset, *questions),
+            *(each, numbers, stops, threads, options, step),
+        )
+        self.tracee.stop, self.scratch = self._at.stop, self._at.scratch
+        failed = step[0] - lib.SNAP_STEP_ASK - 1  # which of the others
+        asked = threads if step[0] == lib.SNAP_STEP_UNMAP else max(0, failed + 1)
+        for i, tracee in enumerate(tracees[:asked]):
+            tracee.stop, tracee.options = stops[i], options
+        if result == 0:
+            self._abandon()
+            return made
+        if result > 0:
+            self.close()
+            return None
+        if failed < 0:
+            raise self._failure(-result, first.calls)
+        other = Remote(tracees[failed], self.scratch_size, self.timeout)
+        other._at = each + failed
+        raise other._failure(-result, others.calls)
+
+    def _abandon(self) -> None:
+        """Nothing of it is in the target."""
+        self._at = None
+        self._guard = 0
+        if self._mem >= 0:
+            os.close(self._mem)
+            self._mem = -1
 
     def _place_loop(self, separate: bool) -> bool:
         """Writes the loop into the first page; False where no such page may be executable. A page
@@ -231,11 +315,7 @@ class Remote:
                 self.call(NR.munmap, scratch, self.scratch_size)
             lib.snap_guard_wipe(self._at)
         finally:
-            self._at = None
-            self._guard = 0
-            if self._mem >= 0:
-                os.close(self._mem)
-                self._mem = -1
+            self._abandon()
 
     def renew(self) -> None:
         """Finds another `syscall` instruction: after the vdso was unmapped or put elsewhere, which
@@ -266,7 +346,7 @@ class Remote:
         return results
 
     def packed(self, calls: Sequence[Call], data: bytes) -> list[int]:
-        """`batch` of calls that were packed before (`pack`), at most `capacity` of them."""
+        """`batch` of calls that were packed before (`pack`), at most `CAPACITY` of them."""
         self.tracee.own()
         assert self._at is not None, "open() comes first"
         self._at.use_loop = self._may_use_loop(calls)
@@ -275,38 +355,6 @@ class Remote:
         count = len(calls)
         self._finish(lib.snap_inject(self._at, ffi.from_buffer("snap_call[]", array), count), calls)
         return [result for (result,) in _RESULT.iter_unpack(array)]
-
-    def packed_in(
-        self, tracees: Sequence[Tracee], calls: Sequence[Call], data: bytes, size: int
-    ) -> list[tuple[list[int], bytes]] | None:
-        """`packed` in each of these threads -> results, and the first `size` bytes of the data
-        area afterwards. None: it has to be done one by one."""
-        count, threads = len(calls), len(tracees)
-        if not (self.tracee.options & SUSPEND_SECCOMP and self._loop_allowed):
-            return None
-        options = self.tracee.options
-        each = ffi.new("snap_injection[]", threads)
-        numbers = [tracee.tid for tracee in tracees]
-        stops = ffi.new("int[]", [tracee.stop for tracee in tracees])
-        results, answers = bytearray(8 * count * threads), bytearray(size * threads)
-        error = ffi.new("int *")
-        self._at.use_loop = 1
-        self._last = each
-        done = lib.snap_inject_each(
-            *(self._at, each, numbers, stops, threads, options),
-            *(ffi.from_buffer("snap_call[]", data), count, self.data, size),
-            *(ffi.from_buffer("int64_t[]", results), ffi.from_buffer(answers), error),
-        )
-        for i, tracee in enumerate(tracees[: done + 1]):
-            tracee.stop, tracee.options = stops[i], options
-        if done < threads:
-            other = Remote(tracees[done], self.scratch_size, self.timeout)
-            other._at = each + done
-            other._failed(-error[0], calls)
-        rows = struct.iter_unpack(f"{count}q", results) if count else [()] * threads
-        return [
-            (list(row), bytes(answers[i * size : (i + 1) * size])) for i, row in enumerate(rows)
-        ]
 
     def _finish(self, result: int, calls: Sequence[Call]) -> None:
         self.tracee.stop = self._at.stop
@@ -361,24 +409,28 @@ class Remote:
                 maker._loop_allowed = handler != signal.SIG_IGN
         return maker._loop_allowed
 
-    def _failed(self, number: int, calls: Sequence[Call]) -> None:
+    def _failed(self, number: int, calls: Sequence[Call]) -> NoReturn:
+        raise self._failure(number, calls)
+
+    def _failure(self, number: int, calls: Sequence[Call]) -> SnapError:
         tid = self.tracee.tid
         names = ", ".join(dict.fromkeys(arch.syscall_name(call.nr) for call in calls))
         if number == errno.ESRCH:
             reap([tid])
-            raise TargetError(f"thread {tid} ended during injected calls ({names})", f"ps -p {tid}")
+            message = f"thread {tid} ended during injected calls ({names})"
+            return TargetError(message, f"ps -p {tid}")
         if number == errno.ETIMEDOUT:
-            raise KernelError(
+            return KernelError(
                 f"injected calls ({names}) did not return within {self.timeout:g} s in "
                 f"thread {tid}",
                 f"cat /proc/{tid}/stack",
             )
         if number == errno.EFAULT:
-            raise KernelError(
+            return KernelError(
                 f"{stop_name(self._at.fault)} in thread {tid} during injected calls ({names})",
                 f"cat /proc/{tid}/maps",
             )
-        raise KernelError(
+        return KernelError(
             f"injected calls ({names}) in thread {tid}: {error_name(number)}",
             f"cat /proc/{tid}/status",
         )
@@ -412,6 +464,24 @@ def pack(calls: Sequence[Call]) -> bytes:
 
 
 _NOTHING = (0,) * 6
+
+
+def _room_for(packed: Packed, threads: int) -> tuple[Packed, bytearray, bytearray]:
+    return (
+        packed,
+        bytearray(8 * len(packed.calls) * threads),
+        bytearray(packed.size * threads),
+    )
+
+
+def _questions(packed: Packed, results: bytearray, answers: bytearray) -> Any:
+    """snap_questions *, good as long as the result is kept."""
+    made = ffi.new("snap_questions *")
+    calls = ffi.from_buffer("snap_call[]", packed.data)
+    into = ffi.from_buffer("int64_t[]", results), ffi.from_buffer("unsigned char[]", answers)
+    made.calls, made.count, made.size = calls, len(packed.calls), packed.size
+    made.results, made.answers = into
+    return made
 
 
 def _checked(tid: int, nr: int, args: tuple[int, ...], result: int) -> int:

@@ -28,6 +28,11 @@ class Room(NamedTuple):
     instruction: int
     guard: int
 
+    @property
+    def guarded(self) -> range:
+        """Where the guard lies, ours or one that was left."""
+        return range(self.guard, self.guard + lib.snap_guard_size()) if self.guard else range(0)
+
 
 def find_room(tracee: Tracee) -> Room:
     """The thread need not be stopped for this: see `is_still`."""
@@ -48,10 +53,10 @@ def is_still(tracee: Tracee, room: Room) -> bool:
         return False
 
 
-def guard_left(tracee: Tracee, addresses: Iterable[int], vdso: int | None = None) -> range:
+def guard_left(tracee: Tracee, addresses: Iterable[int]) -> range:
     """Where a guard lies that was left by one who died, if any of the addresses is near; else an
-    empty range. `vdso`: its address, if that is known."""
-    vdso = _vdso_address(tracee.tid) if vdso is None else vdso
+    empty range."""
+    vdso = _vdso_address(tracee.tid)
     if not vdso or not any(vdso <= address < vdso + _VDSO_MAX for address in addresses):
         return range(0)
     vdso, data = _read_vdso(tracee)

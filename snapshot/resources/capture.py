@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from signal import SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import msgspec
 
 from .. import manifest
 from ..kernel.closing import Closing
+from ..kernel.ptrace import StateRoom
 from ..kernel.remote import dispositions
 from ..manifest import Descriptor, Mapping, OpenFile, Process, Thread, pack
 from . import credentials, layout, pending, threads
@@ -20,8 +21,10 @@ from .registry import PROCESS_MODULES, THREAD_MODULES
 
 if TYPE_CHECKING:
     from ..freeze import Frozen
-    from ..kernel.ptrace import State
+    from ..kernel.ptrace import State, States
 
+FEW_MORE = 8
+"""Threads that there may be at T0, and were not a moment before."""
 STOP_SIGNALS = (SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU)
 """ptrace(2): in a group-stop a seized thread reports the signal that stopped it."""
 
@@ -39,48 +42,47 @@ class _ThreadQuestions:
 
 
 @dataclass(frozen=True)
-class _RawThread:
-    tid: int
-    state: State
-    pending: Sequence[bytes]
-    questions: _ThreadQuestions
-    answers: Answers
-
-
-@dataclass(frozen=True)
 class Gathered:
     """All of a process at T0 but memory and descriptors, most of it not yet looked at."""
 
     facts: Facts
     stopped: bool
+    states: States
+    registers: dict[int, bytes]
+    """By tid, where they are not those of `states`."""
     pending: Sequence[bytes]
-    raw_threads: tuple[_RawThread, ...]
-    process_answers: Answers
-    layout: Answer[manifest.MemoryLayout]
-    modules: list[tuple[str, Answer[Any]]]
+    thread_pending: dict[int, list[bytes]]
+    """By tid, where there are any."""
+    questions: Questions
+    replies: Callable[[int], Answers]
+    """Of the thread at this place of `facts.status_texts`, which begin with the leader."""
 
     def threads(self) -> tuple[Thread, ...]:
         """The leader first."""
         known: dict[credentials.State, msgspec.Raw] = {}
-        return tuple(self._thread(raw, known) for raw in self.raw_threads)
+        both = zip(self.facts.status_texts, self.states.decode(), strict=True)
+        return tuple(self._thread(i, tid, state, known) for i, (tid, state) in enumerate(both))
 
-    def _thread(self, raw: _RawThread, known: dict[credentials.State, msgspec.Raw]) -> Thread:
-        own = raw.questions.own(raw.answers)
-        status = self.facts.statuses[raw.tid]
-        who = credentials.state(status, raw.questions.securebits(raw.answers))
-        state = {name: pack(answer(raw.answers)) for name, answer in raw.questions.modules}
+    def _thread(
+        self, i: int, tid: int, held: State, known: dict[credentials.State, msgspec.Raw]
+    ) -> Thread:
+        questions, answers = self.questions.of(i), self.replies(i)
+        own = questions.own(answers)
+        status = self.facts.statuses[tid]
+        who = credentials.state(status, questions.securebits(answers))
+        state = {name: pack(answer(answers)) for name, answer in questions.modules}
         state[credentials.NAME] = known.setdefault(who, pack(who))
         return Thread(
-            tid=self.facts.inner(raw.tid),
+            tid=self.facts.inner(tid),
             comm=own.comm,
-            registers=raw.state.registers,
-            xstate=raw.state.xstate,
-            signal_mask=raw.state.signal_mask,
+            registers=self.registers.get(tid, held.registers),
+            xstate=held.xstate,
+            signal_mask=held.signal_mask,
             altstack=own.altstack,
             robust_list=own.robust_list,
             clear_child_tid=own.clear_child_tid,
-            rseq=_rseq(raw.state),
-            pending=pending.complete(raw.pending, status.mask("SigPnd")),
+            rseq=_rseq(held),
+            pending=pending.complete(self.thread_pending.get(tid, ()), status.mask("SigPnd")),
             state=state,
         )
 
@@ -97,7 +99,8 @@ class Gathered:
         modules, by NAME."""
         facts, status = self.facts, self.facts.status
         all_threads = self.threads()
-        own = {name: pack(answer(self.process_answers)) for name, answer in self.modules}
+        answers, questions = self.replies(0), self.questions
+        own = {name: pack(answer(answers)) for name, answer in questions.modules}
         return Process(
             index=index,
             pid=facts.inner(facts.pid),
@@ -112,7 +115,7 @@ class Gathered:
             root=facts.root,
             umask=status.umask,
             personality=facts.personality,
-            layout=self.layout(self.process_answers),
+            layout=questions.layout(answers),
             mappings=mappings,
             threads=all_threads,
             files=files,
@@ -145,6 +148,11 @@ class Questions:
         self.modules = [(module.NAME, module.ask(self.first, facts)) for module in PROCESS_MODULES]
         self.leader = _ThreadQuestions(self.first, facts)
         self.others = _ThreadQuestions(Inquiry(data, size), facts)
+        self.packed = self.first.packed(), self.others.inquiry.packed()
+
+    def of(self, i: int) -> _ThreadQuestions:
+        """Those for the i-th thread."""
+        return self.others if i else self.leader
 
     def now(self, facts: Facts, data: int, size: int) -> Questions:
         """As they have to be: these, if they are still right."""
@@ -163,6 +171,7 @@ class Preparation(Closing):
         try:
             # Of the others nothing is asked that depends on what they are, and they may end.
             self.questions = Questions(Facts.read(pid, [pid], self.files), *place)
+            self.states = StateRoom(len(self.files.tids) + FEW_MORE)
         except BaseException:
             self.files.close()
             raise
@@ -178,36 +187,46 @@ def _about(facts: Facts) -> tuple[object, ...]:
 
 def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
     """In the pause: reads /proc, asks every thread by one injected batch each, decodes nothing."""
-    leader, others = frozen.threads[0], frozen.threads[1:]
-    states = frozen.states()
-    files = prepared.files if prepared else None
-    facts = Facts.read(frozen.pid, [tracee.tid for tracee in frozen.threads], files)
-    remote = frozen.open_remote(facts.status_texts[frozen.pid])
-    place = (remote.data, remote.data_size)
-    questions = prepared.questions.now(facts, *place) if prepared else Questions(facts, *place)
-    leader_answers = questions.first.run(remote)
-    answers = questions.others.inquiry.run_in(remote, others)
-    raw = [
-        _RawThread(
-            tid=tracee.tid,
-            state=state,
-            pending=tracee.pending(shared=False) if state.pending else (),
-            questions=questions.leader if tracee is leader else questions.others,
-            answers=answer,
-        )
-        for tracee, state, answer in zip(
-            frozen.threads, states, [leader_answers, *answers], strict=True
-        )
-    ]
+    leader = frozen.threads[0]
+    states = frozen.states(prepared.states if prepared else None)
+    tids = [tracee.tid for tracee in frozen.threads]
+    facts = Facts.read(frozen.pid, tids, prepared.files if prepared else None)
+    thread_pending = {one.tid: one.pending(shared=False) for one in states.signalled}
+    process_pending = leader.pending(shared=True)
+    registers = frozen.restarting()
+    questions, replies = _asked(frozen, facts, prepared)
     return Gathered(
         facts=questions.facts,
         stopped=(leader.stop >> 8 & 0xFF) in STOP_SIGNALS,
-        pending=leader.pending(shared=True),
-        raw_threads=tuple(raw),
-        process_answers=leader_answers,
-        layout=questions.layout,
-        modules=questions.modules,
+        states=states,
+        registers=registers,
+        pending=process_pending,
+        thread_pending=thread_pending,
+        questions=questions,
+        replies=replies,
     )
+
+
+def _asked(
+    frozen: Frozen, facts: Facts, prepared: Preparation | None
+) -> tuple[Questions, Callable[[int], Answers]]:
+    """What all threads answer: in one go, if where the answers will be is known."""
+    status = facts.status_texts[frozen.pid]
+    if prepared is not None:
+        questions = prepared.questions.now(facts, *frozen.data)
+        first, others = questions.packed
+        if first is not None and others is not None:
+            found = frozen.interview(first, others, status)
+            if found is not None:
+                return questions, lambda i: Answers.single(*found.of(i))
+    remote = frozen.open_remote(status)
+    place = (remote.data, remote.data_size)
+    questions = prepared.questions.now(facts, *place) if prepared else Questions(facts, *place)
+    replies = [
+        questions.of(i).inquiry.run(remote.on(tracee) if i else remote)
+        for i, tracee in enumerate(frozen.threads)
+    ]
+    return questions, replies.__getitem__
 
 
 def _rseq(state: State) -> manifest.Rseq | None:

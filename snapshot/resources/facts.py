@@ -7,7 +7,7 @@ caller who opens them before the pause (`Open`) makes the pause shorter.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,6 +64,11 @@ class Open(Closing):
     def _open_thread(self, tid: int) -> None:
         with suppress(OSError):  # it has ended
             self._threads[tid] = os.open(procfs.path(self.pid, "status", tid), _FLAGS)
+
+    @property
+    def tids(self) -> Collection[int]:
+        """The threads."""
+        return self._threads
 
     def read(self, tids: Sequence[int]) -> tuple[dict[str, bytes], dict[int, bytes]] | None:
         """Texts by name, and statuses by tid: of those threads that were there then. None: it did

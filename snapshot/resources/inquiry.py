@@ -7,13 +7,12 @@ mean is worked out after the target runs on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from ..kernel.remote import Call, pack
+from ..kernel.remote import CAPACITY, Call, Packed, pack
 
 if TYPE_CHECKING:
-    from ..kernel.ptrace import Tracee
     from ..kernel.remote import Remote
 
 T_co = TypeVar("T_co", covariant=True)
@@ -34,6 +33,11 @@ class Answers:
     def __init__(self, results: list[int], data: list[bytes]) -> None:
         self._results = results
         self._data = data
+
+    @classmethod
+    def single(cls, results: list[int], data: bytes) -> Answers:
+        """Of an inquiry that was one batch."""
+        return cls(results, [data])
 
     def result(self, call: int) -> int:
         """The raw result of a call, -errno when it failed."""
@@ -57,7 +61,7 @@ class Inquiry:
         self._rounds: list[list[Call]] = [[]]
         self._used = [0]
         self._count = 0
-        self._packed: list[bytes] | None = None
+        self._packed: Packed | None = None
 
     def space(self, size: int) -> Slot:
         """Reserve `size` bytes, aligned to 8."""
@@ -75,28 +79,22 @@ class Inquiry:
         self._count += 1
         return self._count - 1
 
+    def packed(self) -> Packed | None:
+        """All of it as one batch; None: it is more."""
+        if len(self._rounds) > 1 or self._count > CAPACITY:
+            return None
+        if self._packed is None:
+            self._packed = Packed(self._rounds[0], pack(self._rounds[0]), self._used[0])
+        return self._packed
+
     def run(self, remote: Remote) -> Answers:
         """Make the calls in the thread of `remote`."""
         results: list[int] = []
         data = []
-        if self._packed is None:
-            self._packed = [pack(calls) for calls in self._rounds]
-        for calls, packed, used in zip(self._rounds, self._packed, self._used, strict=True):
-            if len(calls) > remote.capacity:
-                results += remote.batch(calls)
-            elif calls:
-                results += remote.packed(calls, packed)
+        for calls, used in zip(self._rounds, self._used, strict=True):
+            results += remote.batch(calls)
             data.append(remote.get(self._data, used) if used else b"")
         return Answers(results, data)
-
-    def run_in(self, remote: Remote, tracees: Sequence[Tracee]) -> list[Answers]:
-        """The same in other threads of the process."""
-        if len(self._rounds) == 1 and len(self._rounds[0]) <= remote.capacity:
-            calls = self._rounds[0]
-            found = remote.packed_in(tracees, calls, pack(calls), self._used[0]) if calls else None
-            if found is not None:
-                return [Answers(results, [data]) for results, data in found]
-        return [self.run(remote.on(tracee)) for tracee in tracees]
 
 
 Answer = Callable[[Answers], T_co]

@@ -347,9 +347,11 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
     memset(image, 0, TOTAL);
 
     snap_pump *pump;
-    CHECK(!snap_pump_new(pid, uffd, info, pagemap, mem, spill, staging, SLOTS, &pump));
+    CHECK(!snap_pump_new(pid, pagemap, mem, spill, staging, SLOTS, &pump));
+    snap_pump_attach(pump, uffd, info);
     if (empties && number % 5 != 4)
         snap_pump_cover(pump, 1);
+    snap_pump_release(pump); /* also before it stands */
     int result = 0, rounds = number % 4;
     void *runner_parts[] = {pump, &result}, *parts[] = {pump, staging, &spill};
     pthread_t consumer, runner;

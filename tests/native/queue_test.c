@@ -57,7 +57,7 @@ static void done(snap_saved saved)
 
 static void begin(void)
 {
-    CHECK(snap_pump_new(0, -1, -1, -1, -1, -1, NULL, 0, &pump) == 0);
+    CHECK(snap_pump_new(0, -1, -1, -1, NULL, 0, &pump) == 0);
     for (uint64_t i = 0; i < CHUNKS; i++)
         CHECK(ledger_make(pump, 0, i * CHUNK));
 }

@@ -83,6 +83,17 @@ int64_t snap_arch_interrupted(const void *registers)
     return (int64_t)regs->rax == -4 ? (int64_t)regs->orig_rax : -1;
 }
 
+long snap_arch_raw(long number, long a, long b, long c, long d)
+{
+    register long fourth __asm__("r10") = d;
+    long result;
+    __asm__ volatile("syscall"
+                     : "=a"(result)
+                     : "a"(number), "D"(a), "S"(b), "d"(c), "r"(fourth)
+                     : "rcx", "r11", "memory");
+    return result;
+}
+
 void snap_arch_make_again(void *registers)
 {
     ((struct user_regs_struct *)registers)->rax = (unsigned long long)-514;

@@ -18,8 +18,8 @@
 
 /* ---- set up -------------------------------------------------------------------------------- */
 
-int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spill, void *staging,
-                  uint64_t slots, snap_pump **pump)
+int snap_pump_new(int pid, int pagemap, int mem, int spill, void *staging, uint64_t slots,
+                  snap_pump **pump)
 {
     snap_pump *p = calloc(1, sizeof *p);
     if (!p)
@@ -37,8 +37,8 @@ int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spi
         return r;
     }
     p->pid = pid;
-    p->uffd = uffd;
-    p->uffdinfo = uffdinfo;
+    p->uffd = p->uffdinfo = -1;
+    p->held = true;
     p->pagemap = pagemap;
     p->mem = mem;
     p->spill = spill;
@@ -66,6 +66,14 @@ void snap_pump_watch(snap_pump *p, snap_watchdog *watchdog, snap_exits *exits, i
     p->watchdog = watchdog;
     p->exits = exits;
     p->stall_ns = (uint64_t)stall_ms * 1000000;
+}
+
+void snap_pump_attach(snap_pump *p, int uffd, int uffdinfo)
+{
+    pthread_mutex_lock(&p->lock);
+    p->uffd = uffd;
+    p->uffdinfo = uffdinfo;
+    pthread_mutex_unlock(&p->lock);
 }
 
 void snap_pump_cover(snap_pump *p, int verify)
@@ -383,14 +391,10 @@ static void order_done(snap_pump *p)
     pthread_mutex_unlock(&p->lock);
 }
 
-/* Stands still until go, release or stop. */
-static int hold(snap_pump *p)
+/* Until go, release or stop. */
+static int stand(snap_pump *p)
 {
     pthread_mutex_lock(&p->lock);
-    p->held = true;
-    p->released = false;
-    p->order = NO_ORDER;
-    pthread_cond_broadcast(&p->told);
     while (!p->after_t0 && !p->released && !atomic_load(&p->stop)) {
         struct timespec until;
         deadline(&until, BEAT_MS);
@@ -400,6 +404,17 @@ static int hold(snap_pump *p)
     p->held = false;
     pthread_mutex_unlock(&p->lock);
     return atomic_load(&p->stop) ? -ECANCELED : 0;
+}
+
+static int hold(snap_pump *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->held = true;
+    p->released = false;
+    p->order = NO_ORDER;
+    pthread_cond_broadcast(&p->told);
+    pthread_mutex_unlock(&p->lock);
+    return stand(p);
 }
 
 void snap_pump_go(snap_pump *p)
@@ -477,7 +492,10 @@ static int ahead_of_t0(snap_pump *p)
 
 int snap_pump_run(snap_pump *p)
 {
-    int r = ahead_of_t0(p);
+    int r = stand(p);
+    bool attached = p->uffd >= 0;
+    if (!r)
+        r = ahead_of_t0(p);
     if (!r)
         r = after_t0(p);
     if (r == -ESRCH && p->after_t0 && finished(p))
@@ -487,7 +505,7 @@ int snap_pump_run(snap_pump *p)
     if (p->exits)
         snap_exits_end(p->exits);
     bool gone = p->counters.lost_reason == SNAP_LOST_GONE;
-    if (!gone && (r || p->armed_ahead))
+    if (attached && !gone && (r || p->armed_ahead))
         (void)let_go(p); /* a courtesy: the close of the uffd does all of it */
     children_go(p, true);
     snap_pump_end(p);

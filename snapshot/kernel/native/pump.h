@@ -91,25 +91,28 @@ typedef struct {
     uint64_t left_chunks; /* that changed while they were copied, or could not be protected */
 } snap_pump_round;
 
-/* pid: the target; uffd: of the target, handshake done, O_NONBLOCK, telling of forks (EVENT_FORK) if
- * shared objects will be armed; uffdinfo: /proc/self/fdinfo/<uffd>; pagemap, mem: /proc/PID/pagemap
- * and /proc/PID/mem, open before T0; spill: a file that may grow, or -1 for none; staging: slots * 64
- * KiB of memory that the caller keeps until snap_pump_free. The descriptors stay the caller's. */
-int snap_pump_new(int pid, int uffd, int uffdinfo, int pagemap, int mem, int spill, void *staging,
-                  uint64_t slots, snap_pump **pump);
+/* pid: the target; pagemap, mem: /proc/PID/pagemap and /proc/PID/mem, open before T0; spill: a file
+ * that may grow, or -1 for none; staging: slots * 64 KiB of memory that the caller keeps until
+ * snap_pump_free. The descriptors stay the caller's. The pump is held: until `release` its run stands
+ * still. */
+int snap_pump_new(int pid, int pagemap, int mem, int spill, void *staging, uint64_t slots,
+                  snap_pump **pump);
+/* Before the first plan, held. uffd: of the target, handshake done, O_NONBLOCK, telling of forks
+ * (EVENT_FORK) if shared objects will be armed; uffdinfo: /proc/self/fdinfo/<uffd>. */
+void snap_pump_attach(snap_pump *pump, int uffd, int uffdinfo);
 void snap_pump_free(snap_pump *pump);
 /* Before run. It beats the watchdog (may be NULL), gives up when a writer of the target would have
  * to wait for longer than stall_ms for the consumers to make room, and ends `exits` (may be NULL) when
  * nothing is unsaved any more, or nothing more will be saved. */
 void snap_pump_watch(snap_pump *pump, snap_watchdog *watchdog, snap_exits *exits, int stall_ms);
 
-/* Before run, if `uffd` has WP_UNPOPULATED and snap_pagemap_tells: what was protected in a round need
+/* Before the first release, if `uffd` has WP_UNPOPULATED and snap_pagemap_tells: what was protected in a round need
  * not be looked at again at T0 unless a fault or an event tells of it. verify: it is all the same, and
  * the two are compared (missed_pages). */
 void snap_pump_cover(snap_pump *pump, int verify);
 
 /* All windows, in place of those planned before, and registers what will be armed. With the target
- * stopped, and the pump held or not yet run: to register a range that is not, or no longer, a whole
+ * stopped, and the pump held: to register a range that is not, or no longer, a whole
  * mapping would split one for a moment, and a mremap of the target across the split would fail. What
  * was copied stays copied. A window that cannot be registered is an error, with its address in
  * *address (EBUSY: another userfaultfd owns it). */

@@ -6,61 +6,88 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdlib.h>
 #include <time.h>
 
+#define REAP_AFTER_US 5000
+
 /* Any thread of the tracer's process may wait for its tracees. */
-struct reaper {
+struct snap_reaper {
     pthread_t thread;
-    int runs;
-    const int *tids;
-    int count;
     int leader;
-    int finished;
-    pthread_mutex_t lock;
+    pthread_mutex_t lock; /* guards all below */
     pthread_cond_t changed;
+    int finished;
+    const int *tids; /* NULL: nobody is being stopped */
+    int count;
+    int64_t since_us;
 };
-#define REAP_AFTER_NS 5000000
+
+static void look_around(const snap_reaper *r)
+{
+    for (int i = 0; r->tids && i < r->count; i++)
+        if (r->tids[i] != r->leader)
+            snap_reap_ended(r->tids[i]);
+}
 
 static void *reap_until_finished(void *argument)
 {
-    struct reaper *self = argument;
-    pthread_mutex_lock(&self->lock);
-    while (!self->finished) {
+    snap_reaper *r = argument;
+    pthread_mutex_lock(&r->lock);
+    while (!r->finished) {
         struct timespec until;
         clock_gettime(CLOCK_MONOTONIC, &until);
-        until.tv_nsec += REAP_AFTER_NS;
+        until.tv_nsec += REAP_AFTER_US * 1000;
         until.tv_sec += until.tv_nsec / 1000000000;
         until.tv_nsec %= 1000000000;
-        if (pthread_cond_timedwait(&self->changed, &self->lock, &until) != ETIMEDOUT)
-            continue;
-        for (int i = 0; i < self->count; i++)
-            if (self->tids[i] != self->leader)
-                snap_reap_ended(self->tids[i]);
+        pthread_cond_timedwait(&r->changed, &r->lock, &until);
+        if (!r->finished && r->tids && snap_now_us() - r->since_us >= REAP_AFTER_US)
+            look_around(r);
     }
-    pthread_mutex_unlock(&self->lock);
+    pthread_mutex_unlock(&r->lock);
     return NULL;
 }
 
-static void start_reaping(struct reaper *self)
+snap_reaper *snap_reaper_start(int leader)
 {
+    snap_reaper *r = calloc(1, sizeof *r);
+    if (!r)
+        return NULL;
+    r->leader = leader;
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_mutex_init(&self->lock, NULL);
-    pthread_cond_init(&self->changed, &monotonic);
+    pthread_mutex_init(&r->lock, NULL);
+    pthread_cond_init(&r->changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
-    self->runs = pthread_create(&self->thread, NULL, reap_until_finished, self) == 0;
+    if (pthread_create(&r->thread, NULL, reap_until_finished, r) == 0)
+        return r;
+    free(r);
+    return NULL;
 }
 
-static void end_reaping(struct reaper *self)
+void snap_reaper_stop(snap_reaper *r)
 {
-    if (!self->runs)
+    if (!r)
         return;
-    pthread_mutex_lock(&self->lock);
-    self->finished = 1;
-    pthread_cond_signal(&self->changed);
-    pthread_mutex_unlock(&self->lock);
-    pthread_join(self->thread, NULL);
+    pthread_mutex_lock(&r->lock);
+    r->finished = 1;
+    pthread_cond_signal(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+    pthread_join(r->thread, NULL);
+    free(r);
+}
+
+/* NULL, 0: no more. It is not woken for that: it looks every REAP_AFTER_US. */
+static void watch(snap_reaper *r, const int *tids, int count)
+{
+    if (!r)
+        return;
+    pthread_mutex_lock(&r->lock);
+    r->tids = tids;
+    r->count = count;
+    r->since_us = snap_now_us();
+    pthread_mutex_unlock(&r->lock);
 }
 
 void snap_make_again(int tid, const uint64_t *again)
@@ -140,24 +167,21 @@ static int stop_all(const int *tids, int *stops, int count, unsigned long option
     return wait_all(tids, stops, count, timeout_us, again);
 }
 
-int snap_stop_all(const int *tids, int *stops, int known, int count, int leader,
+int snap_stop_all(const int *tids, int *stops, int known, int count, snap_reaper *reaper,
                   unsigned long options, int64_t timeout_us, const uint64_t *again)
 {
-    struct reaper reaper = {.tids = tids, .count = known + count, .leader = leader};
-    if (known + count > 1)
-        start_reaping(&reaper);
-    int running = stop_all(tids + known, stops + known, count, options, timeout_us,
-                           again);
-    end_reaping(&reaper);
+    watch(reaper, tids, known + count);
+    int running = stop_all(tids + known, stops + known, count, options, timeout_us, again);
+    watch(reaper, NULL, 0);
     return running;
 }
 
 int snap_seize_beside(int tid, int known, int leader, unsigned long options)
 {
-    struct reaper reaper = {.tids = &known, .count = 1, .leader = leader};
-    start_reaping(&reaper);
+    snap_reaper *reaper = snap_reaper_start(leader);
+    watch(reaper, &known, 1);
     int result = snap_seize(tid, options);
-    end_reaping(&reaper);
+    snap_reaper_stop(reaper);
     return result;
 }
 
@@ -209,11 +233,12 @@ static int get_state(int tid, snap_thread_state *s, unsigned char *area, uint64_
 
 int snap_get_states(const int *tids, int count, snap_thread_state *states, unsigned char *areas, uint64_t area)
 {
-    int well = 1;
+    int well = 1, pending = 0;
     for (int i = 0; i < count; i++) {
         states[i] = (snap_thread_state){0};
         states[i].failed = get_state(tids[i], &states[i], areas + (uint64_t)i * area, area);
         well = well && !states[i].failed;
+        pending += states[i].pending > 0;
     }
-    return well;
+    return well ? pending : -1;
 }

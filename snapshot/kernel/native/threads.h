@@ -7,19 +7,25 @@
 #include "ptrace.h"
 
 #define SNAP_AGAIN_CALLS 512
+
+/* While a thread of a process is in execve, PTRACE_SEIZE blocks (cred_guard_mutex) and a zombie leader
+   never stops, and execve in turn waits until its siblings are gone, ours among them: a reaper is a
+   thread that reaps those of them that end while others are being stopped, all but `leader`, whose
+   status belongs to its parent. NULL: it could not be started. */
+typedef struct snap_reaper snap_reaper;
+snap_reaper *snap_reaper_start(int leader);
+void snap_reaper_stop(snap_reaper *reaper);
+
 /* Seizes and interrupts each of `count` threads from tids[known] on, and waits until they are in an
    event stop as with snap_halt, for at most timeout_us: stops[i] becomes the stop, -errno, or 0 for
    one that still runs. Returns how many do. tids[0 .. known) are threads of the process that are
-   seized already.
-   While a thread of the process is in execve, PTRACE_SEIZE blocks (cred_guard_mutex) and a zombie
-   leader never stops, and execve in turn waits until its siblings are gone, ours among them: those
-   that end meanwhile are reaped, all but `leader`, whose status belongs to its parent.
+   seized already. reaper: NULL where there is but one thread.
    again: a bit for each system call below SNAP_AGAIN_CALLS that is made again when the stop has made
    it return EINTR, or NULL. As soon as the thread stands: a tracer that dies before has the program
    see EINTR. */
-int snap_stop_all(const int *tids, int *stops, int known, int count, int leader,
+int snap_stop_all(const int *tids, int *stops, int known, int count, snap_reaper *reaper,
                   unsigned long options, int64_t timeout_us, const uint64_t *again);
-/* Seizes one more thread, which runs on, when `known` is seized; the same is said of execve. */
+/* Seizes one more thread, which runs on, when `known` is seized, with a reaper of its own. */
 int snap_seize_beside(int tid, int known, int leader, unsigned long options);
 /* Has the system call that a stopped thread is in made again if it is one of `again` and would return
    EINTR for no handler. A failure is none: a thread that is gone is found out soon enough. */
@@ -43,7 +49,8 @@ typedef struct {
     const char *request;
 } snap_thread_state;
 
-/* Of stopped threads: states[i], and the XSAVE area at areas + i * area. Whether all went well. */
+/* Of stopped threads: states[i], and the XSAVE area at areas + i * area. -> how many have signals
+   queued for them, -1: not all went well. */
 int snap_get_states(const int *tids, int count, snap_thread_state *states, unsigned char *areas, uint64_t area);
 
 #endif

@@ -1,12 +1,14 @@
 #define _GNU_SOURCE
 #include "watchdog.h"
 
+#include "arch_x86_64.h"
 #include "uffd.h"
 
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -19,22 +21,24 @@
 #include <time.h>
 #include <unistd.h>
 
-#define PAGE_BYTES 4096
+#define STACK_BYTES (64 * 1024)
 #define LOOKS 8 /* in the time that a stall may take */
 #define END_MS 500
 #define LINE_MAX 8192 /* more than a line of /proc/PID/maps: a path of PATH_MAX, escaped */
 #define PIDFD_THREAD O_EXCL
 
-/* Shared with the other process. */
-struct common {
+struct snap_watchdog {
     _Atomic(int64_t) beat_ms; /* when the last beat was */
     _Atomic(int) uffd;        /* the number of the target's userfaultfd in snap; -1: none */
-};
-
-struct snap_watchdog {
-    struct common *common;
     int pipe; /* its writing end: the other process ends when it is closed */
     int pid;
+    unsigned char *stack;
+    /* For the other process. */
+    int target, stall_ms;
+    int ends; /* the reading end of the pipe */
+    int snap; /* pidfd of this process */
+    int snap_pid;
+    char text[160];
 };
 
 static int64_t now_ms(void)
@@ -107,61 +111,85 @@ static void let_go(int target, int snap, int number)
     close(uffd);
 }
 
-/* The other process. It has one thread of a process that may have had many: no locks, no malloc. */
-static void watch(int target, int stall_ms, const struct common *common, int pipe, int snap)
+static void forget(snap_watchdog *w)
 {
-    char text[160];
-    int size = snprintf(text, sizeof text,
-                        "snap: stood still for %d ms; ended, so that process %d is not kept waiting\n",
-                        stall_ms, target);
-    int pid = getppid();
-    prctl(PR_SET_NAME, "snap-watchdog");
-    sigset_t all;
-    sigfillset(&all);
-    sigprocmask(SIG_SETMASK, &all, NULL);
-    setsid(); /* Ctrl-C and Ctrl-Z are not for it */
-    unsigned low = (unsigned)(pipe < snap ? pipe : snap), high = (unsigned)(pipe < snap ? snap : pipe);
+    if (w->stack != MAP_FAILED)
+        munmap(w->stack, STACK_BYTES);
+    free(w);
+}
+
+static long raw(long number, long a, long b, long c)
+{
+    return snap_arch_raw(number, a, b, c, 0);
+}
+
+/* The other process. It has this one's memory: a copy of it would make every first write of snap to a
+ * page of its own a fault, hundreds of them while the target stands still. So it has no thread-local
+ * memory of its own, and makes its system calls without errno as long as snap lives. */
+static int watch(void *argument)
+{
+    const snap_watchdog *w = argument;
+    unsigned low = (unsigned)(w->ends < w->snap ? w->ends : w->snap);
+    unsigned high = (unsigned)(w->ends < w->snap ? w->snap : w->ends);
+    raw(SYS_prctl, PR_SET_NAME, (long)"snap-watchdog", 0);
+    raw(SYS_setsid, 0, 0, 0); /* Ctrl-C and Ctrl-Z are not for it */
     if (low > 3)
-        syscall(SYS_close_range, 3, low - 1, 0);
+        raw(SYS_close_range, 3, low - 1, 0);
     if (high > low + 1)
-        syscall(SYS_close_range, low + 1, high - 1, 0);
-    syscall(SYS_close_range, high + 1, ~0u, 0);
-    struct pollfd ends = {.fd = pipe, .events = 0};
+        raw(SYS_close_range, low + 1, high - 1, 0);
+    raw(SYS_close_range, high + 1, ~0u, 0);
+    struct pollfd ends = {.fd = w->ends, .events = 0};
     for (;;) {
-        int ready = poll(&ends, 1, stall_ms / LOOKS + 1);
-        if (ready > 0)
-            _exit(0);
-        if (now_ms() - common->beat_ms <= stall_ms)
+        if (raw(SYS_poll, (long)&ends, 1, w->stall_ms / LOOKS + 1) > 0)
+            break;
+        if (now_ms() - w->beat_ms <= w->stall_ms)
             continue;
-        syscall(SYS_pidfd_send_signal, snap, SIGKILL, NULL, 0);
-        (void)!write(2, text, (size_t)size);
-        if (poll(&ends, 1, END_MS) == 0)
-            let_go(target, pid, common->uffd);
-        _exit(0);
+        raw(SYS_pidfd_send_signal, w->snap, SIGKILL, 0);
+        raw(SYS_write, 2, (long)w->text, (long)strlen(w->text));
+        if (raw(SYS_poll, (long)&ends, 1, END_MS) == 0)
+            let_go(w->target, w->snap_pid, w->uffd);
+        break;
     }
+    return 0;
+}
+
+/* Without an exit signal no wait(2) of the program finds it. */
+static int start_other(snap_watchdog *w)
+{
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* a handler of ours may never run in it */
+    w->pid = clone(watch, w->stack + STACK_BYTES, CLONE_VM, w);
+    int result = w->pid < 0 ? -errno : 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return result;
 }
 
 int snap_watchdog_start(int target, int stall_ms, snap_watchdog **made)
 {
-    int ends[2] = {-1, -1}, r = 0, own = -1;
+    int ends[2] = {-1, -1}, r = 0;
     snap_watchdog *w = calloc(1, sizeof *w);
-    void *shared = mmap(NULL, PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (!w || shared == MAP_FAILED || pipe2(ends, O_CLOEXEC) < 0 ||
-        (own = (int)syscall(SYS_pidfd_open, getpid(), 0)) < 0) {
-        r = w ? -errno : -ENOMEM;
+    if (!w)
+        return -ENOMEM;
+    w->stack = mmap(NULL, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    w->snap = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    if (w->stack == MAP_FAILED || w->snap < 0 || pipe2(ends, O_CLOEXEC) < 0) {
+        r = -errno;
     } else {
-        w->common = shared;
-        w->common->beat_ms = now_ms();
-        w->common->uffd = -1;
+        w->beat_ms = now_ms();
+        w->uffd = -1;
+        w->ends = ends[0];
         w->pipe = ends[1];
-        /* Without an exit signal no wait(2) of the program finds it. */
-        w->pid = (int)syscall(SYS_clone, 0, NULL, NULL, NULL, 0);
-        if (w->pid == 0)
-            watch(target, stall_ms, w->common, ends[0], own);
-        r = w->pid < 0 ? -errno : 0;
+        w->target = target;
+        w->stall_ms = stall_ms;
+        w->snap_pid = getpid();
+        snprintf(w->text, sizeof w->text,
+                 "snap: stood still for %d ms; ended, so that process %d is not kept waiting\n",
+                 stall_ms, target);
+        r = start_other(w);
     }
-    if (own >= 0)
-        close(own);
+    if (w->snap >= 0)
+        close(w->snap);
     if (ends[0] >= 0)
         close(ends[0]);
     if (!r) {
@@ -170,25 +198,23 @@ int snap_watchdog_start(int target, int stall_ms, snap_watchdog **made)
     }
     if (ends[1] >= 0)
         close(ends[1]);
-    if (shared != MAP_FAILED)
-        munmap(shared, PAGE_BYTES);
-    free(w);
+    forget(w);
     return r;
 }
 
 void snap_watchdog_beat(snap_watchdog *w)
 {
-    w->common->beat_ms = now_ms();
+    w->beat_ms = now_ms();
 }
 
 void snap_watchdog_rest(snap_watchdog *w)
 {
-    w->common->beat_ms = INT64_MAX;
+    w->beat_ms = INT64_MAX;
 }
 
 void snap_watchdog_know(snap_watchdog *w, int uffd)
 {
-    w->common->uffd = uffd;
+    w->uffd = uffd;
 }
 
 void snap_watchdog_stop(snap_watchdog *w)
@@ -196,6 +222,5 @@ void snap_watchdog_stop(snap_watchdog *w)
     close(w->pipe);
     while (waitpid(w->pid, NULL, __WCLONE) < 0 && errno == EINTR)
         continue;
-    munmap(w->common, PAGE_BYTES);
-    free(w);
+    forget(w);
 }

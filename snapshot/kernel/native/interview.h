@@ -1,0 +1,34 @@
+/*
+ * All injected calls of one pause in one go: scratch memory is mapped, the threads are asked one after
+ * the other, and it is unmapped again. Mechanism without policy.
+ *
+ * What remote.h demands of the threads holds here, and there is room for a guard.
+ */
+#ifndef SNAP_INTERVIEW_H
+#define SNAP_INTERVIEW_H
+#include "remote.h"
+
+/* What each of some threads is asked. */
+typedef struct {
+    const snap_call *calls;
+    int count;
+    uint64_t size;          /* bytes from `data` on that the calls write */
+    int64_t *results;       /* count for each thread */
+    unsigned char *answers; /* size bytes for each thread */
+} snap_questions;
+
+#define SNAP_STEP_MAP 0
+#define SNAP_STEP_ASK 1 /* `at`; + 1 + i: thread i of the others */
+#define SNAP_STEP_UNMAP (-1)
+
+/* `at` is prepared, with a guard that has not been placed, and at->undo bytes of scratch, which are to
+ * lie at `near`: the calls have been made up for an array at near + array and answers at `data`.
+ * Thread i of the others: its stop is stops[i], before and after; options: PTRACE_O_*, set in each;
+ * each[i] lives as long as `at`.
+ * 0: all have answered, and nothing of ours is left. 1: there was no room at `near`; else -errno, as
+ * snap_inject has it, of *step. Then `at` is to be closed like one that was opened by hand. */
+int snap_interview(snap_injection *at, uint64_t near, uint64_t array, uint64_t data,
+                   const snap_questions *first, const snap_questions *others, snap_injection *each,
+                   const int *tids, int *stops, int threads, unsigned long options, int *step);
+
+#endif
