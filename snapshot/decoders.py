@@ -177,11 +177,11 @@ def _decode_all(
     keep: set[int],
 ) -> NoReturn:
     """A decoder, until the server ends or closes its pipe."""
+    with suppress(OSError), open("/proc/self/comm", "wb") as file:
+        file.write(b"snap-decoder")
     gc.freeze()  # nothing of the server's is to be closed here by its own
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     close_others(keep)
-    with suppress(OSError), open("/proc/self/comm", "wb") as file:
-        file.write(b"snap-decoder")
     os.nice(_NICE)
     urgency.last()
     opened: Image | None = None
