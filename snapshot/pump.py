@@ -194,13 +194,20 @@ class Pump(Closing):
         return self._round(lib.snap_pump_order_arm, report)
 
     def _round(self, order: Callable[[Any], int], report: Callable[[], None]) -> Round:
-        done = self._carried_out(order, report)
+        self._order(order)
+        done = self._await(report)
         return Round(done.copied_bytes, done.written_bytes, done.left_chunks * CHUNK)
 
-    def _carried_out(self, order: Callable[[Any], int], report: Callable[[], None]) -> Any:
-        """Gives an order and waits until it is done -> snap_pump_round."""
-        done = ffi.new("snap_pump_round *")
+    def _order(self, order: Callable[[Any], int]) -> None:
         result = order(self._pump)
+        if result == -errno.EPIPE:
+            self._ended()
+        _check(result, "order to the fault thread")
+
+    def _await(self, report: Callable[[], None]) -> Any:
+        """Waits until the order is done -> snap_pump_round."""
+        done = ffi.new("snap_pump_round *")
+        result = 0
         while result == 0:
             result = lib.snap_pump_await(self._pump, AWAIT_MS, done)
             if result == 0:
@@ -231,9 +238,13 @@ class Pump(Closing):
         if protection.empties:
             lib.snap_pump_cover(self._pump, VERIFY)
 
-    def hold(self) -> None:
-        """The fault thread answers what waits, and stands still until `release` or `go`."""
-        self._carried_out(lib.snap_pump_order_hold, lambda: None)
+    def order_hold(self) -> None:
+        """The fault thread shall answer what waits, and stand still until `release` or `go`."""
+        self._order(lib.snap_pump_order_hold)
+
+    def await_hold(self) -> None:
+        """It stands still."""
+        self._await(lambda: None)
 
     def release(self) -> None:
         """The fault thread goes on, still ahead of T0."""

@@ -254,10 +254,11 @@ def _pause(
             faults.point("captured")
             frozen.close_remote()
             faults.point("clean-again")
+            pump.order_hold()
         with clock.stage("descriptors"):
             table = descriptors.Capture(frozen.pid, frozen.pidfd)
         with clock.stage("maps"):
-            pump.hold()
+            pump.await_hold()
             ahead.plan(table.needed, table.problems)
             faults.point("held")
         with clock.stage("settle"):

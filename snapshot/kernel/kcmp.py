@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from functools import cmp_to_key
 
 from ..errors import DeniedError, KernelError, TargetError
-from ._native import lib
+from ._native import ffi, lib
 from .errnames import error_name
 
 SAME = int(lib.SNAP_KCMP_SAME)
@@ -26,13 +25,13 @@ def groups(pid: int, fds: Iterable[int]) -> list[list[int]]:
     ascending = sorted(fds)
     if len(ascending) < 2:
         return [ascending] if ascending else []
-
-    def order(a: int, b: int) -> int:
-        return _SIGN[_checked(int(lib.snap_kcmp_file(pid, a, b)), pid, f"descriptors {a} and {b}")]
-
+    numbers, same = ffi.new("int[]", ascending), bytearray(len(ascending))
+    result = lib.snap_kcmp_sort(pid, numbers, ffi.from_buffer(same), len(ascending))
+    if result < 0:
+        _checked(result, pid, f"descriptors {ascending[0]} to {ascending[-1]}")
     together: list[list[int]] = []
-    for fd in sorted(ascending, key=cmp_to_key(order)):  # stable: equal ones stay ascending
-        if together and order(together[-1][0], fd) == 0:
+    for fd, joins in zip(numbers, same, strict=True):
+        if joins:
             together[-1].append(fd)
         else:
             together.append([fd])

@@ -316,8 +316,8 @@ def seize_and_stop(
     again: Collection[int] = (),
 ) -> tuple[list[Tracee], dict[int, int]]:
     """Seizes threads of one process, then waits until each is in an event stop. `known`: those of
-    it that are ours already; `reaper`: where it may have more than one; `again`: system calls that are made again when the
-    stop has made them return EINTR.
+    it that are ours already; `reaper`: where it may have more than one; `again`: system calls that
+    are made again when the stop has made them return EINTR.
 
     -> the stopped ones, and by tid the errno of those that could not be had (ESRCH: it ended;
     EPERM: ending, or see `refused`). LateError when one does not stop in time; the others of `tids`

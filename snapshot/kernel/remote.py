@@ -1,10 +1,9 @@
 """System calls made inside another, stopped process, and memory there to make them with.
 
-How: room for data (the *scratch*) is mapped in the target by a call made through a `syscall`
-instruction, with system call stops. From then on a loop runs whole arrays of calls for one round
-trip. The loop lies in the *guard*: 1000 bytes of code and data that are written into the padding
-behind the vdso, where nothing of the target is, and that are zeros again when the scratch is closed
-(the page stays a private copy: 4 KiB). The loop tells of its end with a signal that the target
+How: code and data of 1 KiB, the *guard*, are written into the padding behind the vdso, where
+nothing of the target is, and are zeros again in the end (the page stays a private copy: 4 KiB). A
+call made by that code maps room for data, the *scratch*. From then on a loop in it runs whole arrays
+of calls for one round trip. It tells of the end of a call, or of all, with a signal that the target
 ignores; where it ignores none, or catches all, every call is made with system call stops.
 
 Where there is no vdso, or no room behind it, and in a process that dies with us anyway (EXITKILL:

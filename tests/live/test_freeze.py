@@ -215,6 +215,8 @@ def test_a_blocked_call_sleeps_on(mode: str, inject: bool) -> None:
                 if inject:
                     make_calls(frozen)
         assert victim.get("returned") == 0, os.strerror(victim.get("error"))
+        # A futex whose value has changed before the call is made again says EAGAIN.
+        wait_until(lambda: victim.system_call() >= 0, "the call sleeps again")
         victim.wake()
         wait_until(lambda: victim.get("returned"), "the call came back")
         assert (victim.get("result"), victim.get("error")) == WOKEN[mode]

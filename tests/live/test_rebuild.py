@@ -16,6 +16,7 @@ from typing import Literal
 import pytest
 
 from snapshot.errors import RestoreError, SnapError
+from snapshot.kernel import procfs
 from snapshot.kernel.arch_x86_64 import NO_SYSCALL, Registers
 from snapshot.manifest import Mapping, Thread
 from snapshot.maps import parse_smaps
@@ -202,10 +203,14 @@ def copied_and_killed(victim: subprocess.Popen[bytes]) -> StoppedCopy:
 
 
 def at_rest(victim: subprocess.Popen[bytes]) -> None:
-    """Until it sleeps in a system call."""
+    """Until it sleeps in a system call, not for a disk: it may still be importing then."""
     pattern = re.compile(r"^(230|35|34|0|7) ")
     path = Path(f"/proc/{victim.pid}/syscall")
-    wait_until(lambda: bool(pattern.match(path.read_text())), "a sleeping victim")
+
+    def sleeps() -> bool:
+        return bool(pattern.match(path.read_text())) and procfs.status(victim.pid).state == "S"
+
+    wait_until(sleeps, "a sleeping victim")
 
 
 def test_a_pid_in_use(tmp_path: Path, again: Callable[..., Restored]) -> None:

@@ -42,6 +42,35 @@ int snap_kcmp_file(int pid, int a, int b) {
     return order < 0 ? -errno : (int)order;
 }
 
+static int precedes(int pid, int a, int b, int *error) {
+    int order = snap_kcmp_file(pid, a, b);
+    if (order < 0 && !*error)
+        *error = order;
+    return order == SNAP_KCMP_LESS;
+}
+
+int snap_kcmp_sort(int pid, int *fds, unsigned char *same, int count) {
+    int error = 0;
+    for (int i = 1; i < count && !error; i++) {
+        int fd = fds[i], low = 0, high = i; /* behind all that it does not precede */
+        while (low < high) {
+            int middle = (low + high) / 2;
+            if (precedes(pid, fd, fds[middle], &error))
+                high = middle;
+            else
+                low = middle + 1;
+        }
+        memmove(fds + low + 1, fds + low, (size_t)(i - low) * sizeof *fds);
+        fds[low] = fd;
+    }
+    for (int i = 0; i < count && !error; i++) {
+        int order = i ? snap_kcmp_file(pid, fds[i - 1], fds[i]) : SNAP_KCMP_LESS;
+        error = order < 0 ? order : 0;
+        same[i] = order == SNAP_KCMP_SAME;
+    }
+    return error;
+}
+
 int snap_kcmp_memory(int pid, int other) {
     long order = syscall(SYS_kcmp, pid, other, KCMP_VM, 0, 0);
     return order < 0 ? -errno : (int)order;

@@ -15,7 +15,10 @@ int snap_pidfd_getfd(int pidfd, int fd);
 /* Compares the struct files of descriptor a and b of a process -> SNAP_KCMP_*. Needs ptrace
  * access; ENOSYS: a kernel without CONFIG_KCMP. */
 int snap_kcmp_file(int pid, int a, int b);
-/* The same of the address spaces of two processes. */
+/* Sorts descriptors by their struct files, those of one in their order before. same[i]: it is the file
+ * of the one before. -> 0 or -errno, of the comparison that failed. */
+int snap_kcmp_sort(int pid, int *fds, unsigned char *same, int count);
+/* Compares the address spaces of two processes -> SNAP_KCMP_*. */
 int snap_kcmp_memory(int pid, int other);
 /* Is the file of descriptor fd what epoll descriptor efd watches as the `nth` (from 0, in the
  * order of fdinfo) of its registrations numbered tfd? -> SNAP_KCMP_*; ENOENT: no such one. */

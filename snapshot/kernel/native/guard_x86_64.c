@@ -36,14 +36,21 @@ __asm__(
     "   mov 32(%rbx), %r10\n mov 40(%rbx), %r8\n mov 48(%rbx), %r9\n"
     "   syscall\n"
     "   mov %rax, 56(%rbx)\n add $64, %rbx\n dec %ebp\n jnz 1b\n"
-    /* tkill(gettid(), quiet): a tracer sees it, without one it is ignored. */
+    "   lea snap_guard_leave(%rip), %r12\n"
+
+    /* tkill(gettid(), quiet), if there is such a signal: a tracer sees it, without one it is ignored.
+       Goes on at r12. */
+    "snap_guard_tell:\n"
+    "   mov " AT("184") ", %esi\n test %esi, %esi\n jz snap_guard_told_at\n"
     "   mov $186, %eax\n syscall\n"
-    "   mov %eax, %edi\n mov " AT("184") ", %esi\n mov $200, %eax\n syscall\n"
+    "   mov %eax, %edi\n mov $200, %eax\n syscall\n"
     "snap_guard_told_at:\n"
-    "   jmp snap_guard_leave\n"
+    "   jmp *%r12\n"
 
     "snap_guard_call_at:\n"
     "   syscall\n"
+    "   mov %rax, %rbx\n lea 1f(%rip), %r12\n jmp snap_guard_tell\n"
+    "1: mov %rbx, %rax\n"
     "   xor %r13d, %r13d\n"
     "   mov " AT("208") ", %rsi\n test %rsi, %rsi\n jz snap_guard_leave\n"
     "   test %rax, %rax\n jle snap_guard_leave\n" /* it failed, or was the close of what was made */
@@ -76,6 +83,7 @@ __asm__(
     "2: mov " AT("224") ", %rbp\n test %rbp, %rbp\n jz 6f\n"
     CLOSE("0") CLOSE("4") CLOSE("24")
     "6: mov %rbx, %rdi\n mov " AT("200") ", %rsi\n mov $11, %eax\n syscall\n" /* munmap */
+    "   lea snap_guard_go(%rip), %r12\n jmp snap_guard_tell\n"
 
     "snap_guard_go:\n"
     "   lea snap_guard_again_at - snap_guard_slot(%r15), %r14\n test %r13d, %r13d\n jz 3f\n"
@@ -176,6 +184,11 @@ void snap_guard_home(snap_home *home, const void *registers, uint64_t abort_ip)
     home->rip = home->rip_eintr = abort_ip ? abort_ip : regs->rip;
     home->by_flags = 0;
     restart(home, regs);
+}
+
+int64_t snap_guard_result(const void *registers)
+{
+    return (int64_t)((const struct user_regs_struct *)registers)->rbx;
 }
 
 void snap_guard_lead(void *registers, uint64_t record)

@@ -18,7 +18,7 @@ typedef struct {
     uint64_t by_flags;         /* 1: SA_RESTART of the handler decides between the two */
     uint64_t signal_mask;
     uint64_t deliverable;      /* signals that have a handler and are not blocked */
-    uint64_t quiet;            /* number of the signal that tells the tracer of the loop's end */
+    uint64_t quiet;            /* number of the signal that tells the tracer; 0: there is none */
     uint64_t scratch;          /* unmapped on the way by the one that has charge of it */
     uint64_t scratch_size;
     uint64_t undo;             /* second argument of the call that undoes the single call, whose
@@ -37,9 +37,12 @@ uint64_t snap_guard_record(int slot);
 /* Bytes of all of it, a multiple of 8. */
 uint64_t snap_guard_size(void);
 /* Offsets into the code: where one call is made (rax, rdi, … and the record set, nothing else); where
-   the thread stands when the quiet signal arrives. */
+   the thread stands when the quiet signal arrives: after the loop, the call, or the end of the scratch
+   on the way home. */
 uint64_t snap_guard_call(void);
 uint64_t snap_guard_told(void);
+/* Of the call, in registers of then. */
+int64_t snap_guard_result(const void *registers);
 /* SNAP_GUARD_SLOT bytes. */
 void snap_guard_fill_slot(unsigned char *bytes, const snap_home *home);
 /* Adds the address of the thread's record to registers for the loop or the call. */

@@ -143,6 +143,7 @@ static int borrow(snap_injection *at)
     if (result < 0)
         return result;
     at->event_stop = at->stop;
+    at->trapped = 0;
     at->quiet = 0;
     uint64_t candidates = at->ignored & ~at->signal_mask;
     if (at->guard && candidates)
@@ -162,8 +163,8 @@ static int borrow(snap_injection *at)
     }
     point(at);
     at->borrowed = 1;
-    uint64_t open = at->guard ? at->quiet : SIGTRAP;
-    result = snap_set_signal_mask(at->tid, at->use_loop && open ? ~SIGNAL_BIT(open) : ~0ull);
+    uint64_t open = at->guard ? at->quiet : at->use_loop ? SIGTRAP : 0;
+    result = snap_set_signal_mask(at->tid, open ? ~SIGNAL_BIT(open) : ~0ull);
     point(at);
     return result;
 }
@@ -255,11 +256,36 @@ static int at_the_end(snap_injection *at)
            snap_arch_rip(registers) == at->guard + snap_guard_told();
 }
 
+/* Runs on until the signal `told` of its own, with which it tells that it is done. */
+static int run_to_tell(snap_injection *at, int64_t deadline, int told)
+{
+    int signal = 0;
+    for (;;) {
+        point(at);
+        int result = snap_resume(at->tid, SNAP_RESUME_CONT, signal == SIGSTOP ? SIGSTOP : 0);
+        point(at);
+        if (result == 0)
+            result = wait_until(at, deadline);
+        point(at);
+        if (result < 0)
+            return result;
+        /* Group stops, stops left over from an earlier interrupt, SIGSTOP: on we go. The process is
+           a stopped one then, and stays so when it is let go. */
+        signal = snap_stop_signal(at->stop);
+        if (signal && signal != SIGSTOP && !(at->guard && signal == told && !at_the_end(at)))
+            break; /* (the quiet signal from outside is ignored, as the target would) */
+    }
+    if (signal != told)
+        return -EFAULT;
+    if (!at->guard)
+        return 0;
+    at->trapped = 1;
+    return snap_take_signal(at->tid);
+}
+
 /* Runs until the loop's trap. Returns how many calls are complete, their results in `calls`: all,
-   or fewer when somebody sent a SIGTRAP, which is put off. *trapped: the thread stands in our own
-   trap, the signal taken from it. */
-static int run_loop(snap_injection *at, snap_call *calls, int count, int64_t deadline,
-                    int *trapped)
+   or fewer when somebody sent a SIGTRAP, which is put off. */
+static int run_loop(snap_injection *at, snap_call *calls, int count, int64_t deadline)
 {
     unsigned char registers[SNAP_REGISTERS_SIZE];
     memcpy(registers, at->registers, sizeof registers);
@@ -269,32 +295,12 @@ static int run_loop(snap_injection *at, snap_call *calls, int count, int64_t dea
     int result = snap_write_memory(at->tid, at->array, calls, (size_t)count * sizeof *calls);
     if (result == 0)
         result = snap_set_registers(at->tid, registers, sizeof registers);
-    int told = at->guard ? (int)at->quiet : SIGTRAP;
-    int signal = 0;
-    while (result == 0) {
-        point(at);
-        result = snap_resume(at->tid, SNAP_RESUME_CONT, signal == SIGSTOP ? SIGSTOP : 0);
-        point(at);
-        if (result == 0)
-            result = wait_until(at, deadline);
-        point(at);
-        /* Group stops, stops left over from an earlier interrupt, SIGSTOP: on we go. The process is
-           a stopped one then, and stays so when it is let go. */
-        signal = result == 0 ? snap_stop_signal(at->stop) : 0;
-        if (signal && signal != SIGSTOP && !(at->guard && signal == told && !at_the_end(at)))
-            break; /* (the quiet signal from outside is ignored, as the target would) */
-    }
-    if (result < 0)
-        return result;
-    if (signal != told)
-        return -EFAULT;
-    if (at->guard) {
-        *trapped = 1;
-        result = snap_take_signal(at->tid);
-        if (result == 0)
-            result = snap_read_memory(at->tid, at->array, calls, (size_t)count * sizeof *calls);
+    if (result == 0)
+        result = run_to_tell(at, deadline, at->guard ? (int)at->quiet : SIGTRAP);
+    if (result == 0 && at->guard)
+        result = snap_read_memory(at->tid, at->array, calls, (size_t)count * sizeof *calls);
+    if (result < 0 || at->guard)
         return result < 0 ? result : count;
-    }
 
     int64_t last;
     int stored;
@@ -307,8 +313,8 @@ static int run_loop(snap_injection *at, snap_call *calls, int count, int64_t dea
     int complete = (int)snap_arch_loop_progress(registers, at->loop, at->array, &last, &stored);
     if (complete > count)
         return -EFAULT;
-    *trapped = info.si_code == SI_KERNEL && complete == count;
-    result = *trapped ? snap_take_signal(at->tid) : put_off_trap(at);
+    at->trapped = info.si_code == SI_KERNEL && complete == count;
+    result = at->trapped ? snap_take_signal(at->tid) : put_off_trap(at);
     if (result < 0)
         return result;
     result = snap_read_memory(at->tid, at->array, calls, (size_t)complete * sizeof *calls);
@@ -359,6 +365,33 @@ static int step_call(snap_injection *at, snap_call *call, int64_t deadline)
     return 0;
 }
 
+/* The same with one stop in place of two: the guard's code tells of the result. */
+static int tell_call(snap_injection *at, snap_call *call, int64_t deadline)
+{
+    unsigned char registers[SNAP_REGISTERS_SIZE];
+    memcpy(registers, at->registers, sizeof registers);
+    snap_arch_enter_syscall(registers, at->guard + snap_guard_call(), call);
+    snap_guard_lead(registers, record(at));
+    int result = snap_set_registers(at->tid, registers, sizeof registers);
+    if (result == 0)
+        result = run_to_tell(at, deadline, (int)at->quiet);
+    if (result == 0)
+        result = snap_get_registers(at->tid, registers, sizeof registers);
+    call->result = snap_guard_result(registers);
+    return result;
+}
+
+static int make_call(snap_injection *at, snap_call *call, int64_t deadline)
+{
+    return at->guard && at->quiet ? tell_call(at, call, deadline) : step_call(at, call, deadline);
+}
+
+static int give_back_now(snap_injection *at)
+{
+    at->fault = at->stop;
+    return at->trapped ? give_back_trapped(at) : snap_give_back(at);
+}
+
 /* What the one call of a batch has mapped is the scratch from here on: no longer undone by the call's
    own return, which lies behind the thread when it is parked. */
 static int keep_mapped(snap_injection *at, int64_t mapped)
@@ -378,19 +411,17 @@ int snap_inject(snap_injection *at, snap_call *calls, int count)
     int64_t deadline = snap_now_us() + at->timeout_us;
     int result = borrow(at);
     int complete = 0;
-    int trapped = 0;
     if (result == 0 && at->use_loop && (!at->guard || at->quiet) && count > 0) {
-        result = run_loop(at, calls, count, deadline, &trapped);
+        result = run_loop(at, calls, count, deadline);
         complete = result < 0 ? count : result;
     }
     for (; result >= 0 && complete < count; complete++)
-        result = step_call(at, &calls[complete], deadline);
+        result = make_call(at, &calls[complete], deadline);
     if (result >= 0 && count == 1)
         result = keep_mapped(at, calls[0].result);
     if (result == -ESRCH)
         return result;
-    at->fault = at->stop;
-    int back = trapped ? give_back_trapped(at) : snap_give_back(at);
+    int back = give_back_now(at);
     return result < 0 ? result : back;
 }
 
@@ -434,17 +465,16 @@ int snap_make(snap_injection *at, snap_call *call)
     int result = borrow(at);
     at->undo = 0;
     if (result == 0)
-        result = step_call(at, call, snap_now_us() + at->timeout_us);
+        result = make_call(at, call, snap_now_us() + at->timeout_us);
     at->fault = at->stop;
     return result;
 }
 
-int snap_unmap_scratch(snap_injection *at)
+/* Up to where the thread has unmapped the scratch on its way home, by system call stops. */
+static int step_to_unmapped(snap_injection *at, int64_t deadline)
 {
     unsigned char registers[SNAP_REGISTERS_SIZE];
-    int64_t deadline = snap_now_us() + at->timeout_us;
-    at->use_loop = 0;
-    int result = borrow(at);
+    int result = 0;
     for (int stops = 0; result == 0 && stops < 2;) {
         result = step_syscall(at, deadline);
         if (result == 0)
@@ -452,6 +482,16 @@ int snap_unmap_scratch(snap_injection *at)
         stops += result == 0 && snap_arch_call(registers) == SYS_munmap;
         point(at);
     }
+    return result;
+}
+
+int snap_unmap_scratch(snap_injection *at)
+{
+    int64_t deadline = snap_now_us() + at->timeout_us;
+    at->use_loop = 0;
+    int result = borrow(at);
+    if (result == 0)
+        result = at->quiet ? run_to_tell(at, deadline, (int)at->quiet) : step_to_unmapped(at, deadline);
     if (result == 0) {
         at->scratch = at->owed = 0;
         result = put_in_charge(at, 0);
@@ -459,8 +499,7 @@ int snap_unmap_scratch(snap_injection *at)
     }
     if (result == -ESRCH)
         return result;
-    at->fault = at->stop;
-    int back = snap_give_back(at);
+    int back = give_back_now(at);
     return result < 0 ? result : back;
 }
 
@@ -468,8 +507,7 @@ int snap_unmake(snap_injection *at, int64_t descriptor)
 {
     /* The guard's record still says close: of what this call returns, that is of nothing. */
     snap_call closing = {.nr = SYS_close, .args = {(uint64_t)descriptor}};
-    int result = descriptor < 0 ? 0 : step_call(at, &closing, snap_now_us() + at->timeout_us);
-    at->fault = at->stop;
-    int back = snap_give_back(at);
+    int result = descriptor < 0 ? 0 : make_call(at, &closing, snap_now_us() + at->timeout_us);
+    int back = give_back_now(at);
     return result < 0 ? result : back;
 }

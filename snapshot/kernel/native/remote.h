@@ -18,6 +18,7 @@ typedef struct snap_injection {
     int event_stop;       /* the last event stop it was in: tells a group stop (SIGSTOP) */
     int fault;            /* after -EFAULT: the stop with the signal */
     int use_loop;         /* 0: make each call with system call stops, never with a trap */
+    int trapped;          /* it stands in our own trap, the signal taken from it */
     int borrowed;         /* the thread carries our registers and mask: see snap_give_back */
     uint64_t instruction; /* address of a `syscall` instruction in the target */
     uint64_t loop;        /* address of snap_arch_loop's bytes in the target */
@@ -39,7 +40,7 @@ typedef struct snap_injection {
     uint64_t undo;         /* the size of what the one call of the next batch maps, or 0: that is the
                               scratch afterwards */
     uint64_t undo_call;    /* munmap, then */
-    uint64_t quiet;        /* … chosen for this batch; 0: none, so there is no loop */
+    uint64_t quiet;        /* … chosen for this batch; 0: none, so calls are made with stops */
     uint64_t caught;       /* signals of the process that have a handler */
     uint64_t ignored;      /* signals that it ignores, and that may be sent for the loop's end */
     /* For tests: the process kills itself (SIGKILL) when it passes the die_at-th point. */
