@@ -8,10 +8,13 @@ import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from gc import freeze
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command_from_info
 
 from snapshot.door import door, note, put_json
 
@@ -20,7 +23,33 @@ if TYPE_CHECKING:
     from snapshot.store import Store
 
 T = TypeVar("T")
+commands = typer.Typer()
+"""What `snap` can do, for `_OneByOne`."""
+
+
+class _OneByOne(TyperGroup):
+    """Builds a command when it is asked for: all of them take longer than what most of them do."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        self._build(None)
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # of whichever click typer brings
+        self._build(cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+    def _build(self, wanted: str | None) -> None:
+        """One; all if there is none of this name, for the hint at those that are like it."""
+        known = {one.name: one for one in commands.registered_commands}
+        for name in [wanted] if wanted in known else known:
+            if name and name not in self.commands:
+                self.commands[name] = get_command_from_info(
+                    known[name], pretty_exceptions_short=True, rich_markup_mode=None
+                )
+
+
 app = typer.Typer(
+    cls=_OneByOne,
     help="Take a snapshot of a running Linux process, and bring the process back.",
     no_args_is_help=True,
     add_completion=False,
@@ -80,7 +109,11 @@ class Guards(StrEnum):
 ImageArgument = Annotated[str, typer.Argument(metavar="IMAGE", show_default=False)]
 
 
-@app.command(help="Snapshot a running process.", epilog="Example: snap take 4711 --name before")
+@commands.command(
+    "take",
+    help="Snapshot a running process.",
+    epilog="Example: snap take 4711 --name before",
+)
 @door
 def take(
     pid: Annotated[int, typer.Argument(metavar="PID", min=1)],
@@ -155,7 +188,11 @@ def take(
         print(manifest.image)
 
 
-@app.command(help="Bring a process back.", epilog="Example: snap restore before --lazy --wait")
+@commands.command(
+    "restore",
+    help="Bring a process back.",
+    epilog="Example: snap restore before --lazy --wait",
+)
 @door
 def restore(
     image: ImageArgument,
@@ -180,7 +217,7 @@ def restore(
     json: JsonOption = False,
     verbose: VerboseOption = 0,
 ) -> int | None:
-    from snapshot import describe, foreground, progress
+    from snapshot import progress
     from snapshot.hooks import RESTORE_STAGES
     from snapshot.restore import restore as run
 
@@ -196,6 +233,8 @@ def restore(
             alone=True,
             working_set=working_set,
         )
+    from snapshot import describe, foreground  # not before it runs
+
     note(describe.restored_text(restored))
     if json:
         put_json({**describe.restored(restored), "warnings": [*restored.warnings, *hooks.warnings]})
@@ -204,7 +243,7 @@ def restore(
     return foreground.wait(restored) if wait else None
 
 
-@app.command("list", help="The images of the store.", epilog="Example: snap list")
+@commands.command("list", help="The images of the store.", epilog="Example: snap list")
 @door
 def list_(store: StoreOption = None, json: JsonOption = False, verbose: VerboseOption = 0) -> None:
     from snapshot import describe
@@ -217,7 +256,7 @@ def list_(store: StoreOption = None, json: JsonOption = False, verbose: VerboseO
         print(*describe.images_table(images), sep="\n")
 
 
-@app.command(help="What is in an image.", epilog="Example: snap show before")
+@commands.command("show", help="What is in an image.", epilog="Example: snap show before")
 @door
 def show(
     image: ImageArgument,
@@ -235,7 +274,8 @@ def show(
             print(*describe.details(source.manifest, held), sep="\n")
 
 
-@app.command(
+@commands.command(
+    "read",
     help="Bytes of the memory at T0, to stdout.",
     epilog="Example: snap read before 0x7ffd5000 4K | xxd",
 )
@@ -261,7 +301,11 @@ def read(
             sys.stdout.buffer.write(piece)
 
 
-@app.command(help="Check every byte of images.", epilog="Example: snap verify before")
+@commands.command(
+    "verify",
+    help="Check every byte of images.",
+    epilog="Example: snap verify before",
+)
 @door
 def verify(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", show_default=False)],
@@ -291,7 +335,7 @@ def verify(
     return DamagedError.exit_code if bad else None
 
 
-@app.command(help="Remove images.", epilog="Example: snap rm before")
+@commands.command("rm", help="Remove images.", epilog="Example: snap rm before")
 @door
 def rm(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", show_default=False)],
@@ -306,7 +350,7 @@ def rm(
         put_json({"removed": images})
 
 
-@app.command(help="Free what no image needs.", epilog="Example: snap gc")
+@commands.command("gc", help="Free what no image needs.", epilog="Example: snap gc")
 @door
 def gc(store: StoreOption = None, json: JsonOption = False, verbose: VerboseOption = 0) -> None:
     from snapshot.units import mib
@@ -319,8 +363,10 @@ def gc(store: StoreOption = None, json: JsonOption = False, verbose: VerboseOpti
         print(f"freed {mib(freed)}")
 
 
-@app.command(
-    help="What this kernel, this user and a target allow.", epilog="Example: snap check 4711"
+@commands.command(
+    "check",
+    help="What this kernel, this user and a target allow.",
+    epilog="Example: snap check 4711",
 )
 @door
 def check(
@@ -387,7 +433,13 @@ def _options(
 
 
 def main() -> None:
-    app(prog_name="snap")
+    """What has been imported stays until the end, and at the end everything goes: the collector
+    would look through all of it again and again, a seventh of what a short command takes."""
+    freeze()
+    try:
+        app(prog_name="snap")
+    finally:
+        freeze()
 
 
 if __name__ == "__main__":

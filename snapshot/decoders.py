@@ -20,15 +20,16 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from .kernel import urgency
 from .kernel.fdcalls import close_others
 from .units import CHUNK
 
 if TYPE_CHECKING:
     from .image import Image
 
-RUN = 4
+RUN = 16
 """Chunks that are asked for and put in place together, when they follow each other: each by itself
-would cost the server more than its pages."""
+would cost the server more than its pages. Somebody who waits is served in between all the same."""
 _REQUEST = struct.Struct("<IIQ")  # slot, how many chunks, the address of the first
 _ANSWER = struct.Struct(f"<II{RUN}H")  # slot, chunks that were decoded, the pages present of each
 _AHEAD = 4
@@ -133,6 +134,12 @@ class Decoders:
         one.end()
         return one.busy
 
+    def insist(self) -> None:
+        """They run where nobody else wants to, and that seems to be nowhere: now they get a share.
+        """
+        for one in self._all:
+            urgency.ordinary(one.pid)
+
     def close(self) -> None:
         """Ends them: none has the image in use when this returns."""
         while self._all:
@@ -170,12 +177,13 @@ def _decode_all(
     keep: set[int],
 ) -> NoReturn:
     """A decoder, until the server ends or closes its pipe."""
+    with suppress(OSError), open("/proc/self/comm", "wb") as file:
+        file.write(b"snap-decoder")
     gc.freeze()  # nothing of the server's is to be closed here by its own
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     close_others(keep)
-    with suppress(OSError), open("/proc/self/comm", "wb") as file:
-        file.write(b"snap-decoder")
     os.nice(_NICE)
+    urgency.last()
     opened: Image | None = None
     poll = select.poll()
     poll.register(requests, select.POLLIN)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 MESSAGE = struct.Struct("<BBHIQQQ")
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(Struct, frozen=True):
     """A thread waits for the page at `address` (page aligned unless EXACT_ADDRESS)."""
 
     address: int
@@ -24,15 +24,13 @@ class Fault:
     tid: int = 0  # only with the feature THREAD_ID
 
 
-@dataclass(frozen=True, slots=True)
-class Fork:
+class Fork(Struct, frozen=True):
     """The process forked; `fd` is the child's userfaultfd, open in the reader of the message."""
 
     fd: int
 
 
-@dataclass(frozen=True, slots=True)
-class Remap:
+class Remap(Struct, frozen=True):
     """mremap moved [old, old + length) to `new`; the bytes are there already."""
 
     old: int
@@ -40,8 +38,7 @@ class Remap:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Remove:
+class Remove(Struct, frozen=True):
     """madvise DONTNEED, FREE or REMOVE: [start, end) is zero from now on. The caller waited for
     this message to be read; the zap follows it."""
 
@@ -49,16 +46,14 @@ class Remove:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Unmap:
+class Unmap(Struct, frozen=True):
     """[start, end) is no longer mapped; the bytes are gone already."""
 
     start: int
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Unknown:
+class Unknown(Struct, frozen=True):
     """A message of a kind that this version does not know."""
 
     number: int

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from .kernel.ptrace import Tracee
 from .lazy import Content, PageSource
@@ -85,6 +84,8 @@ def fill(
     batches = [todo[i : i + _BATCH] for i in range(0, len(todo), _BATCH)]
     if len(batches) < 2:
         return work(todo)
+    from concurrent.futures import ThreadPoolExecutor  # not for a lazy restore
+
     with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
         for written in workers.map(work, batches):
             done += written

@@ -13,11 +13,14 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from functools import partial
 from shlex import quote
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
 
 from .errors import HookError
 
@@ -34,8 +37,7 @@ FROZEN_LIMIT = 10.0
 """Seconds that a command may take at `frozen`, while every thread of the target stands still."""
 
 
-@dataclass(frozen=True, slots=True)
-class HookContext:
+class HookContext(Struct, frozen=True):
     """What a hook is told. `pid` is the target's, or the restored process's once it exists (0
     before); `image` is the image's name; `extra` what the stage adds, e.g. `error` at `failed`."""
 
@@ -49,8 +51,7 @@ Hook = Callable[[HookContext], object]
 HookMapping = Mapping[str, Hook | Sequence[Hook]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(Struct, frozen=True):
     label: str
     stages: frozenset[str]
     call: Hook
@@ -78,9 +79,7 @@ class Hooks:
         self.warnings: list[str] = []
         self._entries: list[_Entry] = []
         if installed:
-            from importlib.metadata import entry_points  # slow, and not needed for `--help`
-
-            for entry in entry_points(group=GROUP):
+            for entry in _installed():
                 self._entries += _load(entry)
         for stage, given in (callables or {}).items():
             self._entries += _of(stage, given)
@@ -136,6 +135,40 @@ def _of(stage: str, given: Hook | Sequence[Hook], owner: str = "", hint: str = "
     hooks = [given] if callable(given) else list(given)
     only = frozenset({check_stage(stage)})
     return [_Entry(f"{owner}{_name(hook)} at {stage}", only, hook, hint) for hook in hooks]
+
+
+def _installed() -> Iterable[EntryPoint]:
+    """The entry points of the group. importlib.metadata takes longer to import than a restore to
+    rebuild a process, so it is only asked where anybody may have some."""
+    if not any(map(_may_have_hooks, sys.path)):
+        return ()
+    from importlib.metadata import entry_points
+
+    return entry_points(group=GROUP)
+
+
+def _may_have_hooks(place: str) -> bool:
+    """Whether an installed program in a directory of sys.path names the group. What is no directory
+    (a zip file) may always."""
+    try:
+        names = os.listdir(place or ".")
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return any(map(partial(_names_group, place), names))
+
+
+def _names_group(place: str, name: str) -> bool:
+    if name.endswith(".egg"):
+        return True
+    if not name.endswith((".dist-info", ".egg-info")):
+        return False
+    try:
+        with open(os.path.join(place, name, "entry_points.txt"), "rb") as file:
+            return GROUP.encode() in file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _load(entry: EntryPoint) -> list[_Entry]:

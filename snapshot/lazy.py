@@ -20,6 +20,7 @@ from .decoders import Answer, Decoders
 from .errors import KernelError
 from .events import Event, Fault, Fork, Remap, Remove, Unmap
 from .journal import Journal
+from .kernel import urgency
 from .kernel.uffd import FEATURES, Filled, Uffd, UffdError
 from .missing import Missing, Piece
 from .streaming import Next, Streaming, parts
@@ -36,10 +37,15 @@ EVENTS = (
 ALL_MEMORY = (1 << 20, (1 << 47) - PAGE - (1 << 20))
 """Start and length of where any mapping can be (x86-64, 47 bits)."""
 
+SLOW_MS = 50
+"""Decoders that say nothing for so long have found no CPU that nobody else wants."""
 STALE_MS = 2000
-"""Decoders that say nothing for so long are done without."""
+"""Those that say nothing for so long are done without."""
 AGAIN_MS = 20
 """Until `finish` is called again."""
+LET_RUN_US = 50
+"""This server runs before all others, and goes on streaming: a thread that it has just served may
+have been woken on this very CPU, and gets there first."""
 _ZEROS = bytes(CHUNK)
 
 
@@ -132,12 +138,15 @@ class Server:
     def use(self, decoders: Decoders) -> None:
         """Others decode what is streamed."""
         self._streaming.use(decoders)
+        urgency.hurry()  # what takes long is done by others
         for fd in decoders.descriptors:
             self.watch(fd, partial(self._hear_decoder, fd))
 
     def _hear_decoder(self, fd: int) -> None:
         if not self._streaming.hear(fd):
             self.unwatch(fd)
+            if not self._streaming.helped:
+                urgency.calm_down()
 
     def add(self, uffd: Uffd, missing: Missing) -> Client:
         """One more process to serve. Clients are numbered in the order of these calls."""
@@ -191,10 +200,13 @@ class Server:
                 self._pause(self.pause_ms * brought)
             elif not missing:
                 self._listen(-1 if self.hold else AGAIN_MS)
-            elif not self._listen(STALE_MS):
-                self._dismiss()
+            elif not self._listen(SLOW_MS):
+                self._unanswered()
             while self._waiting:
-                self._serve(*self._waiting.popleft())
+                client, address = self._waiting.popleft()
+                self._serve(client, address)
+                if not self._waiting:
+                    client.uffd.poll_us(LET_RUN_US)
                 self._listen(0)
 
     def _pause(self, ms: int) -> None:
@@ -306,10 +318,16 @@ class Server:
             return done
         return run.chunks  # gone; or an event is to be read: what is still missing is found again
 
+    def _unanswered(self) -> None:
+        """The decoders have said nothing for long: they get a share of the CPUs, and if that is no
+        help, they are done without."""
+        if not self._streaming.insist() and not self._listen(STALE_MS):
+            self._dismiss()
+
     def _dismiss(self) -> None:
-        """The decoders have said nothing for too long."""
         for fd in self._streaming.dismiss():
             self.unwatch(fd)
+        urgency.calm_down()
 
     def _fill(
         self,

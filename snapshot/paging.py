@@ -1,4 +1,8 @@
-"""A lazy restore on the side of `snap restore`: start a page server, hand it the process."""
+"""A lazy restore on the side of `snap restore`: start a page server, hand it the process.
+
+What is imported here delays the start of the server, which is forked; lazymemory.py is needed only
+when the process is there.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +15,19 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import fill, lazy, pageserver
-from .errors import DeniedError, RestoreError
+from . import pageserver
+from .errors import RestoreError
 from .image import Image
-from .kernel import fdcalls, uffd
-from .kernel import pidfd as pidfds
-from .kernel.arch_x86_64 import NR
-from .kernel.errnames import error_name
-from .kernel.remote import Call, Remote
-from .kernel.uffd import Uffd
+from .kernel import fdcalls
 from .manifest import Process
-from .rebuild import Context
+
+if TYPE_CHECKING:
+    from .kernel.remote import Remote
+    from .rebuild import Context
 
 MESSAGE_BYTES = 1 << 16
-_HIGH = 900
-"""The duplicate in the restored process gets this number or the next free one."""
-_F_DUPFD_CLOEXEC = 1030
 _SECONDS = 60.0
 """A page server that has not opened its image by then never will."""
 
@@ -58,29 +57,15 @@ class PageServer:
     def memory(self, process: Process, remote: Remote, ctx: Context) -> None:
         """For rebuild: what this server can bring, it brings from here on, also to the kernel when
         that touches the memory of the new process; the rest is filled."""
-        self._expect("opened")
-        self._reap()
-        number, duplicate = _create(process, remote)
-        pid = remote.tracee.tid
-        handle = os.pidfd_open(pid)
-        try:
-            with Uffd(pidfds.getfd(handle, number)) as opened:
-                remote.call(NR.close, number)
-                opened.api(lazy.EVENTS)
-                ranges = fill.lazy_ranges(process)
-                for start, end in ranges:
-                    opened.register(start, end - start, uffd.MISSING)
-                plan = {
-                    "pid": pid,
-                    "duplicate": duplicate,
-                    "ranges": ranges,
-                    "working_set": self._working_set,
-                }
-                self._send(json.dumps(plan).encode(), opened.fd, handle)
-            self.pid = self._expect("ready")["server"]
-        finally:
-            os.close(handle)
-        fill.fill(ctx.image, process, fill.at_once(process), remote.tracee)
+        from . import lazymemory
+
+        with lazymemory.missing(process, remote) as (uffd, handle, plan):
+            self._expect("opened")
+            self._reap()
+            plan["working_set"] = self._working_set
+            self._send(json.dumps(plan).encode(), uffd.fd, handle)
+        lazymemory.fill_rest(process, remote, ctx)
+        self.pid = self._expect("ready")["server"]
 
     def _send(self, plan: bytes, *descriptors: int) -> None:
         """The plan goes as a file: with tens of thousands of regions it is too long to be sent."""
@@ -227,20 +212,3 @@ def _exec(image: Image, process: Process, control: int, log: int) -> int:
 def _python_path() -> str:
     root = str(Path(__file__).resolve().parent.parent)
     return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def _create(process: Process, remote: Remote) -> tuple[int, int]:
-    """A userfaultfd of the new process, made inside it while it still has the power for that.
-    -> its number, and that of the duplicate which stays until all pages are in."""
-    (number,) = remote.batch([Call(NR.userfaultfd, (os.O_CLOEXEC | os.O_NONBLOCK,))])
-    if number < 0:
-        raise DeniedError(
-            f"userfaultfd(2) in the new process: {error_name(number)}",
-            "snap restore IMAGE --eager",
-        )
-    highest = max((one.fd for one in process.descriptors), default=2)
-    for lowest in (max(highest + 1, _HIGH), highest + 1):
-        (duplicate,) = remote.batch([Call(NR.fcntl, (number, _F_DUPFD_CLOEXEC, lowest))])
-        if duplicate >= 0:
-            return number, duplicate
-    raise RestoreError(f"no descriptor is free above {highest}", "ulimit -n 4096")

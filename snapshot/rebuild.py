@@ -12,7 +12,8 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from . import address_space, fill, hugepages, objects
 from .errors import DeniedError, RestoreError, SnapError, UnsupportedError
@@ -38,8 +39,7 @@ _PR_SET_PDEATHSIG = 1
 _AT_FDCWD = -100
 
 
-@dataclass
-class Context:
+class Context(Struct, eq=False):
     """What the modules of a restore share, and where they report."""
 
     manifest: Manifest
@@ -53,10 +53,15 @@ class Context:
 Memory = Callable[[Process, Remote, Context], None]
 
 
-def fill_all(process: Process, remote: Remote, ctx: Context) -> None:
-    """All bytes now."""
+def fill_all(
+    process: Process,
+    remote: Remote,
+    ctx: Context,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """All bytes now. `progress` is told how many."""
     everything = Ranges([(address_space.LOWEST, address_space.HIGHEST)])
-    fill.fill(ctx.image, process, everything, remote.tracee)
+    fill.fill(ctx.image, process, everything, remote.tracee, progress)
 
 
 class Rebuilt:

@@ -13,20 +13,19 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import msgspec
+from msgspec import MsgspecError, Struct, field
 
-from . import address_space, fill
 from .errors import DamagedError, TargetError, UnsupportedError
 from .image import Image
-from .kernel.remote import Remote
 from .manifest import Process
 from .paging import PageServer
-from .ranges import Ranges
-from .rebuild import Context, Rebuilt, rebuild
 from .stats import Progress, ProgressCallback, Stopwatch
+
+if TYPE_CHECKING:
+    from .kernel.remote import Remote
+    from .rebuild import Context, Rebuilt
 
 log = logging.getLogger("snap")
 
@@ -38,8 +37,7 @@ class Hooks(Protocol):
     def wants(self, stage: str, /) -> bool: ...
 
 
-@dataclass
-class Restored:
+class Restored(Struct, eq=False):
     """A restored process, which runs. It is a child of this process."""
 
     image: str
@@ -102,8 +100,10 @@ def restore(
     job = _Restore(image, hooks, progress, alone=alone, working_set=working_set)
     process = _only_process(image)
     job.hook("before-restore", 0)
-    context = Context(image.manifest, image, stdio)
     with job.page_server(process, lazy) as server:
+        from .rebuild import Context, rebuild  # while the server starts, on another CPU
+
+        context = Context(image.manifest, image, stdio)
         memory = server.memory if server else job.fill
         new = rebuild(process, context, namespace=pid == "new", memory=memory)
         with _sensible(image), new as rebuilt:
@@ -156,14 +156,15 @@ class _Restore:
 
     def fill(self, process: Process, remote: Remote, ctx: Context) -> None:
         """rebuild.Memory for an eager restore, with progress."""
+        from . import rebuild
+
         total = self._image.manifest.stats.saved_bytes
 
         def filled(done: int) -> None:
             if self._progress is not None:
                 self._progress(Progress("filling", done, total, seconds=self._clock.seconds))
 
-        everything = Ranges([(address_space.LOWEST, address_space.HIGHEST)])
-        fill.fill(self._image, process, everything, remote.tracee, filled)
+        rebuild.fill_all(process, remote, ctx, filled)
 
     def running(self, rebuilt: Rebuilt, ctx: Context, server: PageServer | None) -> Restored:
         """From here on nothing can be taken back."""
@@ -202,7 +203,7 @@ def _sensible(image: Image) -> Iterator[None]:
     nowhere, names with zeros. Nothing is left of the process when one of them is met."""
     try:
         yield
-    except (ValueError, OverflowError, LookupError, struct.error, msgspec.MsgspecError) as error:
+    except (ValueError, OverflowError, LookupError, struct.error, MsgspecError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise DamagedError(
             f"image {image.name} says what cannot be rebuilt: {reason}",

@@ -21,7 +21,7 @@ from .decoders import Decoders
 from .errors import KernelError, SnapError
 from .image import Image
 from .journal import RUNNING, Journal
-from .kernel import fdcalls, procfs
+from .kernel import fdcalls, procfs, urgency
 from .kernel.uffd import Uffd, UffdError
 from .lazy import Client, Server
 from .maps import parse_smaps
@@ -112,6 +112,7 @@ class Service:
 
     def run(self) -> None:
         self._server.run()
+        urgency.calm_down()
         self._decoders.close()
         os.close(self._successor)
 
@@ -133,6 +134,7 @@ class Service:
         alone; that of the restored process is also held by itself, and by what it has forked."""
         if client.number != 0 or not pageserver.alive(self.plan.pidfd):
             return True
+        urgency.calm_down()
         with suppress(UffdError, SnapError, OSError):
             self._unregister(client)
         self._server.drain(client)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from .units import mib
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Struct, frozen=True):
     """One moment of a take, as its progress callback sees it. Bytes, seconds since its start.
 
     `phase` is a word for people: "arming", "saving", "storing", …; `armed_bytes` is what is to be
@@ -51,8 +51,7 @@ class Progress:
 ProgressCallback = Callable[[Progress], None]
 
 
-@dataclass(slots=True)
-class Stopwatch:
+class Stopwatch(Struct):
     """Where time went, by name, in µs: `with clock.stage("capture"): …`; stages add up.
 
     Monotonic. `elapsed_us` and `seconds` count from the construction.

@@ -29,8 +29,12 @@ class Next(NamedTuple):
     chunks: int = 1
 
     @property
+    def bytes(self) -> int:
+        return self.chunks * CHUNK
+
+    @property
     def end(self) -> int:
-        return self.base + self.chunks * CHUNK
+        return self.base + self.bytes
 
     def rest(self, done: int) -> Next:
         return Next(self.base + done * CHUNK, self.chunk + done * CHUNK, self.chunks - done)
@@ -47,6 +51,7 @@ class Streaming:
         self._space = space
         self._first: deque[int] = deque()
         self._decoders: Decoders | None = None
+        self._insisted = False
         self._asked: dict[int, Asked] = {}  # by slot
         self._ready: deque[Answer] = deque()
 
@@ -68,6 +73,18 @@ class Streaming:
             return False
         self._ready += answers
         return True
+
+    @property
+    def helped(self) -> bool:
+        """Whether anybody decodes."""
+        return self._decoders is not None and bool(self._decoders.descriptors)
+
+    def insist(self) -> bool:
+        """The decoders are to get their share of the CPUs. False: they have been told before."""
+        told, self._insisted = self._insisted, True
+        if self._decoders is not None and not told:
+            self._decoders.insist()
+        return not told
 
     def dismiss(self) -> list[int]:
         """Ends the decoders. -> their descriptors, which are closed."""
@@ -122,7 +139,7 @@ class Streaming:
         while self._first and client.number == 0:
             here = Next(self._first[0], self._first.popleft())
             if parts(client, here):
-                return here
+                return self._longer(here, most)
         known = self._source.addresses(self._space)
         while (piece := client.missing.after(client.cursor)) is not None:
             index = bisect_left(known, align_down(piece.source, CHUNK))
@@ -142,6 +159,13 @@ class Streaming:
             client.cursor = base + count * CHUNK
             return Next(base, chunk, count)
         return None
+
+    def _longer(self, here: Next, most: int) -> Next:
+        """With those that come first as well and lie behind it."""
+        while here.chunks < most and self._first and self._first[0] == here.chunk + here.bytes:
+            self._first.popleft()
+            here = here._replace(chunks=here.chunks + 1)
+        return here
 
 
 def parts(client: Client, wanted: Next) -> list[Piece]:

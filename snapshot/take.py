@@ -36,7 +36,8 @@ from .pace import ANY, Pace
 from .pump import MEMORY, LostError, Pump, Staging
 from .records import ProcessIdentity
 from .regions import Plan
-from .resources import Gathered, Preparation, descriptors, gather, preflight
+from .resources import descriptors, preflight
+from .resources.capture import Gathered, Preparation, gather
 from .stats import Progress, ProgressCallback, Stopwatch
 from .store import Store, check_name
 from .tracer import Tracer

@@ -13,8 +13,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ..errors import DeniedError, KernelError, RestoreError
 from . import stub_x86_64 as stub
@@ -28,8 +29,7 @@ PATIENCE = 2.0
 PID_NEW = "snap restore IMAGE --pid new"
 
 
-@dataclass
-class Spawned:
+class Spawned(Struct, eq=False):
     """A process that only sleeps, every signal but SIGTRAP blocked, and dies with its parent's
     thread until it is told otherwise (PR_SET_PDEATHSIG)."""
 

@@ -225,6 +225,13 @@ class Uffd(Closing):
             raise UffdError("poll(userfaultfd)", -ready)
         return bool(ready > 0)
 
+    def poll_us(self, timeout_us: int) -> bool:
+        """The same, for less than a millisecond."""
+        ready = lib.uffd_poll_us(self.fd, timeout_us)
+        if ready < 0 and ready != -errno.EINTR:
+            raise UffdError("ppoll(userfaultfd)", -ready)
+        return bool(ready > 0)
+
     def _check(self, name: str, start: int, length: int, call: Any, *more: Any) -> None:
         error = call(self.fd, start, length, *more)
         if error:

@@ -1,4 +1,4 @@
-"""Running before everybody else for a moment."""
+"""Running before everybody else, or after everybody else."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ def urgent() -> Iterator[None]:
 
     What it starts meanwhile is ordinary again: SCHED_RESET_ON_FORK.
     """
-    if os.sched_getscheduler(0) != os.SCHED_OTHER or not _hurry():
+    if os.sched_getscheduler(0) != os.SCHED_OTHER or not hurry():
         yield
         return
     try:
         yield
     finally:
-        _calm_down()
+        calm_down()
 
 
-def _hurry() -> bool:
+def hurry() -> bool:
+    """From here on as in `urgent`, until `calm_down`. False: not allowed."""
     try:
         os.sched_setscheduler(0, _URGENT, os.sched_param(_LEAST))
     except OSError:
@@ -36,9 +37,23 @@ def _hurry() -> bool:
     return True
 
 
-def _calm_down() -> None:
+def calm_down() -> None:
+    """An ordinary thread again."""
     try:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     except PermissionError:  # the flag cannot be taken back without CAP_SYS_NICE
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+
+
+def last() -> None:
+    """The calling thread runs where nobody else wants to (SCHED_IDLE): whoever wakes up takes its
+    CPU at once, which he does not take from an ordinary thread, however nice."""
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def ordinary(pid: int) -> None:
+    """Ends `last` for a process of one thread; needs CAP_SYS_NICE."""
+    with suppress(OSError):
+        os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))

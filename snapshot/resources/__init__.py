@@ -2,17 +2,5 @@
 
 A capture begins in `capture.py`, the stages of a rebuild are in `stages.py`, the registries of
 state that is kept by NAME in `registry.py`. Descriptors have a table of their own
-(`descriptors.py`).
+(`descriptors.py`). A restore needs nothing of a capture, so nothing is imported here.
 """
-
-from .capture import Gathered, Preparation, capture_process, gather
-from .registry import PROCESS_MODULES, THREAD_MODULES
-
-__all__ = [
-    "PROCESS_MODULES",
-    "THREAD_MODULES",
-    "Gathered",
-    "Preparation",
-    "capture_process",
-    "gather",
-]

@@ -20,7 +20,15 @@ def servers(*names: str) -> list[int]:
     they are below it."""
     wanted = names or ("snap-pages", "snap-guardian", "snap-keeper")
     below = [pid for pid in processes.descendants(os.getpid()) if comm(pid) in wanted]
-    return [pid for pid in below if not processes.ended(pid)]
+    return [pid for pid in below if not processes.ended(pid) and not unnamed(pid)]
+
+
+def unnamed(pid: int) -> bool:
+    """A decoder or keeper that a server has just forked, and that still goes by its name."""
+    with suppress(OSError, IndexError):
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        return comm(pid) == comm(int(parent)) == "snap-pages"
+    return False
 
 
 def await_end() -> None:

@@ -22,7 +22,8 @@ from snapshot.kernel import procfs
 from snapshot.kernel.arch_x86_64 import NR
 from snapshot.kernel.ptrace import EXITKILL
 from snapshot.manifest import Process, pack, unpack
-from snapshot.resources import capture_process, stages
+from snapshot.resources import stages
+from snapshot.resources.capture import capture_process
 from snapshot.resources.timers import State as Timers
 
 SOURCE = Path(__file__).parents[1] / "targets" / "state.c"

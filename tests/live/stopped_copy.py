@@ -21,7 +21,8 @@ from snapshot.kernel import pidfd as pidfds
 from snapshot.kernel import procfs, vdso
 from snapshot.manifest import OBJECT_SPACE, Host, Manifest, SharedObject
 from snapshot.regions import Window
-from snapshot.resources import capture_process, descriptors
+from snapshot.resources import descriptors
+from snapshot.resources.capture import capture_process
 from snapshot.resources.memfd import SharedMemory
 from snapshot.store import Store
 from snapshot.units import CHUNK, PAGE, PAGES_PER_CHUNK, align_down

@@ -187,6 +187,18 @@ def test_a_server_that_is_killed_is_replaced(lazily: Lazy, command: str) -> None
     assert "starting another one" in log(lazily)
 
 
+@pytest.mark.parametrize("lazily", [20], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_decoders_that_say_nothing_are_done_without(lazily: Lazy, number: int) -> None:
+    wait_until(lambda: bool(servers("snap-decoder")), "decoders")
+    for pid in servers("snap-decoder"):
+        os.kill(pid, number)
+    assert missing(lazily.pid)
+    assert lazily.restored.complete() is None
+    assert not servers("snap-decoder")
+    assert lazily.does("all") == "ok"
+
+
 def log(lazily: Lazy) -> str:
     return (lazily.directory / "store" / "pageserver.log").read_text()
 

@@ -21,7 +21,8 @@ from snapshot.freeze import freeze
 from snapshot.kernel import procfs
 from snapshot.kernel.arch_x86_64 import NR
 from snapshot.manifest import unpack
-from snapshot.resources import gather, preflight
+from snapshot.resources import preflight
+from snapshot.resources.capture import gather
 from snapshot.resources.credentials import State as Credentials
 from snapshot.resources.limits import State as Limits
 from snapshot.resources.scheduling import State as Scheduling

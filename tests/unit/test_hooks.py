@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -191,6 +192,17 @@ def test_installed_program_that_does_not_load(
     with pytest.raises(HookError, match=why) as caught:
         Hooks()
     assert f"pip uninstall {module}" in caught.value.hint
+
+
+def test_a_program_installed_as_a_zip_file_joins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    _install(inside, "zipped", "seen.append", "seen = []\n")
+    monkeypatch.syspath_prepend(shutil.make_archive(str(tmp_path / "zipped"), "zip", inside))
+    Hooks().run("committed", pid=1, image="x")
+    assert [context.stage for context in sys.modules["zipped"].seen] == ["committed"]
 
 
 def _fail(context: HookContext) -> None:

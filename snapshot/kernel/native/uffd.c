@@ -121,15 +121,26 @@ int uffd_is(int fd, int pid, int number)
     return order < 0 ? -errno : order == 0;
 }
 
+static int polled(int ready, const struct pollfd *poller)
+{
+    if (ready < 0)
+        return -errno;
+    if (ready > 0 && !(poller->revents & POLLIN))
+        return -EBADF;
+    return ready;
+}
+
 int uffd_poll(int fd, int timeout_ms)
 {
     struct pollfd poller = {.fd = fd, .events = POLLIN};
-    int ready = poll(&poller, 1, timeout_ms);
-    if (ready < 0)
-        return -errno;
-    if (ready > 0 && !(poller.revents & POLLIN))
-        return -EBADF;
-    return ready;
+    return polled(poll(&poller, 1, timeout_ms), &poller);
+}
+
+int uffd_poll_us(int fd, uint32_t timeout_us)
+{
+    struct pollfd poller = {.fd = fd, .events = POLLIN};
+    struct timespec timeout = {timeout_us / 1000000, timeout_us % 1000000 * 1000};
+    return polled(ppoll(&poller, 1, &timeout, NULL), &poller);
 }
 
 static int fill_run(int fd, uint64_t dst, const char *src, uint64_t len, int data, int64_t *done)

@@ -105,6 +105,8 @@ int uffd_is(int fd, int pid, int number);
 /* Waits until a message can be read. -> 1 readable, 0 timeout (ms; -1 waits for ever), -EBADF also
  * for POLLERR: the descriptor is unusable. EINTR is not hidden. */
 int uffd_poll(int fd, int timeout_ms);
+/* The same, for at most timeout_us µs. */
+int uffd_poll_us(int fd, uint32_t timeout_us);
 
 /* What became of the pages of one piece of memory. Counts are pages. */
 typedef struct {
