@@ -24,15 +24,17 @@ WRITERS: dict[str, tuple[int, int]] = {
 FEW = 4
 """Threads that there are always: the first, the clock, and two that write or sleep."""
 MANY = (16, 200)
+SIZES = (64, 1024, 4096, 8192)
+ROUNDS = {64: 5, 1024: 4, 4096: 3, 8192: 2}
+THREADS_AT = 1024
 NOTHING_SECONDS = 1.0
 LARGEST_CORE_MIB = 4096
 PEERS = {"fork": None, "naive": naive, "gcore": gcore, "criu": criu}
 
 
 def run(bench: Bench) -> None:
-    sizes = bench.choose([64, 1024, 4096, 8192], [64, 256])
-    rounds = bench.choose({64: 5, 1024: 4, 4096: 3, 8192: 2}, {64: 1, 256: 1})
-    threads_at = bench.choose(1024, 64)
+    sizes = bench.sizes(SIZES, [64, 256])
+    threads_at = sizes[0] if bench.only_mib else bench.choose(THREADS_AT, 64)
     if bench.peers:
         for name, peer in PEERS.items():
             if peer is not None and (reason := peer.why_not()):
@@ -40,22 +42,27 @@ def run(bench: Bench) -> None:
     for mib in sizes:
         machine.warm(2 * mib + 512)
         with bench.directory() as place, pages.running(place / "pages", mib) as target:
+            if mib == threads_at:
+                _rounds(bench, target, "idle", 1)  # it has no other yet
             target.tell("clock", 1)
             target.tell("writers", 2, 0)
             for label in bench.choose(list(WRITERS), ["idle", "5,000 pages/s"]):
-                _rounds(bench, target, label, FEW, rounds[mib])
+                _rounds(bench, target, label, FEW)
             if mib == threads_at:
                 for threads in MANY:
                     target.tell("sleepers", threads - FEW)
-                    _rounds(bench, target, "5,000 pages/s", threads, rounds[mib])
+                    _rounds(bench, target, "5,000 pages/s", threads)
 
 
-def _rounds(bench: Bench, target: Pages, label: str, threads: int, rounds: int) -> None:
+def _rounds(bench: Bench, target: Pages, label: str, threads: int) -> None:
     ways = ["nothing", *bench.snaps]
     if bench.peers:
         ways += [name for name, peer in PEERS.items() if peer is None or peer.why_not() is None]
-    target.tell("writers", *WRITERS[label])
-    for number_, way in in_turn(rounds, ways):
+    if threads > 1:
+        target.tell("writers", *WRITERS[label])
+    else:
+        ways.remove("nothing")  # without a clock it feels nothing
+    for number_, way in in_turn(bench.rounds(ROUNDS, target.mib), ways):
         slow = way in ("gcore", "criu")
         if slow and number_ >= (1 if target.mib >= 1024 else 3):
             continue
@@ -66,7 +73,7 @@ def _rounds(bench: Bench, target: Pages, label: str, threads: int, rounds: int) 
             measured = _one(bench, target, way)
         bench.emit(
             CASE, way, mib=target.mib, writers=label, threads=threads, round=number_,
-            **measured, **felt,
+            **measured, **(felt if threads > 1 else {}),
         )  # fmt: skip
 
 
@@ -126,6 +133,8 @@ def _felt(rows: Rows) -> Sequence[Part]:
     lines = []
     for one in _configurations(rows):
         here = rows.where(**dict(zip(KEY, one, strict=True)))
+        if not here.values("target_longest_us"):
+            continue
         cells = []
         for way in ("nothing", OURS):
             some = here.where(way=way)

@@ -24,7 +24,7 @@ COUNT = 10_000
 SECONDS = 4
 MODES = ("lazy", "eager")
 ROUNDS = {1024: 3, 4096: 2}
-"""By MiB of data."""
+"""Up to so many MiB of data."""
 
 
 def run(bench: Bench) -> None:
@@ -33,7 +33,7 @@ def run(bench: Bench) -> None:
         return
     if bench.peers and (reason := criu.why_not()):
         bench.emit(CASE, "criu", why_not=reason)
-    for mib in bench.choose([1024, 4096], [128]):
+    for mib in bench.sizes([1024, 4096], [128]):
         machine.warm(2 * mib)
         for way in bench.snaps:
             with bench.directory() as place, bench.snap(way) as snap:
@@ -50,7 +50,7 @@ def _ours(bench: Bench, snap: Snap, place: Path, mib: int, way: str) -> None:
         snap("take", server.pid, "--name", "one")
     finally:
         server.kill()
-    for number_, mode in in_turn(bench.choose(ROUNDS, {128: 1})[mib], MODES):
+    for number_, mode in in_turn(bench.rounds(ROUNDS, mib), MODES):
         bench.say(f"replies: {size(mib)}, {mode}, {way}")
         machine.warm(mib + 512)
         client = _client(place, server, keys)
@@ -72,7 +72,7 @@ def _criu(bench: Bench, place: Path, mib: int) -> None:
             raise Failed("criu dump of redis")
     finally:
         server.kill()
-    for number_, mode in in_turn(bench.choose(ROUNDS, {128: 1})[mib], MODES):
+    for number_, mode in in_turn(bench.rounds(ROUNDS, mib), MODES):
         bench.say(f"replies: {size(mib)}, {mode}, criu")
         machine.warm(mib + 512)
         client = _client(place, server, keys)

@@ -38,9 +38,9 @@ def run(bench: Bench) -> None:
     for what, words in STARTS.items():
         for way, command in bench.snaps.items():
             words_ = [sys.executable, *words] if words else [*command, "--version"]
-            for number_ in range(bench.choose(15, 3)):
+            for number_ in range(bench.rounds(15, quick=3)):
                 bench.emit(CASE, way, what=what, round=number_, seconds=_wall(words_))
-    for mib in bench.choose([64, 1024, 4096, 8192], [64, 256]):
+    for mib in bench.sizes([64, 1024, 4096, 8192], [64, 256]):
         machine.warm(2 * mib)
         for way in bench.snaps:
             with (
@@ -63,7 +63,7 @@ def _rounds(bench: Bench, snap: Snap, target: Pages, way: str) -> None:
     target.tell("mark")
     row = taken(snap("take", target.pid, "--name", "one"))
     target.kill()
-    rounds = bench.choose({64: 7, 1024: 5, 4096: 3, 8192: 2}, {64: 1, 256: 1})[target.mib]
+    rounds = bench.rounds({64: 7, 1024: 5, 4096: 3, 8192: 2}, target.mib)
     for number_, mode in in_turn(rounds, MODES):
         bench.say(f"restore: {size(target.mib)}, {mode}, {way}")
         machine.warm(target.mib + 256)

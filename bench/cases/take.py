@@ -16,22 +16,29 @@ from bench.session import OURS, Bench, in_turn, taken
 CASE = "take"
 MIB = 1 << 20
 SAMPLE_MIB = 1024
+LARGE_MIB = 8192
 
 
 def run(bench: Bench) -> None:
-    full = [(kind, 1024) for kind in heaps.KINDS] + [("mixed", 8192)]
-    for kind, mib in bench.choose(full, [("redis", 64), ("random", 64)]):
+    for kind, mib in _targets(bench):
         if reason := heaps.why_not(kind):
             bench.emit(CASE, OURS, kind=kind, why_not=reason)
             continue
         machine.warm(2 * mib)
         with bench.directory() as place, heaps.running(place / "heap", kind, mib) as pid:
-            rounds = bench.choose(3 if mib <= SAMPLE_MIB else 1, 1)
+            rounds = bench.rounds({SAMPLE_MIB: 3}, mib)
             for number_, way in in_turn(rounds, [*bench.snaps, *(["zstd"] if bench.peers else [])]):
                 bench.say(f"take: {size(mib)}, {kind}, {way}")
                 machine.warm(mib + 512)
                 row = _zstd(pid) if way == "zstd" else _take(bench, way, pid)
                 bench.emit(CASE, way, mib=mib, kind=kind, round=number_, **row)
+
+
+def _targets(bench: Bench) -> list[tuple[str, int]]:
+    if bench.only_mib:
+        return [(kind, mib) for mib in bench.only_mib for kind in heaps.KINDS]
+    full = [(kind, SAMPLE_MIB) for kind in heaps.KINDS] + [("mixed", LARGE_MIB)]
+    return bench.choose(full, [("redis", 64), ("random", 64)])
 
 
 def _zstd(pid: int) -> Row:
