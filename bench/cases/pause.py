@@ -116,7 +116,8 @@ def _stops(rows: Rows) -> Sequence[Part]:
         ours = here.where(way=OURS)
         cells = [spread(ours.values(name), 1e-3) for name in ("longest_stop_us", "pause_us")]
         cells += [spread(here.where(way="fork").values("pause_us"), 1e-3)]
-        for way in ("naive", "gcore", "criu"):
+        cells += [spread(here.where(way="naive").values("pause_us"), 1e-3)]
+        for way in ("gcore", "criu"):
             cells.append(spread(here.where(way=way).values("target_stopped_longest_us"), 1e-3))
         failed = sum(row.get("exit_code", 0) != 0 for row in ours)
         lines.append([*_named(one), *cells, str(failed) if failed else ""])

@@ -27,7 +27,10 @@ MISSING_NS = 2000
 """A page that is there is read in less."""
 AFTER_SECONDS = 0.3
 STEADY_SECONDS = 60
-MODES = ("lazy", "eager")
+ONCE_MIB = 4096
+LAZY, AGAIN, EAGER = "lazy", "lazy, again", "eager"
+MODES = {LAZY: ("--lazy", "--no-working-set"), AGAIN: ("--lazy",), EAGER: ("--eager",)}
+"""`again`: what an earlier restore of the image waited for comes first."""
 STARTS = {
     "python": ["-c", "pass"],
     "snap --version": [],
@@ -64,7 +67,10 @@ def _rounds(bench: Bench, snap: Snap, target: Pages, way: str) -> None:
     row = taken(snap("take", target.pid, "--name", "one"))
     target.kill()
     rounds = bench.rounds({64: 7, 1024: 5, 4096: 3, 8192: 2}, target.mib)
-    for number_, mode in in_turn(rounds, MODES):
+    known = False
+    for number_, mode in in_turn(rounds, list(MODES)):
+        if mode == EAGER and number_ and target.mib >= ONCE_MIB:
+            continue
         bench.say(f"restore: {size(target.mib)}, {mode}, {way}")
         machine.warm(target.mib + 256)
         try:
@@ -72,11 +78,14 @@ def _rounds(bench: Bench, snap: Snap, target: Pages, way: str) -> None:
         finally:
             target.kill()
             snap.end()
-        bench.emit(CASE, way, mib=target.mib, mode=mode, round=number_, **measured)
+        # The first that notes what it waits for has nothing noted before.
+        told = LAZY if mode == AGAIN and not known else mode
+        known |= mode == AGAIN
+        bench.emit(CASE, way, mib=target.mib, mode=told, round=number_, **measured)
 
 
 def _one(snap: Snap, target: Pages, mode: str, saved: int) -> Row:
-    ran = snap("restore", "one", f"--{mode}")
+    ran = snap("restore", "one", *MODES[mode])
     target.became(ran.answer["pid"])
     ended = _drained(ran) if ran.answer["server_pid"] else ran.ended
     time.sleep(AFTER_SECONDS)
@@ -93,7 +102,7 @@ def _one(snap: Snap, target: Pages, mode: str, saved: int) -> Row:
         **{f"fault_{name}": value for name, value in distribution(
             (ns for _, ns in missing), "us", 1e-3).items()},
     }  # fmt: skip
-    if mode == "lazy":
+    if mode != EAGER:
         row["drain_seconds"] = (ended - runs) / 1e9
         row["drain_gb_per_second"] = saved / max(ended - runs, 1)
         row["last_fault_us"] = max((at - runs for at, _ in missing), default=0) / 1000
@@ -148,17 +157,20 @@ def _times(rows: Rows) -> Table:
 
 def _faults(rows: Rows) -> Table:
     lines = []
-    for (mib,) in rows.where(mode="lazy").distinct("mib"):
-        here = rows.where(mib=mib, mode="lazy", way=OURS)
+    for mib, mode in rows.distinct("mib", "mode"):
+        if mode == EAGER:
+            continue
+        here = rows.where(mib=mib, mode=mode, way=OURS)
         marks = [f"fault_{mark}_us" for mark in ("p50", "p99", "p999", "max")]
         counts = here.values("fault_count")
         lines.append([
-            size(mib), *(spread(here.values(mark)) for mark in marks),
-            number(statistics.median(counts)), spread(here.values("drain_seconds")),
+            size(mib), mode, *(spread(here.values(mark)) for mark in marks),
+            number(statistics.median(counts)), spread(here.values("last_fault_us"), 1e-6),
+            spread(here.values("drain_seconds")),
             number(here.median("drain_gb_per_second")),
         ])  # fmt: skip
-    columns = ("size", "p50", "p99", "p99.9", "max", "missing pages met", "all there after, s",
-               "GB/s")  # fmt: skip
+    columns = ("size", "mode", "p50", "p99", "p99.9", "max", "missing pages met",
+               "the last after, s", "all there after, s", "GB/s")  # fmt: skip
     title = f"A page that is missing, read by the process ({TOUCHES:,} reads a second), µs"
     return Table(title, columns, lines)
 
