@@ -16,8 +16,8 @@ from bench.peers import forksave
 from bench.session import OURS, Bench, in_turn
 
 CASE = "hugepages"
-WRITERS = {"idle": (0, 0), "5,000 pages/s": (2, 5000), "unbound": (2, 0)}
-"""Threads, and pages a second of all of them together (0: without pause)."""
+WRITERS = {"idle": (0, 0), "5,000 pages/s": (2, 5000)}
+"""Threads, and pages a second of all of them together."""
 NOW = "snap --now"
 QUIET_SECONDS = 1.0
 

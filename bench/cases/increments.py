@@ -26,7 +26,7 @@ def run(bench: Bench) -> None:
     for mib in bench.sizes([1024], [64]):
         machine.warm(3 * mib)
         with bench.directory() as place, pages.running(place / "pages", mib) as target:
-            for number_, way in in_turn(bench.rounds(3), list(bench.snaps)):
+            for number_, way in in_turn(bench.rounds(2), list(bench.snaps)):
                 with bench.snap(way) as snap:
                     _one(bench, snap, target, way, number_)
 

@@ -54,7 +54,7 @@ def _rounds(bench: Bench, server: Redis, place: Path, mib: int) -> None:
         ways += [name for name, peer in PEERS.items() if peer.why_not() is None]
         if mib > LARGEST_CORE_MIB:
             ways = [way for way in ways if way not in ("gcore", "criu")]
-    for number_, way in in_turn(bench.rounds({1024: 4, 4096: 2}, mib), ways):
+    for number_, way in in_turn(bench.rounds({1024: 2}, mib), ways):
         if way in ("gcore", "criu") and number_ > 0:
             continue
         bench.say(f"latency: {size(mib)}, {way}")

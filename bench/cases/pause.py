@@ -25,10 +25,10 @@ FEW = 4
 """Threads that there are always: the first, the clock, and two that write or sleep."""
 MANY = (16, 200)
 SIZES = (64, 1024, 4096, 8192)
-ROUNDS = {64: 5, 1024: 4, 4096: 3, 8192: 2}
+ROUNDS = {64: 3, 1024: 2, 4096: 2}
 THREADS_AT = 1024
 NOTHING_SECONDS = 1.0
-LARGEST_CORE_MIB = 4096
+LARGE_MIB = 4096
 PEERS = {"fork": None, "naive": naive, "gcore": gcore, "criu": criu}
 
 
@@ -46,7 +46,8 @@ def run(bench: Bench) -> None:
                 _rounds(bench, target, "idle", 1)  # it has no other yet
             target.tell("clock", 1)
             target.tell("writers", 2, 0)
-            for label in bench.choose(list(WRITERS), ["idle", "5,000 pages/s"]):
+            few = bench.quick or mib >= LARGE_MIB
+            for label in [name for name in WRITERS if not (few and name == "unbound")]:
                 _rounds(bench, target, label, FEW)
             if mib == threads_at:
                 for threads in MANY:
@@ -63,10 +64,8 @@ def _rounds(bench: Bench, target: Pages, label: str, threads: int) -> None:
     else:
         ways.remove("nothing")  # without a clock it feels nothing
     for number_, way in in_turn(bench.rounds(ROUNDS, target.mib), ways):
-        slow = way in ("gcore", "criu")
-        if slow and number_ >= (1 if target.mib >= 1024 else 3):
-            continue
-        if slow and target.mib > LARGEST_CORE_MIB and label != "5,000 pages/s":
+        many = number_ > 0 or label != "5,000 pages/s" or threads != FEW
+        if way in ("gcore", "criu") and many and target.mib >= THREADS_AT:
             continue
         bench.say(f"pause: {size(target.mib)}, {label}, {threads} threads, {way}")
         with target.watched() as felt:

@@ -27,10 +27,13 @@ MISSING_NS = 2000
 """A page that is there is read in less."""
 AFTER_SECONDS = 0.3
 STEADY_SECONDS = 60
-ONCE_MIB = 4096
+LARGEST_EAGER_MIB = 4096
 LAZY, AGAIN, EAGER = "lazy", "lazy, again", "eager"
+FIRST = ("--lazy",)
+"""Nothing is noted before it: it is what comes first the next time."""
 MODES = {LAZY: ("--lazy", "--no-working-set"), AGAIN: ("--lazy",), EAGER: ("--eager",)}
 """`again`: what an earlier restore of the image waited for comes first."""
+ROUNDS = {64: 4, 1024: 2}
 STARTS = {
     "python": ["-c", "pass"],
     "snap --version": [],
@@ -66,26 +69,23 @@ def _rounds(bench: Bench, snap: Snap, target: Pages, way: str) -> None:
     target.tell("mark")
     row = taken(snap("take", target.pid, "--name", "one"))
     target.kill()
-    rounds = bench.rounds({64: 7, 1024: 5, 4096: 3, 8192: 2}, target.mib)
-    known = False
+    rounds = bench.rounds(ROUNDS, target.mib)
     for number_, mode in in_turn(rounds, list(MODES)):
-        if mode == EAGER and number_ and target.mib >= ONCE_MIB:
+        if mode == EAGER and target.mib > LARGEST_EAGER_MIB:
             continue
         bench.say(f"restore: {size(target.mib)}, {mode}, {way}")
         machine.warm(target.mib + 256)
         try:
-            measured = _one(snap, target, mode, row["saved_bytes"])
+            options = FIRST if mode == LAZY and number_ == 0 else MODES[mode]
+            measured = _one(snap, target, options, row["saved_bytes"])
         finally:
             target.kill()
             snap.end()
-        # The first that notes what it waits for has nothing noted before.
-        told = LAZY if mode == AGAIN and not known else mode
-        known |= mode == AGAIN
-        bench.emit(CASE, way, mib=target.mib, mode=told, round=number_, **measured)
+        bench.emit(CASE, way, mib=target.mib, mode=mode, round=number_, **measured)
 
 
-def _one(snap: Snap, target: Pages, mode: str, saved: int) -> Row:
-    ran = snap("restore", "one", *MODES[mode])
+def _one(snap: Snap, target: Pages, options: Sequence[str], saved: int) -> Row:
+    ran = snap("restore", "one", *options)
     target.became(ran.answer["pid"])
     ended = _drained(ran) if ran.answer["server_pid"] else ran.ended
     time.sleep(AFTER_SECONDS)
@@ -102,7 +102,7 @@ def _one(snap: Snap, target: Pages, mode: str, saved: int) -> Row:
         **{f"fault_{name}": value for name, value in distribution(
             (ns for _, ns in missing), "us", 1e-3).items()},
     }  # fmt: skip
-    if mode != EAGER:
+    if ran.answer["server_pid"]:
         row["drain_seconds"] = (ended - runs) / 1e9
         row["drain_gb_per_second"] = saved / max(ended - runs, 1)
         row["last_fault_us"] = max((at - runs for at, _ in missing), default=0) / 1000

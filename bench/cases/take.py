@@ -28,7 +28,7 @@ def run(bench: Bench) -> None:
             continue
         machine.warm(2 * mib)
         with bench.directory() as place, heaps.running(place / "heap", kind, mib) as pid:
-            rounds = bench.rounds({SAMPLE_MIB: 3}, mib)
+            rounds = bench.rounds({SAMPLE_MIB: 2}, mib)
             stored = 0
             for number_, way in in_turn(rounds, [*bench.snaps, *(ALONE if bench.peers else [])]):
                 bench.say(f"take: {size(mib)}, {kind}, {way}")

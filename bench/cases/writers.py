@@ -31,7 +31,7 @@ def _rounds(bench: Bench, mib: int) -> None:
     with bench.directory() as place, pages.running(place / "pages", mib) as target:
         target.tell("writers", WRITERS, 0)
         ways = ["nothing", *bench.snaps, *([NOW, "fork"] if bench.peers else [])]
-        for number_, way in in_turn(bench.rounds(3), ways):
+        for number_, way in in_turn(bench.rounds(2), ways):
             bench.say(f"writers: {size(mib)}, {way}")
             machine.warm(2 * mib)
             bench.emit(CASE, way, mib=mib, round=number_, **_one(bench, target, way))
