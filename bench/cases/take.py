@@ -2,7 +2,7 @@
 
 The memory is that of the whole process tree of the command, seen from outside: anonymous and shared
 memory (PSS); pages of the store's file, which the kernel can drop at any time, are another column.
-Looking at it takes a tenth of the machine, so that take is not timed.
+Looking at it slows a take down, so that one is not timed.
 """
 
 from __future__ import annotations
