@@ -44,8 +44,8 @@ $(VENV)/.bench: $(VENV)/.ready
 
 bench: build $(VENV)/.bench ## snap and its peers measured, in 25 minutes: docs/benchmarks.md is written
 	@scripts/setup bench
-	@$(BIN)/python -m bench run --out docs/benchmarks/run.jsonl
-	@$(BIN)/python -m bench report docs/benchmarks/run.jsonl
+	@$(BIN)/python -m bench run --out docs/benchmarks/run.jsonl; code=$$?; \
+	$(BIN)/python -m bench report docs/benchmarks/run.jsonl && exit $$code
 
 bench-quick: build ## the same, small, in two minutes: tables on stdout
 	@scripts/setup bench

@@ -1,6 +1,6 @@
 """The bench: `snap` and its peers in turn on the same targets.
 
-    python -m bench run [--quick] [CASE ...] [--out FILE.jsonl]
+    python -m bench run [--quick] [--mib N]... [--rounds N] [CASE ...] [--out FILE.jsonl]
     python -m bench report FILE.jsonl
     python -m bench compare REV [--quick] [CASE ...]
 
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from . import cases, compare, report
 from .commands import Failed, installed, of_checkout
 from .figures import Rows
 from .machine import ROOT
-from .session import OURS, session
+from .session import OURS, Bench, Choice, session
 
 OUT = Path("build/bench/run.jsonl")
 app = typer.Typer(
@@ -38,6 +39,13 @@ CasesArgument = Annotated[
     typer.Argument(metavar="[CASE]...", help=f"Of {', '.join(cases.CASES)} (all)."),
 ]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Small and few: two minutes.")]
+MibOption = Annotated[
+    list[int] | None,
+    typer.Option("--mib", metavar="N", min=1, help="This size and no other; may be repeated."),
+]
+RoundsOption = Annotated[
+    int | None, typer.Option("--rounds", metavar="N", min=1, help="So many of everything.")
+]
 OutOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="Lines of JSON.")]
 
 
@@ -46,12 +54,20 @@ def say(text: str) -> None:
 
 
 @app.command("run", help="Measure: a line of JSON for each measurement, tables on stdout.")
-def run_(case: CasesArgument = None, quick: QuickOption = False, out: OutOption = OUT) -> None:
-    rows = measured(_names(case), quick, out, {OURS: installed()})
+def run_(
+    case: CasesArgument = None,
+    quick: QuickOption = False,
+    mib: MibOption = None,
+    rounds: RoundsOption = None,
+    out: OutOption = OUT,
+) -> None:
+    choice = Choice(quick, mib or (), rounds)
+    rows = measured(_names(case), choice, out, {OURS: installed()})
     for name in cases.CASES:
         if some := rows.where(case=name):
-            print(f"\n## {name}\n\n{report.text_of(cases.CASES[name].report(some))}")
+            print(f"\n## {name}\n\n{report.text_of(report.parts(name, some))}")
     print(f"\n{report.machine_text(rows)}")
+    _complain(rows)
 
 
 @app.command("report", help="Put tables and plots of a run into docs/benchmarks.md.")
@@ -64,6 +80,8 @@ def compare_(
     revision: Annotated[str, typer.Argument(metavar="REV")],
     case: CasesArgument = None,
     quick: QuickOption = False,
+    mib: MibOption = None,
+    rounds: RoundsOption = None,
     out: OutOption = OUT,
 ) -> None:
     names = _names(case)
@@ -71,8 +89,14 @@ def compare_(
         other = f"snap@{revision}"
         # Both by the same way in: the installed script starts differently.
         snaps = {OURS: of_checkout(ROOT), other: of_checkout(tree)}
-        rows = measured(names, quick, out, snaps)
-    print(compare.table(rows, other).markdown())
+        rows_ = measured(names, Choice(quick, mib or (), rounds), out, snaps)
+    print(compare.table(rows_, other).markdown())
+    _complain(rows_)
+
+
+def _complain(rows: Rows) -> None:
+    if names := report.failures(rows):
+        raise Failed(f"failed: {', '.join(names)}")
 
 
 def _names(given: list[str] | None) -> list[str]:
@@ -81,19 +105,31 @@ def _names(given: list[str] | None) -> list[str]:
     return given or list(cases.CASES)
 
 
-def measured(names: list[str], quick: bool, out: Path, snaps: dict[str, list[str]]) -> Rows:
+def measured(names: list[str], choice: Choice, out: Path, snaps: dict[str, list[str]]) -> Rows:
     if os.geteuid() != 0:
         raise Failed("the bench needs root: sudo make bench")
     processes.become_subreaper()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with out.open("w") as lines, session(lines, quick, say, snaps) as bench:
+        with out.open("w") as lines, session(lines, snaps, choice, say) as bench:
             for name in names:
-                cases.CASES[name].run(bench)
+                run_case(bench, name)
+                processes.kill_all(processes.descendants(os.getpid()))  # none, unless it failed
             return bench.rows
     finally:
         processes.kill_all(processes.descendants(os.getpid()))
+
+
+def run_case(bench: Bench, name: str) -> None:
+    """What fails in one of them says so in a row of its own, and the others go on."""
+    began = time.monotonic()
+    try:
+        cases.CASES[name].run(bench)
+    except Exception as error:
+        traceback.print_exc()
+        bench.failed(name, f"{type(error).__name__}: {error}")
+    say(f"{name}: {time.monotonic() - began:.0f} s")
 
 
 def main() -> None:

@@ -74,13 +74,16 @@ class Felt:
 class Pages(Victim):
     """Started, filled and ready. Its threads are asleep until they are told otherwise."""
 
-    def __init__(self, directory: Path, mib: int, fill: str = "mixed") -> None:
+    def __init__(
+        self, directory: Path, mib: int, fill: str = "mixed", huge: bool = False
+    ) -> None:
         build()
         self.mib = mib
         self.answer_path = directory / "answer"
         self.commands_path = directory / "commands"
         self.commands = 0
         words = [str(BIN / "pages"), "--mib", str(mib), "--fill", fill, "--life", "7200"]
+        words += ["--huge", str(int(huge))]
         words += ["--commands", str(self.commands_path), "--answer", str(self.answer_path)]
         super().__init__(directory, words)
 
@@ -124,9 +127,11 @@ class Pages(Victim):
 
 
 @contextmanager
-def running(directory: Path, mib: int, fill: str = "mixed") -> Iterator[Pages]:
+def running(
+    directory: Path, mib: int, fill: str = "mixed", huge: bool = False
+) -> Iterator[Pages]:
     directory.mkdir()
-    target = Pages(directory, mib, fill)
+    target = Pages(directory, mib, fill, huge)
     try:
         yield target
     finally:

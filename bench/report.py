@@ -54,6 +54,18 @@ def text_of(parts: Sequence[Part], plots: str = "") -> str:
     return "\n\n".join(found)
 
 
+def parts(name: str, rows: Rows) -> Sequence[Part]:
+    """Of one case: what it makes of its rows, and why it is not all there is."""
+    good = Rows(row for row in rows if "failed" not in row)
+    notes = [f"This case failed: {row['failed']}" for row in rows if "failed" in row]
+    return [*(CASES[name].report(good) if good else ()), *notes]
+
+
+def failures(rows: Rows) -> list[str]:
+    """Cases that did not come to their end."""
+    return [name for (name, *_) in rows.distinct("case", "failed")]
+
+
 def machine_text(rows: Rows) -> str:
     """What all rows have in common, and how busy the machine was."""
 
@@ -90,15 +102,15 @@ def write(rows: Rows, document: Path = DOCUMENT) -> list[str]:
     text = replaced(text, "machine", machine_text(rows))
     directory = document.with_suffix("")
     written = []
-    for name, case in CASES.items():
+    for name in CASES:
         some = rows.where(case=name)
         if not some:
             continue
-        parts = case.report(some)
-        for part in parts:
+        found = parts(name, some)
+        for part in found:
             if isinstance(part, Plot):
                 draw(part, directory)
-        text = replaced(text, name, text_of(parts, directory.name))
+        text = replaced(text, name, text_of(found, directory.name))
         written.append(name)
     document.parent.mkdir(exist_ok=True)
     document.write_text(text)

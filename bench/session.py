@@ -6,11 +6,11 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import NamedTuple, TextIO, TypeVar
 
 from . import machine
 from .commands import Ran, Snap
@@ -20,16 +20,27 @@ OURS = "snap"
 T = TypeVar("T")
 
 
+class Choice(NamedTuple):
+    """Of the command line: what a run measures instead of all there is."""
+
+    quick: bool = False
+    mib: Sequence[int] = ()
+    rounds: int | None = None
+
+
 @dataclass
 class Bench:
     """`snaps`: the commands that are compared, by their names in the rows; ours is the first.
-    With more than one the peers have nothing to do."""
+    With more than one the peers have nothing to do. `only_mib` and `only_rounds` take the place of
+    what a case would choose, where it has a choice."""
 
     place: Path
     snaps: dict[str, list[str]]
     out: TextIO
     quick: bool = False
     say: Callable[[str], None] = lambda text: None
+    only_mib: Sequence[int] = ()
+    only_rounds: int | None = None
     rows: Rows = field(default_factory=Rows)
     _facts: Row = field(default_factory=machine.facts)
     _places: int = 0
@@ -40,6 +51,22 @@ class Bench:
 
     def choose(self, full: T, quick: T) -> T:
         return quick if self.quick else full
+
+    def sizes(self, full: Sequence[int], quick: Sequence[int]) -> Sequence[int]:
+        """MiB."""
+        return self.only_mib or self.choose(full, quick)
+
+    def rounds(self, full: int | Mapping[int, int], mib: int = 0, quick: int = 1) -> int:
+        """`full`: how many, or how many up to which size in MiB; above all of them one."""
+        if self.only_rounds is not None:
+            return self.only_rounds
+        if isinstance(full, int):
+            return self.choose(full, quick)
+        most = next((rounds for size, rounds in sorted(full.items()) if mib <= size), 1)
+        return self.choose(most, quick)
+
+    def failed(self, case: str, reason: str) -> None:
+        self.emit(case, OURS, failed=reason)
 
     def emit(self, case: str, way: str, **measured: object) -> Row:
         """One row: what was measured, with all that it depends on."""
@@ -105,10 +132,13 @@ def taken(ran: Ran) -> Row:
 
 @contextmanager
 def session(
-    out: TextIO, quick: bool, say: Callable[[str], None], snaps: dict[str, list[str]]
+    out: TextIO,
+    snaps: dict[str, list[str]],
+    choice: Choice,
+    say: Callable[[str], None],
 ) -> Iterator[Bench]:
     with tempfile.TemporaryDirectory(prefix="snap-bench-", ignore_cleanup_errors=True) as name:
-        yield Bench(Path(name), snaps, out, quick, say)
+        yield Bench(Path(name), snaps, out, choice.quick, say, choice.mib, choice.rounds)
 
 
 def in_turn(rounds: int, ways: Sequence[str]) -> Iterator[tuple[int, str]]:

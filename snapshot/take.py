@@ -298,8 +298,8 @@ def _wait(job: _Take, ahead: Ahead) -> None:
     if pump.complete:
         ahead.look_back()
     while not pump.wait(PROGRESS_SECONDS):
-        _report(job, pump, "saving")
-    _report(job, pump, "saving")
+        _report(job, pump, "storing")
+    _report(job, pump, "storing")
     pump.result()
 
 

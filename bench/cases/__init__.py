@@ -8,7 +8,7 @@ from typing import Protocol
 from bench.figures import Part, Rows
 from bench.session import Bench
 
-from . import command, increments, latency, pause, replies, restore, take, writers
+from . import command, hugepages, increments, latency, pause, replies, restore, take, writers
 
 
 class Case(Protocol):
@@ -23,6 +23,7 @@ CASES: dict[str, Case] = {
     "pause": pause,
     "latency": latency,
     "writers": writers,
+    "hugepages": hugepages,
     "take": take,
     "increments": increments,
     "restore": restore,

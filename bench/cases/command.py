@@ -30,7 +30,7 @@ _IMPORTED = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \|\s*(\S+)")
 
 
 def run(bench: Bench) -> None:
-    rounds = bench.choose(11, 3)
+    rounds = bench.rounds(11, quick=3)
     with bench.directory() as place, pages.running(place / "pages", SMALL_MIB) as target:
         for number_, way in in_turn(rounds, list(bench.snaps)):
             row = bench.take(way, target.pid)[1]
@@ -87,7 +87,7 @@ def _fill(path: Path, count: int) -> None:
 
 
 def _verify(bench: Bench, rounds: int) -> None:
-    mib = bench.choose(1024, 64)
+    mib = bench.sizes([1024], [64])[0]
     with bench.directory() as place, heaps.running(place / "heap", "mixed", mib) as pid:
         store = place / "store"
         row = taken(Snap(store)("take", pid, "--name", "one"))

@@ -37,7 +37,7 @@ def run(bench: Bench) -> None:
         for name, peer in PEERS.items():
             if reason := peer.why_not():
                 bench.emit(CASE, name, why_not=reason)
-    for mib in bench.choose([1024, 4096], [128]):
+    for mib in bench.sizes([1024, 4096], [128]):
         machine.warm(2 * mib)
         with bench.directory() as place:
             server = Redis(place)
@@ -54,7 +54,7 @@ def _rounds(bench: Bench, server: Redis, place: Path, mib: int) -> None:
         ways += [name for name, peer in PEERS.items() if peer.why_not() is None]
         if mib > LARGEST_CORE_MIB:
             ways = [way for way in ways if way not in ("gcore", "criu")]
-    for number_, way in in_turn(bench.choose({1024: 4, 4096: 2}, {128: 1})[mib], ways):
+    for number_, way in in_turn(bench.rounds({1024: 2}, mib), ways):
         if way in ("gcore", "criu") and number_ > 0:
             continue
         bench.say(f"latency: {size(mib)}, {way}")

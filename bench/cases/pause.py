@@ -24,15 +24,17 @@ WRITERS: dict[str, tuple[int, int]] = {
 FEW = 4
 """Threads that there are always: the first, the clock, and two that write or sleep."""
 MANY = (16, 200)
+SIZES = (64, 1024, 4096, 8192)
+ROUNDS = {64: 3, 1024: 2, 4096: 2}
+THREADS_AT = 1024
 NOTHING_SECONDS = 1.0
-LARGEST_CORE_MIB = 4096
+LARGE_MIB = 4096
 PEERS = {"fork": None, "naive": naive, "gcore": gcore, "criu": criu}
 
 
 def run(bench: Bench) -> None:
-    sizes = bench.choose([64, 1024, 4096, 8192], [64, 256])
-    rounds = bench.choose({64: 5, 1024: 4, 4096: 3, 8192: 2}, {64: 1, 256: 1})
-    threads_at = bench.choose(1024, 64)
+    sizes = bench.sizes(SIZES, [64, 256])
+    threads_at = sizes[0] if bench.only_mib else bench.choose(THREADS_AT, 64)
     if bench.peers:
         for name, peer in PEERS.items():
             if peer is not None and (reason := peer.why_not()):
@@ -40,33 +42,37 @@ def run(bench: Bench) -> None:
     for mib in sizes:
         machine.warm(2 * mib + 512)
         with bench.directory() as place, pages.running(place / "pages", mib) as target:
+            if mib == threads_at:
+                _rounds(bench, target, "idle", 1)  # it has no other yet
             target.tell("clock", 1)
             target.tell("writers", 2, 0)
-            for label in bench.choose(list(WRITERS), ["idle", "5,000 pages/s"]):
-                _rounds(bench, target, label, FEW, rounds[mib])
+            few = bench.quick or mib >= LARGE_MIB
+            for label in [name for name in WRITERS if not (few and name == "unbound")]:
+                _rounds(bench, target, label, FEW)
             if mib == threads_at:
                 for threads in MANY:
                     target.tell("sleepers", threads - FEW)
-                    _rounds(bench, target, "5,000 pages/s", threads, rounds[mib])
+                    _rounds(bench, target, "5,000 pages/s", threads)
 
 
-def _rounds(bench: Bench, target: Pages, label: str, threads: int, rounds: int) -> None:
+def _rounds(bench: Bench, target: Pages, label: str, threads: int) -> None:
     ways = ["nothing", *bench.snaps]
     if bench.peers:
         ways += [name for name, peer in PEERS.items() if peer is None or peer.why_not() is None]
-    target.tell("writers", *WRITERS[label])
-    for number_, way in in_turn(rounds, ways):
-        slow = way in ("gcore", "criu")
-        if slow and number_ >= (1 if target.mib >= 1024 else 3):
-            continue
-        if slow and target.mib > LARGEST_CORE_MIB and label != "5,000 pages/s":
+    if threads > 1:
+        target.tell("writers", *WRITERS[label])
+    else:
+        ways.remove("nothing")  # without a clock it feels nothing
+    for number_, way in in_turn(bench.rounds(ROUNDS, target.mib), ways):
+        many = number_ > 0 or label != "5,000 pages/s" or threads != FEW
+        if way in ("gcore", "criu") and many and target.mib >= THREADS_AT:
             continue
         bench.say(f"pause: {size(target.mib)}, {label}, {threads} threads, {way}")
         with target.watched() as felt:
             measured = _one(bench, target, way)
         bench.emit(
             CASE, way, mib=target.mib, writers=label, threads=threads, round=number_,
-            **measured, **felt,
+            **measured, **(felt if threads > 1 else {}),
         )  # fmt: skip
 
 
@@ -109,7 +115,8 @@ def _stops(rows: Rows) -> Sequence[Part]:
         ours = here.where(way=OURS)
         cells = [spread(ours.values(name), 1e-3) for name in ("longest_stop_us", "pause_us")]
         cells += [spread(here.where(way="fork").values("pause_us"), 1e-3)]
-        for way in ("naive", "gcore", "criu"):
+        cells += [spread(here.where(way="naive").values("pause_us"), 1e-3)]
+        for way in ("gcore", "criu"):
             cells.append(spread(here.where(way=way).values("target_stopped_longest_us"), 1e-3))
         failed = sum(row.get("exit_code", 0) != 0 for row in ours)
         lines.append([*_named(one), *cells, str(failed) if failed else ""])
@@ -126,6 +133,8 @@ def _felt(rows: Rows) -> Sequence[Part]:
     lines = []
     for one in _configurations(rows):
         here = rows.where(**dict(zip(KEY, one, strict=True)))
+        if not here.values("target_longest_us"):
+            continue
         cells = []
         for way in ("nothing", OURS):
             some = here.where(way=way)

@@ -5,6 +5,8 @@ The client tries to connect all the time; GETs count when they were due after th
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from bench import machine
 from bench.client import Client, fill, latencies
 from bench.commands import Failed, Snap
-from bench.figures import Part, Plot, Row, Rows, Table, size, spread
+from bench.figures import Part, Plot, Row, Rows, Table, number, size, spread
 from bench.peers import bgsave, criu
 from bench.session import OURS, Bench, in_turn
 from tests.harness import processes
@@ -21,10 +23,14 @@ from tests.harness.redis import Redis
 CASE = "replies"
 RATE = 5000
 COUNT = 10_000
-SECONDS = 4
-MODES = ("lazy", "eager")
-ROUNDS = {1024: 3, 4096: 2}
-"""By MiB of data."""
+SECONDS = 3.5
+"""From the end of the command on."""
+LONGEST_SECONDS = 120
+MODES = ("lazy", "lazy, again", "eager")
+"""`again`: what the restore of that image before waited for comes first."""
+LATE_US = 1000
+ROUNDS = {1024: 2, 4096: 1}
+"""Up to so many MiB of data."""
 
 
 def run(bench: Bench) -> None:
@@ -33,7 +39,7 @@ def run(bench: Bench) -> None:
         return
     if bench.peers and (reason := criu.why_not()):
         bench.emit(CASE, "criu", why_not=reason)
-    for mib in bench.choose([1024, 4096], [128]):
+    for mib in bench.sizes([1024, 4096], [128]):
         machine.warm(2 * mib)
         for way in bench.snaps:
             with bench.directory() as place, bench.snap(way) as snap:
@@ -44,18 +50,21 @@ def run(bench: Bench) -> None:
 
 
 def _ours(bench: Bench, snap: Snap, place: Path, mib: int, way: str) -> None:
+    rounds = bench.rounds(ROUNDS, mib)
     server = Redis(place)
     try:
         keys = fill(place, server.socket_path, mib)
-        snap("take", server.pid, "--name", "one")
+        for number_ in range(rounds):  # one for each, for none knows at first what comes first
+            snap("take", server.pid, "--name", f"image-{number_}")
     finally:
         server.kill()
-    for number_, mode in in_turn(bench.choose(ROUNDS, {128: 1})[mib], MODES):
+    # "Again" has to come after "lazy": the only two whose order is kept.
+    for number_, mode in itertools.product(range(rounds), MODES):
         bench.say(f"replies: {size(mib)}, {mode}, {way}")
         machine.warm(mib + 512)
         client = _client(place, server, keys)
         try:
-            ran = snap("restore", "one", f"--{mode}")
+            ran = snap("restore", f"image-{number_}", f"--{mode.partition(',')[0]}")
             row = {"seconds": ran.seconds, "ready_us": ran.answer["ready_us"]}
             row |= _felt(client, ran.began)
         finally:
@@ -72,7 +81,7 @@ def _criu(bench: Bench, place: Path, mib: int) -> None:
             raise Failed("criu dump of redis")
     finally:
         server.kill()
-    for number_, mode in in_turn(bench.choose(ROUNDS, {128: 1})[mib], MODES):
+    for number_, mode in in_turn(bench.rounds(ROUNDS, mib), ("lazy", "eager")):
         bench.say(f"replies: {size(mib)}, {mode}, criu")
         machine.warm(mib + 512)
         client = _client(place, server, keys)
@@ -90,14 +99,21 @@ def _criu(bench: Bench, place: Path, mib: int) -> None:
 
 
 def _client(place: Path, server: Redis, keys: int) -> Client:
-    return Client(place, server.socket_path, keys, get=1, rate=RATE, seconds=SECONDS)
+    return Client(place, server.socket_path, keys, get=1, rate=RATE, seconds=LONGEST_SECONDS)
 
 
 def _felt(client: Client, began: int) -> Row:
-    requests = client.wait().requests
+    time.sleep(SECONDS)
+    requests = client.stop().requests
     first = min(one.answered for one in requests)
     counted = [one for one in requests if one.due >= first][:COUNT]
-    return {"first_reply_us": (first - began) / 1000, **latencies(counted, "get")}
+    late = [one.answered for one in counted if one.latency >= LATE_US * 1000]
+    return {
+        "first_reply_us": (first - began) / 1000,
+        **latencies(counted, "get"),
+        "late": len(late),
+        "steady_us": (max(late, default=first) - first) / 1000,
+    }
 
 
 def report(rows: Rows) -> Sequence[Part]:
@@ -107,9 +123,10 @@ def report(rows: Rows) -> Sequence[Part]:
     for mib, way, mode in measured.distinct("mib", "way", "mode"):
         here = measured.where(mib=mib, way=way, mode=mode)
         names = ["first_reply_us", *(f"get_{mark}_us" for mark in ("p50", "p99", "p999", "max"))]
-        cells = [spread(here.values(name), 1e-3) for name in names]
-        lines.append([size(mib), way, mode, *cells])
-    columns = ("data", "way", "mode", "first reply", "p50", "p99", "p99.9", "max")
+        cells = [spread(here.values(name), 1e-3) for name in [*names, "steady_us"]]
+        lines.append([size(mib), way, mode, *cells, number(here.median("late"))])
+    columns = ("data", "way", "mode", "first reply", "p50", "p99", "p99.9", "max",
+               "the last above 1 ms, after the first reply", "how many")  # fmt: skip
     title = f"redis comes back: the first reply, and {COUNT:,} GETs from then on, ms"
     return [Table(f"{title}: median (largest)", columns, lines), *notes, _plot(measured)]
 

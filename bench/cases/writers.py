@@ -22,12 +22,16 @@ NOW = "snap --now"
 
 
 def run(bench: Bench) -> None:
-    mib = bench.choose(1024, 64)
-    machine.warm(3 * mib)
+    for mib in bench.sizes([1024], [64]):
+        machine.warm(3 * mib)
+        _rounds(bench, mib)
+
+
+def _rounds(bench: Bench, mib: int) -> None:
     with bench.directory() as place, pages.running(place / "pages", mib) as target:
         target.tell("writers", WRITERS, 0)
         ways = ["nothing", *bench.snaps, *([NOW, "fork"] if bench.peers else [])]
-        for number_, way in in_turn(bench.choose(3, 1), ways):
+        for number_, way in in_turn(bench.rounds(2), ways):
             bench.say(f"writers: {size(mib)}, {way}")
             machine.warm(2 * mib)
             bench.emit(CASE, way, mib=mib, round=number_, **_one(bench, target, way))

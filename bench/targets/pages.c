@@ -1,6 +1,6 @@
-/* pages: the target of the bench. Memory of 4 KiB pages, and threads that tell what they felt.
+/* pages: the target of the bench. Memory of 4 KiB pages (of 2 MiB with --huge 1), and threads that tell what they felt.
  *
- *   --mib M  --fill mixed|random|zeros  --commands PATH  --answer PATH
+ *   --mib M  --fill mixed|random|zeros  --huge 0|1  --commands PATH  --answer PATH
  *
  * SIGUSR1: the line in the file `--commands` is carried out, the answer (JSON) put in its place:
  *   clock 0|1           a thread that does nothing but read the clock
@@ -8,6 +8,7 @@
  *   sleepers N          threads that sleep in futex(2)
  *   touch RATE          a thread that reads one page at random RATE times a second, and times it
  *   rewrite PERMILLE N  so many of the pages get other content, N of them in a row
+ *   collapse            what of the memory is in pages of 4 KiB becomes huge pages again
  *   fork                forks; the child ends at once
  *   fork-save PATH      forks; the child writes all of the memory to PATH
  *   mark                gaps and touches count from here on
@@ -32,6 +33,10 @@
 #define WRITERS 8
 #define TOUCHES (1 << 20)
 #define WORDS (PAGE / 8)
+#define HUGE ((size_t)2 << 20)
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25        /* Linux 6.1 */
+#endif
 #define STEP_NS 2000000UL       /* writers and touches that have a rate keep it every so often */
 #define SMALL_STACK (64 * 1024)
 
@@ -261,6 +266,8 @@ static void carry_out(const char *command, FILE *answer)
         fprintf(answer, "\"fork_ns\": %llu, ", (unsigned long long)fork_and(NULL));
     } else if (strcmp(word, "fork-save") == 0) {
         fprintf(answer, "\"fork_ns\": %llu, ", (unsigned long long)fork_and(path));
+    } else if (strcmp(word, "collapse") == 0) {
+        must(madvise(memory, page_count * PAGE, MADV_COLLAPSE) == 0, "MADV_COLLAPSE");
     } else if (strcmp(word, "mark") == 0) {
         mark();
     } else if (strcmp(word, "report") == 0) {
@@ -291,6 +298,16 @@ static void obey(void)
     must(fclose(answer) == 0 && rename(path, option_text("answer", "")) == 0, path);
 }
 
+/* At the beginning of a huge page. */
+static uint64_t *mapped(size_t bytes, int advice)
+{
+    char *at = mmap(NULL, bytes + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    must(at != MAP_FAILED, "memory");
+    at += -(uintptr_t)at % HUGE;
+    must(madvise(at, bytes, advice) == 0, "madvise");
+    return (uint64_t *)at;
+}
+
 int main(int argc, char **argv)
 {
     sigset_t usr1 = block_usr1();
@@ -299,8 +316,7 @@ int main(int argc, char **argv)
     size_t bytes = (size_t)option("mib", 64) * MIB;
     page_count = bytes / PAGE;
     pthread_mutex_lock(&never);
-    memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    must(memory != MAP_FAILED && madvise(memory, bytes, MADV_NOHUGEPAGE) == 0, "memory");
+    memory = mapped(bytes, option("huge", 0) ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     touches = mmap(NULL, TOUCHES * sizeof *touches, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     must(touches != MAP_FAILED, "touches");

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
 import pytest
 
-from bench import compare, report
+from bench import __main__ as command
+from bench import cases, compare, report
 from bench.client import Log, Request, Watched
-from bench.figures import Rows, Table, distribution, number, percentile, ratio, spread
+from bench.figures import Part, Rows, Table, distribution, number, percentile, ratio, spread
 from bench.pages import Gap
-from bench.session import in_turn
+from bench.session import Bench, Choice, in_turn, session
 
 MS = 1_000_000
 
@@ -98,3 +103,40 @@ def test_two_checkouts_are_compared_case_by_case() -> None:
     )
     (line,) = compare.table(rows, "snap@old").rows
     assert line == ["pause mib=64", "pause_us", "201", "101", "0.502"]
+
+
+class Broken:
+    """A case that measures once, and then fails."""
+
+    def run(self, bench: Bench) -> None:
+        bench.emit("broken", "snap", mib=64)
+        raise OSError("no such thing")
+
+    def report(self, rows: Rows) -> Sequence[Part]:
+        return [f"{len(rows)} measured."]
+
+
+def bench_of(choice: Choice) -> Bench:
+    return Bench(Path(), {}, io.StringIO(), choice.quick, only_mib=choice.mib,
+                 only_rounds=choice.rounds)  # fmt: skip
+
+
+def test_a_case_that_fails_is_named_and_leaves_the_others_running(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(cases.CASES, "broken", Broken())
+    with session(io.StringIO(), {}, Choice(), lambda text: None) as bench:
+        command.run_case(bench, "broken")
+        bench.emit("other", "snap")
+    assert report.failures(bench.rows) == ["broken"]
+    parts = report.parts("broken", bench.rows.where(case="broken"))
+    assert parts == ["1 measured.", "This case failed: OSError: no such thing"]
+
+
+def test_sizes_and_rounds_are_those_of_the_case_unless_asked_for() -> None:
+    usual, quick = bench_of(Choice()), bench_of(Choice(quick=True))
+    chosen = bench_of(Choice(mib=(256,), rounds=7))
+    assert [one.sizes([1024], [64]) for one in (usual, quick, chosen)] == [[1024], [64], (256,)]
+    assert [one.rounds({64: 5, 1024: 3}, 256) for one in (usual, quick, chosen)] == [3, 1, 7]
+    assert usual.rounds({64: 5}, 8192) == 1
+    assert [one.rounds(11, quick=2) for one in (usual, quick, chosen)] == [11, 2, 7]
