@@ -43,6 +43,8 @@ class Ahead:
         self.pump = pump
         self.examination = examination
         self.rounds = 0
+        self.touched: list[int] = []
+        """Addresses that are written to, one in a thread, for going on after a stop."""
         self.direct_io = False
         """It had a file open O_DIRECT: a device may have written past the page tables, and nothing
         that was copied counts."""

@@ -269,6 +269,12 @@ class Pump(Closing):
         self.result()
         raise SnapError("saving was cancelled")
 
+    def open(self, addresses: Sequence[int]) -> None:
+        """What is written to the pages at these addresses waits for nobody."""
+        array = ffi.new("uint64_t[]", list(addresses))
+        self._order(lambda pump: lib.snap_pump_order_open(pump, array, len(addresses)))
+        self._await(lambda: None)
+
     # --- the target is stopped ----------------------------------------------------------------
 
     def attach(self, protection: WriteProtection) -> None:

@@ -27,7 +27,7 @@ from .image import Image
 from .kernel import procfs, vdso
 from .kernel.background import Background
 from .kernel.exits import Exits
-from .kernel.ptrace import Tracee
+from .kernel.ptrace import Tracee, rseq_addresses
 from .kernel.refusal import capable
 from .kernel.room import find_room
 from .kernel.watchdog import Watchdog
@@ -41,6 +41,7 @@ from .resources.capture import Gathered, Preparation, gather
 from .stats import Progress, ProgressCallback, Stopwatch
 from .store import Store, check_name
 from .tracer import Tracer
+from .units import PAGE
 from .writer import ImageWriter
 from .wrprotect import WriteProtection
 
@@ -193,6 +194,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                 faults.point("created")
                 first.close_remote()
                 faults.point("clean")
+                ahead.touched = rseq_addresses(first.threads)
                 pump.attach(protection)
                 ahead.plan()  # what is registered tells of its events
                 faults.point("registered")
@@ -226,6 +228,9 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer)
     ahead.protect(lambda: _report(job, pump, "protecting"))
     pump.rest(GATE_SECONDS)
     ahead.last_rounds(lambda: _report(job, pump, "protecting"))
+    # A thread that goes on, also from one injected call to the next, would wait for its own page.
+    pump.open(ahead.touched)
+    most += len(ahead.touched) * PAGE
     clock = Stopwatch()
     with Preparation(job.pid, first.data) as prepared:
         pause = tracer.run(lambda: _pause(job, ahead, first, prepared, most, tracer, clock))

@@ -433,6 +433,16 @@ class States:
         return found
 
 
+def rseq_addresses(tracees: Sequence[Tracee]) -> list[int]:
+    """Of their areas of restartable sequences, to which the kernel writes whenever a thread goes on
+    after it was switched away; of those that have one."""
+    count = len(tracees)
+    numbers = ffi.new("int[]", [one.tid for one in tracees])
+    addresses = ffi.new("uint64_t[]", count)
+    lib.snap_get_rseq_all(numbers, count, addresses)
+    return [address for address in addresses if address]
+
+
 def detach_all(tracees: Sequence[Tracee]) -> None:
     """Lets all of them go, in one call; those that have ended are reaped."""
     if not tracees:

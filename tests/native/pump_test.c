@@ -317,6 +317,11 @@ static void copy_ahead(snap_pump *pump, int rounds)
         if (plan)
             unpark();
         await(pump, &round);
+        uint64_t open[THREADS];
+        for (int k = 0; k < THREADS; k++) /* not all of them are mapped */
+            open[k] = shared->base[k] + (uint64_t)(i * 37 + k * 11) % (REGION / PAGE) * PAGE + 8;
+        CHECK(!snap_pump_order_open(pump, open, THREADS));
+        await(pump, NULL);
     }
 }
 

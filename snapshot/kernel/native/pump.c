@@ -111,6 +111,7 @@ void snap_pump_free(snap_pump *p)
     free(p->aliases.at);
     free(p->children.at);
     free(p->closing.at);
+    free(p->to_open.at);
     free(p->queue.at);
     free(p->waiting.at);
     free(p->free_slots);
@@ -407,6 +408,21 @@ int snap_pump_order_arm(snap_pump *p)
     return give_order(p, ORDER_ARM);
 }
 
+int snap_pump_order_open(snap_pump *p, const uint64_t *addresses, size_t count)
+{
+    int r = 0;
+    pthread_mutex_lock(&p->lock);
+    p->to_open.count = 0;
+    for (size_t i = 0; i < count && !r; i++) {
+        uint64_t *address = VECTOR_PUSH(&p->to_open);
+        if (address)
+            *address = addresses[i];
+        r = address ? 0 : -ENOMEM;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return r ? r : give_order(p, ORDER_OPEN);
+}
+
 int snap_pump_order_hold(snap_pump *p)
 {
     return give_order(p, ORDER_HOLD);
@@ -509,6 +525,16 @@ static int go_round(snap_pump *p, int order)
     return r;
 }
 
+static int open_pages(snap_pump *p)
+{
+    int r = 0;
+    for (size_t i = 0; i < p->to_open.count && !r; i++)
+        r = open_page(p, p->to_open.at[i]);
+    if (!r)
+        order_done(p);
+    return r;
+}
+
 static int carry_out(snap_pump *p, int order)
 {
     switch (order) {
@@ -516,6 +542,8 @@ static int carry_out(snap_pump *p, int order)
     case ORDER_LAST_ROUND:
     case ORDER_ARM:
         return go_round(p, order);
+    case ORDER_OPEN:
+        return open_pages(p);
     case ORDER_HOLD:
         if (!p->faults.count && !p->releases.count && uffd_poll(p->uffd, 0) == 0)
             return hold(p);

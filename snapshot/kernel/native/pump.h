@@ -138,10 +138,12 @@ void snap_pump_stop(snap_pump *pump);
  * round: protect what is not, copy what has no copy of a time since when it was protected.
  * last_round: the same, whatever the pace.
  * arm: only protect it, so that T0 finds little to do; it is saved afterwards.
+ * open: let through writes to the pages at these addresses, as if somebody had tried them.
  * hold: answer all that waits, then stand still until release or go; plan and settle meanwhile. */
 int snap_pump_order_round(snap_pump *pump);
 int snap_pump_order_last_round(snap_pump *pump);
 int snap_pump_order_arm(snap_pump *pump);
+int snap_pump_order_open(snap_pump *pump, const uint64_t *addresses, size_t count);
 int snap_pump_order_hold(snap_pump *pump);
 /* 0: the order is done; -ETIMEDOUT: not within timeout_ms; -EPIPE: run has ended. *round may be
  * NULL. */

@@ -103,7 +103,7 @@ typedef struct {
 typedef VECTOR(range) ranges;
 typedef VECTOR(place) places;
 
-enum { NO_ORDER, ORDER_ROUND, ORDER_LAST_ROUND, ORDER_ARM, ORDER_HOLD };
+enum { NO_ORDER, ORDER_ROUND, ORDER_LAST_ROUND, ORDER_ARM, ORDER_OPEN, ORDER_HOLD };
 
 /* See pace.c; ns of CLOCK_MONOTONIC, or of the processors. */
 typedef struct {
@@ -174,6 +174,7 @@ struct snap_pump {
     VECTOR(int) closing;  /* userfaultfds of children that may run */
     bool last_closed;     /* no more will come */
     int order;
+    VECTOR(uint64_t) to_open; /* addresses, for ORDER_OPEN */
     bool held, released;
     VECTOR(queued) queue;
     size_t queue_head;
@@ -314,6 +315,8 @@ void beat(snap_pump *p);
 int serve(snap_pump *p, bool *any);
 /* Releases what is armed of the space addresses [from, to). */
 int release_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to);
+/* Lets through writes to the page at a run-time address, ahead of T0. */
+int open_page(snap_pump *p, uint64_t address);
 /* Saves the unsaved chunks among the space addresses [from, to). -EAGAIN: not all could be. */
 int save_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to);
 /* Notes why T0 is impossible now. -> -ENODATA */

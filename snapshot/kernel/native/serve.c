@@ -191,6 +191,17 @@ static int serve_fault_ahead(snap_pump *p, const snap_window *w, uint64_t at)
     return r ? r : release_space(p, w->space, from, from + unit);
 }
 
+int open_page(snap_pump *p, uint64_t address)
+{
+    const window *w = ledger_find(p, address);
+    if (!w || !w->registered || w->is.huge)
+        return 0;
+    uint64_t at = (address - w->is.start + w->is.at) & ~(PAGE - 1), from = at & ~(CHUNK - 1);
+    int r = list_space(p, w->is.space, from, from + CHUNK);
+    p->next_pages++;
+    return r ? r : release_space(p, w->is.space, at, at + PAGE);
+}
+
 /* Nothing of the chunk is to be saved any more, once what is tentative is published: by a release. */
 static bool is_done(const snap_pump *p, uint32_t space, uint64_t at)
 {

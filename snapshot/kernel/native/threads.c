@@ -206,6 +206,14 @@ int snap_get_registers_all(const int *tids, int *stops, int count, void *registe
     return silent;
 }
 
+void snap_get_rseq_all(const int *tids, int count, uint64_t *addresses)
+{
+    for (int i = 0; i < count; i++) {
+        snap_rseq rseq;
+        addresses[i] = snap_get_rseq(tids[i], &rseq) < 0 ? 0 : rseq.address;
+    }
+}
+
 static int get_state(int tid, snap_thread_state *s, unsigned char *area, uint64_t size)
 {
     unsigned char info[128];

@@ -37,6 +37,9 @@ void snap_detach_all(const int *tids, int *stops, int count);
    answer gets -errno for its stop (-ESRCH: it is gone); returns how many did not. */
 int snap_get_registers_all(const int *tids, int *stops, int count, void *registers, size_t size);
 
+/* addresses[i]: of the rseq area of a stopped thread, 0: it has none, or none that is known. */
+void snap_get_rseq_all(const int *tids, int count, uint64_t *addresses);
+
 /* What a thread holds that only its tracer can ask for. */
 typedef struct {
     unsigned char registers[216]; /* SNAP_REGISTERS_SIZE */
