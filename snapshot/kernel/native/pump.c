@@ -474,6 +474,7 @@ static int go_round(snap_pump *p, int order)
     bool copies = order != ORDER_ARM;
     if (!p->round_runs) {
         p->round = (snap_pump_round){0};
+        p->round_runs = true; /* its work must not be begun twice, though it may have to rest first */
         p->cursor = 0;
         p->next_pages = 0;
         p->armed_ahead = true;
