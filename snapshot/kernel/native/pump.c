@@ -11,7 +11,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#define LET_GO UINT64_C(0x1000000)       /* releasing more at once holds mmap_lock too long */
+#define LET_GO UINT64_C(0x400000)        /* releasing more at once holds mmap_lock too long */
 #define PATIENCE_NS UINT64_C(10000000000) /* for the event that explains why a mark is gone */
 #define MOST_UNEXPLAINED 3               /* times that a mark is gone and no event was unread */
 #define BEAT_MS 100                      /* the watchdog hears of us at least so often */
@@ -160,6 +160,33 @@ int snap_pump_plan(snap_pump *p, const snap_window *windows, size_t count, uint6
     return r;
 }
 
+/* ---- waiting ------------------------------------------------------------------------------ */
+
+/* Waits for a message, and when `slots` also for a free staging slot. */
+static void idle_ns(snap_pump *p, bool slots, uint64_t ns)
+{
+    struct pollfd fds[2] = {{.fd = p->uffd, .events = POLLIN}, {.fd = p->wake, .events = POLLIN}};
+    struct timespec most = {(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
+    if (ppoll(fds, slots ? 2 : 1, &most, NULL) > 0 && slots && fds[1].revents) {
+        uint64_t count;
+        (void)!read(p->wake, &count, sizeof count);
+    }
+}
+
+static void idle(snap_pump *p, bool slots, int timeout_ms)
+{
+    idle_ns(p, slots, (uint64_t)timeout_ms * 1000000);
+}
+
+/* Whether the next piece that nobody waits for has to wait; if so, waits for a message or its time. */
+static bool rest(snap_pump *p, bool hurried)
+{
+    uint64_t left = pace_left(p, hurried), most = (uint64_t)BEAT_MS * 1000000;
+    if (left)
+        idle_ns(p, false, left < most ? left : most);
+    return left != 0;
+}
+
 /* ---- the sweep ----------------------------------------------------------------------------- */
 
 static void next_block(snap_pump *p)
@@ -257,7 +284,6 @@ static int sweep(snap_pump *p)
     return e ? e : r;
 }
 
-
 /* ---- the end ------------------------------------------------------------------------------- */
 
 /* Releases everything in small steps, answering whoever still faults, so that the close of the uffd
@@ -272,6 +298,9 @@ static int let_go(snap_pump *p)
         int r = serve(p, &any);
         if (r)
             return r;
+        if (rest(p, true))
+            continue;
+        uint64_t began = now_ns();
         size_t k = ledger_above(p, cursor);
         while (k < p->windows.count && !p->windows.at[p->by_start[k]].registered)
             k++;
@@ -287,6 +316,7 @@ static int let_go(snap_pump *p)
         r = start < end ? uffd_writeprotect(p->uffd, start, end - start, 0) : 0;
         if (r == -ESRCH)
             return r;
+        pace_spent(p, began, 0);
         cursor = end; /* what could not be released here, the close releases */
     }
 }
@@ -295,31 +325,6 @@ static int let_go(snap_pump *p)
 static bool finished(const snap_pump *p)
 {
     return !p->unsaved_chunks && !p->tentative.count;
-}
-
-/* Waits for a message, and when `slots` also for a free staging slot. */
-static void idle_ns(snap_pump *p, bool slots, uint64_t ns)
-{
-    struct pollfd fds[2] = {{.fd = p->uffd, .events = POLLIN}, {.fd = p->wake, .events = POLLIN}};
-    struct timespec most = {(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
-    if (ppoll(fds, slots ? 2 : 1, &most, NULL) > 0 && slots && fds[1].revents) {
-        uint64_t count;
-        (void)!read(p->wake, &count, sizeof count);
-    }
-}
-
-static void idle(snap_pump *p, bool slots, int timeout_ms)
-{
-    idle_ns(p, slots, (uint64_t)timeout_ms * 1000000);
-}
-
-/* Whether the next piece that nobody waits for has to wait; if so, waits for a message or its time. */
-static bool rest(snap_pump *p, bool hurried)
-{
-    uint64_t left = pace_left(p, hurried), most = (uint64_t)BEAT_MS * 1000000;
-    if (left)
-        idle_ns(p, false, left < most ? left : most);
-    return left != 0;
 }
 
 /* Whether nothing has been saved for so long that no event will explain any more why not. */
@@ -500,6 +505,7 @@ static int go_round(snap_pump *p, int order)
     bool copies = order != ORDER_ARM;
     if (!p->round_runs) {
         p->round = (snap_pump_round){0};
+        p->round_runs = true; /* its work must not be begun twice, though it may have to rest first */
         p->cursor = 0;
         p->next_pages = 0;
         p->armed_ahead = true;

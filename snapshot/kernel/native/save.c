@@ -221,9 +221,10 @@ int save_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages
 static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t want, bool urgent,
                          bool check, tentative *t)
 {
-    /* Nobody looks at the other pages of a patch, and they may be another's. */
-    bool part = want != ledger_chunk(p, space, address)->want, no_spill = false;
-    uint16_t zero = part ? 0 : (uint16_t)~want;
+    /* Nobody looks at the other pages of a patch, and they may be another's; but of an object all are read. */
+    bool patch = want != ledger_chunk(p, space, address)->want, no_spill = false;
+    bool part = patch && space < OBJECT_SPACE;
+    uint16_t zero = patch ? 0 : (uint16_t)~want;
     for (;;) {
         int64_t place = NO_PLACE;
         int r = 0;
