@@ -27,7 +27,7 @@ from .units import CHUNK
 if TYPE_CHECKING:
     from .image import Image
 
-RUN = 16
+RUN = 4
 """Chunks that are asked for and put in place together, when they follow each other: each by itself
 would cost the server more than its pages. Somebody who waits is served in between all the same."""
 _REQUEST = struct.Struct("<IIQ")  # slot, how many chunks, the address of the first
