@@ -33,7 +33,7 @@ def run(bench: Bench) -> None:
 def _rounds(bench: Bench, target: Pages) -> None:
     ways = ["nothing", *bench.snaps, *([NOW, "fork"] if bench.peers else [])]
     for label, writers in WRITERS.items():
-        for number_, way in in_turn(bench.rounds(2), ways):
+        for number_, way in in_turn(bench.rounds(1), ways):
             bench.say(f"hugepages: {size(target.mib)}, {label}, {way}")
             machine.warm(target.mib + 512)
             target.tell("writers", 0, 0)
