@@ -163,6 +163,13 @@ void sort_listed(snap_pump *p)
     p->listed.count = kept;
 }
 
+bool was_looked_at(const snap_pump *p, uint32_t space, uint64_t address)
+{
+    const place wanted = {address, space};
+    return p->listed.count &&
+           bsearch(&wanted, p->listed.at, p->listed.count, sizeof *p->listed.at, by_place);
+}
+
 void begin_work(snap_pump *p)
 {
     sort_listed(p);

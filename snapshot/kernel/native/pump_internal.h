@@ -238,6 +238,8 @@ bool is_covered(const snap_pump *p, const snap_window *w, uint64_t at, uint64_t 
 int list_chunk(snap_pump *p, uint32_t space, uint64_t address, chunk *c);
 /* By space and address, each once, without those that are not to be looked at any more. */
 void sort_listed(snap_pump *p);
+/* After sort_listed at T0: whether the chunk is in the list itself; its mark alone proves nothing. */
+bool was_looked_at(const snap_pump *p, uint32_t space, uint64_t address);
 /* What is listed is the work of a round, and afterwards what is left of that is listed. */
 void begin_work(snap_pump *p);
 int end_work(snap_pump *p);

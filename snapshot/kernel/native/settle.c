@@ -156,7 +156,7 @@ static int verify(snap_pump *p, seen *found)
             uint64_t at = (start - w->start + w->at) & ~(CHUNK - 1);
             for (size_t i = 0; covered && !r && i < survey_chunks(w, start, until); i++) {
                 const chunk *c = ledger_chunk(p, w->space, at + i * CHUNK);
-                if (c && c->listed)
+                if (c && c->listed && was_looked_at(p, w->space, at + i * CHUNK))
                     continue;
                 unsigned other = found[i].want ^ (c ? c->want & found[i].mask : 0u);
                 p->counters.missed_pages += (uint64_t)__builtin_popcount(other | found[i].bare);
