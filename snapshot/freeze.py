@@ -222,7 +222,9 @@ class Frozen:
             if time.monotonic() > began + timeout:
                 self._unstoppable(failed, timeout)
             known = {tracee.tid for tracee in self.threads}
-            new = [tid for tid in map(int, os.listdir(folder)) if tid not in known]
+            # Once each: what a thread in execve takes over is the tid of a leader that was listed.
+            listed = dict.fromkeys(map(int, os.listdir(folder)))
+            new = [tid for tid in listed if tid not in known]
             if not new:
                 time.sleep(_ENDING_SECONDS)  # for those that are ending: we may be `urgent`
             try:
