@@ -227,7 +227,7 @@ class Remote:
         tracees: Sequence[Tracee],
         status_text: bytes = b"",
     ) -> Interview | None:
-        """`open` with the scratch at `near`, `packed` here, `packed_in` in other threads, and
+        """`open` with the scratch at `near`, the calls `first` here, `others` in other threads, and
         `close`, all at once. None, and nothing is open: it has to be done step by step."""
         self._begin(status_text)
         if not self._guard or not self.tracee.options & SUSPEND_SECCOMP or not near:
