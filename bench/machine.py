@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from snapshot.kernel import kcmp
 from tests.harness.processes import descendants
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,9 +65,13 @@ def warm(mib: int) -> None:
 
 def own_bytes(pids: Iterable[int]) -> tuple[int, int]:
     """What these processes take, without and with pages of files: PSS, which counts once what
-    several of them share."""
+    several of them share. Of those that have one address space, one counts."""
     memory = files = 0
+    counted: list[int] = []
     for pid in pids:
+        if any(kcmp.same_memory(pid, other) for other in counted):
+            continue
+        counted.append(pid)
         with suppress(OSError):
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
             found = {name: int(rest.split()[0]) for name, rest in (s.split(":") for s in lines)}
