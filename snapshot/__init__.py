@@ -66,7 +66,7 @@ def take(
     """
     from . import pace as paces
 
-    speed = paces.ANY if pace is None else paces.parse(pace)
+    speed = paces.parse(pace)
     if pid == os.getpid():
         from .inprocess import take_self
 

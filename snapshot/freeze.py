@@ -129,7 +129,8 @@ class Frozen:
 
     @property
     def group_stopped(self) -> bool:
-        """Somebody has stopped the process (SIGSTOP, SIGTSTP, …); it stays so when let go."""
+        """Somebody has stopped the process (SIGSTOP, SIGTSTP, …); it stays so when let go. A seized
+        thread reports the signal that stopped it then (ptrace(2), group-stop)."""
         return (self.threads[0].stop >> 8 & 0xFF) in _STOPPING
 
     def interview(self, first: Packed, others: Packed, status_text: bytes) -> Interview | None:

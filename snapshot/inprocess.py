@@ -184,7 +184,7 @@ def _help(request: Request) -> Reply:
             memory=request.memory,
             now=request.now,
             guard=request.guard,
-            pace=paces.ANY if request.pace is None else paces.parse(request.pace),
+            pace=paces.parse(request.pace),
             hooks=Hooks(),
         ).close()
     except SnapError as error:

@@ -20,8 +20,10 @@ ANY = Pace()
 MOST_PERCENT = 100_000
 
 
-def parse(given: str) -> Pace:
-    """`100M`, `100M/s`, `50%`. ValueError says what was expected."""
+def parse(given: str | None) -> Pace:
+    """`100M`, `100M/s`, `50%`; None: no limit. ValueError says what was expected."""
+    if given is None:
+        return ANY
     text = given.strip()
     with suppress(ValueError):
         if text.endswith("%"):

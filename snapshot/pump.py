@@ -81,14 +81,11 @@ class Counters(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What a round ahead of T0 did, in bytes. `written`: pages that had been written since they
-    were protected; `left`: chunks that changed while they were copied; `next`: pages of which is
-    known that they were written meanwhile, and `next_chunks` the chunks that they are in, each of
-    which costs the store as much as it did the first time."""
+    """What a round ahead of T0 did, in bytes. `next`: pages of which is known that they were
+    written meanwhile, and `next_chunks` the chunks that they are in, each of which costs the store
+    as much as it did the first time."""
 
     copied: int
-    written: int
-    left: int
     next: int
     next_chunks: int
 
@@ -233,13 +230,7 @@ class Pump(Closing):
     def _round(self, order: Callable[[Any], int], report: Callable[[], None]) -> Round:
         self._order(order)
         done = self._await(report)
-        return Round(
-            done.copied_bytes,
-            done.written_bytes,
-            done.left_chunks * CHUNK,
-            done.next_bytes,
-            done.next_chunks * CHUNK,
-        )
+        return Round(done.copied_bytes, done.next_bytes, done.next_chunks * CHUNK)
 
     def _order(self, order: Callable[[Any], int]) -> None:
         result = order(self._pump)

@@ -5,20 +5,18 @@ By its own smaps: AnonHugePages before, and when the way is done.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench import machine, pages
-from bench.figures import Part, Row, Rows, Table, number, size, spread
+from bench.figures import Part, Rows, Table, number, size, spread
 from bench.pages import Pages
-from bench.peers import forksave
-from bench.session import OURS, Bench, in_turn
+from bench.session import Bench, in_turn
+from bench.ways import NOW, saved
 
 CASE = "hugepages"
 WRITERS = {"idle": (0, 0), "5,000 pages/s": (2, 5000)}
 """Threads, and pages a second of all of them together."""
-NOW = "snap --now"
 QUIET_SECONDS = 1.0
 
 
@@ -41,24 +39,12 @@ def _rounds(bench: Bench, target: Pages) -> None:
             target.tell("writers", *writers)
             before = _huge_kib(target.pid)
             with target.watched() as felt:
-                row = _one(bench, target, way)
+                row = saved(bench, target, way, QUIET_SECONDS)
             kept = _huge_kib(target.pid)
             bench.emit(
                 CASE, way, mib=target.mib, writers=label, round=number_, **row, **felt,
                 huge_before_mib=before / 1024, huge_kept_mib=kept / 1024,
             )  # fmt: skip
-
-
-def _one(bench: Bench, target: Pages, way: str) -> Row:
-    if way in bench.snaps:
-        return bench.take(way, target.pid)[1]
-    if way == NOW:
-        return bench.take(OURS, target.pid, "--now")[1]
-    if way == "fork":
-        with bench.directory() as place:
-            return forksave.save(target, place)
-    time.sleep(QUIET_SECONDS)
-    return {}
 
 
 def _huge_kib(pid: int) -> int:

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from bench import machine, pages
 from bench.figures import Part, Row, Rows, Table, number, size, spread
 from bench.pages import Pages
-from bench.peers import forksave
-from bench.session import OURS, Bench, in_turn
+from bench.session import Bench, in_turn
+from bench.ways import NOW, saved
 
 CASE = "writers"
 BEFORE_SECONDS = 1.0
 WRITERS = 2
-NOW = "snap --now"
 
 
 def run(bench: Bench) -> None:
@@ -42,7 +41,7 @@ def _one(bench: Bench, target: Pages, way: str) -> Row:
     before = target.felt()
     time.sleep(BEFORE_SECONDS)
     began = target.felt()
-    row = _way(bench, target, way)
+    row = saved(bench, target, way, 2 * BEFORE_SECONDS)
     ended = target.felt()
     usual = _rate(before, began)
     during = _rate(began, ended)
@@ -59,18 +58,6 @@ def _one(bench: Bench, target: Pages, way: str) -> Row:
 
 def _rate(first: pages.Felt, last: pages.Felt) -> float:
     return (last.operations - first.operations) / (last.now - first.now) * 1e9
-
-
-def _way(bench: Bench, target: Pages, way: str) -> Row:
-    if way in bench.snaps:
-        return bench.take(way, target.pid)[1]
-    if way == NOW:
-        return bench.take(OURS, target.pid, "--now")[1]
-    if way == "fork":
-        with bench.directory() as place:
-            return forksave.save(target, place)
-    time.sleep(2 * BEFORE_SECONDS)
-    return {}
 
 
 def report(rows: Rows) -> Sequence[Part]:

@@ -14,7 +14,7 @@ from ._native import ffi, lib
 from .errnames import error_name
 
 SAME = int(lib.SNAP_KCMP_SAME)
-_SIGN = {SAME: 0, int(lib.SNAP_KCMP_LESS): -1, int(lib.SNAP_KCMP_GREATER): 1}
+_ORDERS = (SAME, int(lib.SNAP_KCMP_LESS), int(lib.SNAP_KCMP_GREATER))
 
 
 def groups(pid: int, fds: Iterable[int]) -> list[list[int]]:
@@ -53,7 +53,7 @@ def watches(pid: int, fd: int, epoll: int, number: int, nth: int = 0) -> bool:
 
 
 def _checked(result: int, pid: int, what: str) -> int:
-    if result in _SIGN:
+    if result in _ORDERS:
         return result
     code = error_name(result)
     message = f"kcmp of {what} of process {pid}: {code}"

@@ -340,16 +340,14 @@ class Remote:
         """
         results: list[int] = []
         for start in range(0, len(calls), self.capacity):
-            some = calls[start : start + self.capacity]
-            results += self.packed(some, pack(some))
+            results += self._one_batch(calls[start : start + self.capacity])
         return results
 
-    def packed(self, calls: Sequence[Call], data: bytes) -> list[int]:
-        """`batch` of calls that were packed before (`pack`), at most `CAPACITY` of them."""
+    def _one_batch(self, calls: Sequence[Call]) -> list[int]:
         self.tracee.own()
         assert self._at is not None, "open() comes first"
         self._at.use_loop = self._may_use_loop(calls)
-        array = bytearray(data)
+        array = bytearray(pack(calls))
         (self._maker or self)._last = self._at
         count = len(calls)
         self._finish(lib.snap_inject(self._at, ffi.from_buffer("snap_call[]", array), count), calls)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from signal import SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 FEW_MORE = 8
 """Threads that there may be at T0, and were not a moment before."""
-STOP_SIGNALS = (SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU)
-"""ptrace(2): in a group-stop a seized thread reports the signal that stopped it."""
 
 
 class _ThreadQuestions:
@@ -197,7 +194,7 @@ def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
     questions, replies = _asked(frozen, facts, prepared)
     return Gathered(
         facts=questions.facts,
-        stopped=(leader.stop >> 8 & 0xFF) in STOP_SIGNALS,
+        stopped=frozen.group_stopped,
         states=states,
         registers=registers,
         pending=process_pending,

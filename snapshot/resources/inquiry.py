@@ -61,7 +61,6 @@ class Inquiry:
         self._rounds: list[list[Call]] = [[]]
         self._used = [0]
         self._count = 0
-        self._packed: Packed | None = None
 
     def space(self, size: int) -> Slot:
         """Reserve `size` bytes, aligned to 8."""
@@ -83,9 +82,7 @@ class Inquiry:
         """All of it as one batch; None: it is more."""
         if len(self._rounds) > 1 or self._count > CAPACITY:
             return None
-        if self._packed is None:
-            self._packed = Packed(self._rounds[0], pack(self._rounds[0]), self._used[0])
-        return self._packed
+        return Packed(self._rounds[0], pack(self._rounds[0]), self._used[0])
 
     def run(self, remote: Remote) -> Answers:
         """Make the calls in the thread of `remote`."""

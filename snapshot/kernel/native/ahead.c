@@ -28,8 +28,6 @@ typedef struct {
     bool loose[SLICE_CHUNKS]; /* to be protected: the dirty, and what is listed, though it be empty */
     bool any_loose;
     uint64_t places;  /* that the copies need, about */
-    int dirties;
-    uint64_t written; /* bytes */
 } slice;
 
 /* Where the next slice of w in [at, w->end) is; *end is w->end when there is none. What is covered is
@@ -117,8 +115,6 @@ static int find_dirty(snap_pump *p, slice *s)
     if (r)
         return r;
     s->any_loose = s->covers;
-    s->dirties = 0;
-    s->written = 0;
     uint64_t patches = 0;
     s->places = 0;
     for (size_t i = 0; i < s->chunks; i++) {
@@ -136,10 +132,8 @@ static int find_dirty(snap_pump *p, slice *s)
         if (s->dirty[i])
             soil(s, c, now->bare);
         account(p, s->w.space, c);
-        s->written += (uint64_t)__builtin_popcount(now->bare) * PAGE;
         s->loose[i] = s->dirty[i] || c->listed;
         s->any_loose = s->any_loose || s->loose[i];
-        s->dirties += s->dirty[i];
         if (s->dirty[i] && is_part(s, c))
             patches += (uint64_t)__builtin_popcount(missing(c));
         else
@@ -251,8 +245,7 @@ static int copy_dirty(snap_pump *p, slice *s)
         if (!c->want)
             continue;
         s->copied[i] = is_part(s, c) ? missing(c) : c->want;
-        s->place[i] = s->copied[i] == c->want ? take_place(p, false, false)
-                                              : take_pages(p, s->copied[i], false, false);
+        s->place[i] = take_place(p, s->copied[i] == c->want ? 0 : s->copied[i], false, false);
         if (s->place[i] == NO_PLACE)
             continue;
         r = save_to_place(p, s->w.space, address, s->copied[i], s->place[i]);
@@ -293,7 +286,6 @@ static int keep_copies(snap_pump *p, slice *s)
                     !is_disturbed(p, address + shift, address + shift + CHUNK);
         if (!good) {
             give_place(p, s->place[i]);
-            p->round.left_chunks++;
             int e = list_again(p, s, i);
             if (e)
                 return e;
@@ -301,7 +293,7 @@ static int keep_copies(snap_pump *p, slice *s)
         }
         const snap_saved saved = {.address = address, .place = s->place[i], .space = s->w.space,
                                   .pages = c->want,
-                                  .patch = s->copied[i] != c->want ? SNAP_PATCH | s->copied[i] : 0};
+                                  .patch = patch_of(c, s->copied[i])};
         uint64_t bytes = (uint64_t)__builtin_popcount(s->copied[i]) * PAGE;
         pthread_mutex_lock(&p->lock);
         int e = enqueue(p, &saved);
@@ -313,7 +305,6 @@ static int keep_copies(snap_pump *p, slice *s)
         c->state = SAVED;
         if (after[i].bare) {
             soil(s, c, after[i].bare);
-            p->round.left_chunks++;
             if ((e = list_again(p, s, i)))
                 return e;
         }
@@ -334,10 +325,8 @@ static int keep_protected(snap_pump *p, slice *s)
             continue;
         c->want = (uint16_t)((c->want & ~s->seen[i].mask) | s->seen[i].want);
         account(p, s->w.space, c);
-        if (s->seen[i].bare) {
-            p->round.left_chunks++;
+        if (s->seen[i].bare)
             r = list_again(p, s, i);
-        }
     }
     return r;
 }
@@ -345,15 +334,10 @@ static int keep_protected(snap_pump *p, slice *s)
 static int process(snap_pump *p, slice *s, bool copies)
 {
     int r = protect(p, s, copies);
-    if (r == -ENOENT || r == -EAGAIN) { /* unmapped meanwhile; for the next round */
-        p->round.left_chunks += (uint64_t)s->dirties;
+    if (r == -ENOENT || r == -EAGAIN) /* unmapped meanwhile; for the next round */
         return list_loose(p, s);
-    }
-    if (r)
+    if (r || !s->any_loose)
         return r;
-    p->round.written_bytes += s->written;
-    if (!s->any_loose)
-        return 0;
     if (s->covers && (r = cover(p, s->start, s->end)))
         return r;
     if (!copies)

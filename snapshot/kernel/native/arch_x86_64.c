@@ -83,9 +83,9 @@ int64_t snap_arch_interrupted(const void *registers)
     return (int64_t)regs->rax == -4 ? (int64_t)regs->orig_rax : -1;
 }
 
-long snap_arch_raw(long number, long a, long b, long c, long d)
+long snap_arch_raw(long number, long a, long b, long c)
 {
-    register long fourth __asm__("r10") = d;
+    register long fourth __asm__("r10") = 0;
     long result;
     __asm__ volatile("syscall"
                      : "=a"(result)

@@ -36,8 +36,9 @@ int snap_arch_is_restart(int64_t result);
 /* The number of the system call that returned EINTR to these registers, made by a `syscall`
    instruction right before rip; -1: none did. */
 int64_t snap_arch_interrupted(const void *registers);
-/* A system call of our own that touches no thread-local memory (no errno): -errno when it fails. */
-long snap_arch_raw(long number, long a, long b, long c, long d);
+/* A system call of our own that touches no thread-local memory (no errno): -errno when it fails. A fourth
+   argument is 0. */
+long snap_arch_raw(long number, long a, long b, long c);
 /* Has the kernel make that call again, unless a handler runs first (ERESTARTNOHAND). */
 void snap_arch_make_again(void *registers);
 

@@ -22,7 +22,8 @@ static int map(snap_injection *at, uint64_t near, uint64_t array)
     return result < 0 ? result : (uint64_t)call.result != near;
 }
 
-static int ask(snap_injection *at, uint64_t data, const snap_questions *q)
+/* The i-th of those that are asked this. */
+static int ask(snap_injection *at, uint64_t data, const snap_questions *q, int i)
 {
     if (q->count == 0)
         return 0;
@@ -30,8 +31,22 @@ static int ask(snap_injection *at, uint64_t data, const snap_questions *q)
     memcpy(made, q->calls, sizeof made);
     int result = snap_inject(at, made, q->count);
     for (int k = 0; k < q->count; k++)
-        q->results[k] = made[k].result;
-    return result < 0 ? result : snap_read_memory(at->tid, data, q->answers, q->size);
+        q->results[i * q->count + k] = made[k].result;
+    return result < 0 ? result
+                      : snap_read_memory(at->tid, data, q->answers + (uint64_t)i * q->size, q->size);
+}
+
+/* Another thread, with what `like` has, which has made calls before. */
+static int ask_another(const snap_injection *like, snap_injection *at, int tid, int stop,
+                       unsigned long options, uint64_t data, const snap_questions *q, int i)
+{
+    *at = *like;
+    at->tid = tid;
+    at->stop = stop;
+    at->borrowed = at->passed = 0;
+    at->undo = 0;
+    int result = snap_set_options(tid, options);
+    return result < 0 ? result : ask(at, data, q, i);
 }
 
 /* By the one that has charge of it. */
@@ -46,24 +61,24 @@ int snap_interview(snap_injection *at, uint64_t near, uint64_t array, uint64_t d
                    const snap_questions *first, const snap_questions *others, snap_injection *each,
                    const int *tids, int *stops, int threads, unsigned long options, int *step)
 {
-    int error = 0;
     *step = SNAP_STEP_MAP;
     int result = map(at, near, array);
     if (result)
         return result;
     *step = SNAP_STEP_ASK;
-    result = ask(at, data, first);
+    result = ask(at, data, first, 0);
+    snap_injection *last = at;
+    for (int i = 0; result == 0 && i < threads; i++) {
+        *step = SNAP_STEP_ASK + 1 + i;
+        last = &each[i];
+        result = ask_another(at, last, tids[i], stops[i], options, data, others, i);
+        stops[i] = last->stop;
+    }
     if (result < 0)
         return result;
-    int done = snap_inject_each(at, each, tids, stops, threads, options, others->calls, others->count,
-                                data, others->size, others->results, others->answers, &error);
-    if (done < threads) {
-        *step = SNAP_STEP_ASK + 1 + done;
-        return error;
-    }
     *step = SNAP_STEP_UNMAP;
-    result = unmap(at, threads ? &each[threads - 1] : at);
+    result = unmap(at, last);
     if (threads)
-        stops[threads - 1] = each[threads - 1].stop;
+        stops[threads - 1] = last->stop;
     return result;
 }

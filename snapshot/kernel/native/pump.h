@@ -87,8 +87,6 @@ typedef struct {
 typedef struct {
     uint64_t copied_chunks;
     uint64_t copied_bytes;
-    uint64_t written_bytes; /* pages that were not protected: written since the round before */
-    uint64_t left_chunks; /* that changed while they were copied, or could not be protected */
     uint64_t next_chunks; /* of which is known that they were written since: work for another round */
     uint64_t next_bytes;  /* of them, those that were let through, and are not protected any more */
 } snap_pump_round;
@@ -108,9 +106,9 @@ void snap_pump_free(snap_pump *pump);
  * nothing is unsaved any more, or nothing more will be saved. */
 void snap_pump_watch(snap_pump *pump, snap_watchdog *watchdog, snap_exits *exits, int stall_ms);
 
-/* Before the first release, if `uffd` has WP_UNPOPULATED and snap_pagemap_tells: what was protected in a round need
- * not be looked at again at T0 unless a fault or an event tells of it. verify: it is all the same, and
- * the two are compared (missed_pages). */
+/* Before the first release, if `uffd` has WP_UNPOPULATED and snap_pagemap_tells: what was protected in a
+ * round need not be looked at again at T0 unless a fault or an event tells of it. verify: it is all the
+ * same, and the two are compared (missed_pages). */
 void snap_pump_cover(snap_pump *pump, int verify);
 
 /* Before run: at most so many bytes a second are copied that nobody waits for, and not more than so
@@ -119,10 +117,10 @@ void snap_pump_cover(snap_pump *pump, int verify);
 void snap_pump_pace(snap_pump *pump, uint64_t bytes, unsigned percent);
 
 /* All windows, in place of those planned before, and registers what will be armed. With the target
- * stopped, and the pump held: to register a range that is not, or no longer, a whole
- * mapping would split one for a moment, and a mremap of the target across the split would fail. What
- * was copied stays copied. A window that cannot be registered is an error, with its address in
- * *address (EBUSY: another userfaultfd owns it). */
+ * stopped, and the pump held: to register a range that is not, or no longer, a whole mapping would split
+ * one for a moment, and a mremap of the target across the split would fail. What was copied stays
+ * copied. A window that cannot be registered is an error, with its address in *address (EBUSY: another
+ * userfaultfd owns it). */
 int snap_pump_plan(snap_pump *pump, const snap_window *windows, size_t count, uint64_t *address);
 
 /* Serves faults and events until everything is saved. Ahead of T0 it carries out what is ordered in

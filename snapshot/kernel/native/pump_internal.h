@@ -42,6 +42,12 @@ static inline uint16_t missing(const chunk *c)
     return (uint16_t)(c->want & (c->bare | ~c->kept));
 }
 
+/* What snap_saved says of a copy of these pages of a chunk: a patch, if they are not all that it wants. */
+static inline uint32_t patch_of(const chunk *c, uint16_t pages)
+{
+    return pages != c->want ? SNAP_PATCH | pages : 0;
+}
+
 /* 64 MiB of one space. Blocks are made when something is found in them: a reservation costs none. */
 typedef struct {
     uint32_t space;
@@ -269,10 +275,9 @@ void pace_spent(snap_pump *p, uint64_t began_ns, uint64_t bytes);
 uint64_t pace_left(snap_pump *p, bool hurried);
 
 /* queue.c */
-/* A staging slot, or for the urgent a slot of the spill file; NO_PLACE when there is none. */
-int64_t take_place(snap_pump *p, bool urgent, bool no_spill);
-/* The same for some pages of a chunk: perhaps a slot in which others are used. */
-int64_t take_pages(snap_pump *p, uint16_t pages, bool urgent, bool no_spill);
+/* A staging slot, or for the urgent a slot of the spill file; NO_PLACE when there is none. For some pages
+ * of a chunk (0: it is to be nobody else's) perhaps a slot in which others are used. */
+int64_t take_place(snap_pump *p, uint16_t pages, bool urgent, bool no_spill);
 void give_place(snap_pump *p, int64_t place);
 /* For pthread_cond_timedwait. */
 void deadline(struct timespec *until, int timeout_ms);

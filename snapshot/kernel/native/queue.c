@@ -30,19 +30,11 @@ static int64_t take(snap_pump *p, bool urgent, bool no_spill)
     return place;
 }
 
-int64_t take_place(snap_pump *p, bool urgent, bool no_spill)
-{
-    pthread_mutex_lock(&p->lock);
-    int64_t place = take(p, urgent, no_spill);
-    pthread_mutex_unlock(&p->lock);
-    return place;
-}
-
-int64_t take_pages(snap_pump *p, uint16_t pages, bool urgent, bool no_spill)
+/* Caller holds the lock. A slot that is open to other pages too, or a new one. */
+static int64_t share(snap_pump *p, uint16_t pages, bool urgent, bool no_spill)
 {
     shared_slot *fullest = &p->open[0];
     int64_t place = NO_PLACE;
-    pthread_mutex_lock(&p->lock);
     for (int i = 0; place == NO_PLACE && i < OPEN_SLOTS; i++) {
         shared_slot *one = &p->open[i];
         if (one->used && !(one->used & pages)) {
@@ -60,6 +52,13 @@ int64_t take_pages(snap_pump *p, uint16_t pages, bool urgent, bool no_spill)
         if (place >= 0)
             *fullest = (shared_slot){(uint32_t)place, pages};
     }
+    return place;
+}
+
+int64_t take_place(snap_pump *p, uint16_t pages, bool urgent, bool no_spill)
+{
+    pthread_mutex_lock(&p->lock);
+    int64_t place = pages ? share(p, pages, urgent, no_spill) : take(p, urgent, no_spill);
     pthread_mutex_unlock(&p->lock);
     return place;
 }

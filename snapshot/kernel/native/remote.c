@@ -425,38 +425,6 @@ int snap_inject(snap_injection *at, snap_call *calls, int count)
     return result < 0 ? result : back;
 }
 
-static int inject_one(snap_injection *at, unsigned long options, const snap_call *calls, int count,
-                      uint64_t data, uint64_t size, int64_t *results, unsigned char *answers)
-{
-    snap_call made[count];
-    int result = snap_set_options(at->tid, options);
-    memcpy(made, calls, (size_t)count * sizeof *calls);
-    if (result == 0)
-        result = snap_inject(at, made, count);
-    for (int k = 0; k < count; k++)
-        results[k] = made[k].result;
-    return result < 0 ? result : snap_read_memory(at->tid, data, answers, size);
-}
-
-int snap_inject_each(const snap_injection *like, snap_injection *each, const int *tids, int *stops,
-                     int threads, unsigned long options, const snap_call *calls, int count,
-                     uint64_t data, uint64_t size, int64_t *results, unsigned char *answers, int *error)
-{
-    for (int i = 0; i < threads; i++) {
-        each[i] = *like;
-        each[i].tid = tids[i];
-        each[i].stop = stops[i];
-        each[i].borrowed = each[i].passed = 0;
-        each[i].undo = 0;
-        *error = inject_one(&each[i], options, calls, count, data, size, results + (size_t)i * (size_t)count,
-                            answers + (size_t)i * size);
-        stops[i] = each[i].stop;
-        if (*error < 0)
-            return i;
-    }
-    return threads;
-}
-
 int snap_make(snap_injection *at, snap_call *call)
 {
     at->use_loop = 0;

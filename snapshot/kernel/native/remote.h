@@ -72,15 +72,6 @@ int snap_make(snap_injection *at, snap_call *call);
 /* Has the target close the descriptor (negative: there is none), and gives the thread back. */
 int snap_unmake(snap_injection *at, int64_t descriptor);
 
-/* The same calls in many threads, one after the other, with what `like` has (which has made calls
-   before); options: PTRACE_O_*, set in each thread. Of thread i: its stop is stops[i], before and after;
-   results + i * count are the results, answers + i * size the bytes [data, data + size) of the target
-   afterwards. each[i] lives as long as `like`. Returns the number of threads that were asked; fewer: the
-   next one failed with *error (as above, or of PTRACE_SETOPTIONS). */
-int snap_inject_each(const snap_injection *like, snap_injection *each, const int *tids, int *stops,
-                     int threads, unsigned long options, const snap_call *calls, int count,
-                     uint64_t data, uint64_t size, int64_t *results, unsigned char *answers, int *error);
-
 /* Tries again to get the thread back after a call that did not return; needed while `borrowed`. */
 int snap_give_back(snap_injection *at);
 

@@ -51,11 +51,10 @@ void beat(snap_pump *p)
 }
 
 /* A place whatever it takes: waits for the consumers when staging and spill are full. */
-static int urgent_place(snap_pump *p, uint16_t pages, bool part, bool no_spill, int64_t *place)
+static int urgent_place(snap_pump *p, uint16_t pages, bool no_spill, int64_t *place)
 {
     uint64_t since = 0;
-    while ((*place = part ? take_pages(p, pages, true, no_spill)
-                          : take_place(p, true, no_spill)) == NO_PLACE) {
+    while ((*place = take_place(p, pages, true, no_spill)) == NO_PLACE) {
         if (atomic_load(&p->stop))
             return -ECANCELED;
         beat(p);
@@ -223,14 +222,14 @@ static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_
 {
     /* Nobody looks at the other pages of a patch, and they may be another's; but of an object all are read. */
     bool patch = want != ledger_chunk(p, space, address)->want, no_spill = false;
-    bool part = patch && space < OBJECT_SPACE;
+    uint16_t shared = patch && space < OBJECT_SPACE ? want : 0;
     uint16_t zero = patch ? 0 : (uint16_t)~want;
     for (;;) {
         int64_t place = NO_PLACE;
         int r = 0;
         if (urgent)
-            r = urgent_place(p, want, part, no_spill, &place);
-        else if ((place = part ? take_pages(p, want, false, false) : take_place(p, false, false)) == NO_PLACE)
+            r = urgent_place(p, shared, no_spill, &place);
+        else if ((place = take_place(p, shared, false, false)) == NO_PLACE)
             r = -ENOBUFS;
         if (r)
             return r;
@@ -266,7 +265,7 @@ int save_chunk(snap_pump *p, uint32_t space, uint64_t address, bool urgent)
         return r;
     }
     t->saved.pages = c->want;
-    t->saved.patch = pages != c->want ? SNAP_PATCH | pages : 0;
+    t->saved.patch = patch_of(c, pages);
     c->state = TENTATIVE;
     count_unsaved(p, space, -1);
     pthread_mutex_lock(&p->lock);
@@ -288,7 +287,7 @@ int save_stopped(snap_pump *p, uint32_t space, uint64_t address)
         return r;
     c->state = SAVED;
     t.saved.pages = c->want;
-    t.saved.patch = pages != c->want ? SNAP_PATCH | pages : 0;
+    t.saved.patch = patch_of(c, pages);
     pthread_mutex_lock(&p->lock);
     p->counters.stopped_bytes += (uint64_t)__builtin_popcount(pages) * PAGE;
     r = enqueue(p, &t.saved);

@@ -25,7 +25,7 @@ struct snap_reaper {
 
 static void look_around(const snap_reaper *r)
 {
-    for (int i = 0; r->tids && i < r->count; i++)
+    for (int i = 0; i < r->count; i++)
         if (r->tids[i] != r->leader)
             snap_reap_ended(r->tids[i]);
 }

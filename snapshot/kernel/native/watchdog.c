@@ -118,11 +118,6 @@ static void forget(snap_watchdog *w)
     free(w);
 }
 
-static long raw(long number, long a, long b, long c)
-{
-    return snap_arch_raw(number, a, b, c, 0);
-}
-
 /* The other process. It has this one's memory: a copy of it would make every first write of snap to a
  * page of its own a fault, hundreds of them while the target stands still. So it has no thread-local
  * memory of its own, and makes its system calls without errno as long as snap lives. */
@@ -131,22 +126,22 @@ static int watch(void *argument)
     const snap_watchdog *w = argument;
     unsigned low = (unsigned)(w->ends < w->snap ? w->ends : w->snap);
     unsigned high = (unsigned)(w->ends < w->snap ? w->snap : w->ends);
-    raw(SYS_prctl, PR_SET_NAME, (long)"snap-watchdog", 0);
-    raw(SYS_setsid, 0, 0, 0); /* Ctrl-C and Ctrl-Z are not for it */
+    snap_arch_raw(SYS_prctl, PR_SET_NAME, (long)"snap-watchdog", 0);
+    snap_arch_raw(SYS_setsid, 0, 0, 0); /* Ctrl-C and Ctrl-Z are not for it */
     if (low > 3)
-        raw(SYS_close_range, 3, low - 1, 0);
+        snap_arch_raw(SYS_close_range, 3, low - 1, 0);
     if (high > low + 1)
-        raw(SYS_close_range, low + 1, high - 1, 0);
-    raw(SYS_close_range, high + 1, ~0u, 0);
+        snap_arch_raw(SYS_close_range, low + 1, high - 1, 0);
+    snap_arch_raw(SYS_close_range, high + 1, ~0u, 0);
     struct pollfd ends = {.fd = w->ends, .events = 0};
     for (;;) {
-        if (raw(SYS_poll, (long)&ends, 1, w->stall_ms / LOOKS + 1) > 0)
+        if (snap_arch_raw(SYS_poll, (long)&ends, 1, w->stall_ms / LOOKS + 1) > 0)
             break;
         if (now_ms() - w->beat_ms <= w->stall_ms)
             continue;
-        raw(SYS_pidfd_send_signal, w->snap, SIGKILL, 0);
-        raw(SYS_write, 2, (long)w->text, (long)strlen(w->text));
-        if (raw(SYS_poll, (long)&ends, 1, END_MS) == 0)
+        snap_arch_raw(SYS_pidfd_send_signal, w->snap, SIGKILL, 0);
+        snap_arch_raw(SYS_write, 2, (long)w->text, (long)strlen(w->text));
+        if (snap_arch_raw(SYS_poll, (long)&ends, 1, END_MS) == 0)
             let_go(w->target, w->snap_pid, w->uffd);
         break;
     }
