@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from snapshot.errors import RestoreError
+from snapshot.freeze import freeze
 from snapshot.resources import descriptors
 
 from .interpreters import Interpreter, captured, pidfd_of, rebuilt
@@ -606,3 +607,22 @@ kmsg = os.open("/dev/kmsg", os.O_RDONLY)
         for what in ("/dev/ptmx", "netlink", "packet", "a pidfd", "/dev/kmsg"):
             assert what in text
         assert f"descriptor {target.ask('kmsg')}:" in text
+
+
+def test_thirty_descriptors_looked_at_ten_times() -> None:
+    with Interpreter() as target:
+        target.run("""
+pipes = [os.pipe() for _ in range(5)]
+files = [os.open("/etc/passwd", os.O_RDONLY) for _ in range(5)]
+events = [os.eventfd(0) for _ in range(5)]
+ep = select.epoll()
+for fd in events:
+    ep.register(fd)
+listening = socket.create_server(("127.0.0.1", 0))
+pairs = [socket.socketpair() for _ in range(2)]
+""")
+        with freeze(target.pid) as frozen:
+            for _ in range(10):
+                _, table, cannot = descriptors.capture(frozen.pid, frozen.pidfd)
+                assert cannot == []
+                assert len(table) >= 28

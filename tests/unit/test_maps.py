@@ -124,3 +124,14 @@ def test_every_process_here() -> None:
             found = maps.parse_maps(text)
             assert len(found) == text.count(b"\n")
             assert all(a.end <= b.start for a, b in itertools.pairwise(found))
+
+
+def test_ten_thousand_mappings() -> None:
+    text = b"".join(
+        b"%x-%x rw-p 00000000 00:00 0 \n" % (at, at + 4096)
+        if at % 16384
+        else b"%x-%x r-xp %08x fe:01 %d            /usr/lib/lib%d.so\n"
+        % (at, at + 4096, at, at, at)
+        for at in range(0x7F0000000000, 0x7F0000000000 + 10_000 * 8192, 8192)
+    )
+    assert len(maps.parse_maps(text)) == 10_000
