@@ -1,5 +1,9 @@
 """`snap` is killed (SIGKILL) at every named point of a take, and at random instants: the target
-goes on as if nothing had been, the store shows no half image, and the next take works."""
+goes on as if nothing had been, the store shows no half image, and the next take works.
+
+What docs/failure-modes.md names as not covered can be met by any kill, wherever the thread is that
+dies, since another is stopping the target just then (70 to 200 us of a take, under load more): an
+EINTR of epoll_wait. It is counted, may be seen once, and never twice at one point."""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ from tests.harness import processes
 from tests.harness.ledger import Ledger
 from tests.harness.processes import wait_until
 from tests.harness.redis import Redis
+from tests.harness.victims import Victim
 from tests.live.test_harmless import lasting_changes, observed, settled
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(3600)]
@@ -34,8 +39,18 @@ DEVICE = ("paired", "passed")
 UNSAVED = ("stays",)
 """Where a take comes only if something is unsaved at T0."""
 IMAGE_EXISTS = ("committed", "synced")
+VICTIMS: dict[str, dict[str, object]] = {
+    "writer": {"kind": "mixed", "mib": 16, "threads": 3, "sparse": 1},
+    "threads16": {"eintr": 1},
+}
+SHARE = len(VICTIMS) + 1
 SEED = int(os.environ.get("SNAP_SEED", "3"))
 KILLS = int(os.environ.get("SNAP_KILLS", "500" if "SNAP_STRESS" in os.environ else "15"))
+
+
+def interrupted(victim: Victim) -> int:
+    """How often epoll_wait of threads16 has returned EINTR; of others 0."""
+    return victim.status().values[3]
 
 
 def nothing_watches() -> bool:
@@ -56,25 +71,33 @@ def test_at_a_point(spawn: Spawn, snap: Snap, point: faults.Point) -> None:
     if point in UNSAVED:
         victim = spawn("writer", mib=16, threads=3)
     else:
-        victim = spawn.powerless("threads16") if point in DEVICE else spawn("threads16")
+        started = spawn.powerless if point in DEVICE else spawn
+        victim = started("threads16", **VICTIMS["threads16"])
     victim.goes_on()
 
     def observe() -> dict[str, str]:
         return observed(victim.pid)
 
-    before = settled(observe)
     fault = ("env", f"SNAP_FAULT={point}")
     more = ["--now"] if point in UNSAVED else []
-    ran = snap("take", victim.pid, "--name", "image", *more, prefix=fault, ok=False)
-    assert ran.code == -signal.SIGKILL, f"{point} was not reached: {ran.err}"
-    victim.goes_on()
-    assert lasting_changes(before, observe) == ""
-    wait_until(nothing_watches, "the end of the watchdog")
-    if point in IMAGE_EXISTS:
-        assert snap.names() == ["image"]
-        assert snap("verify", "image").json["ok"]
-    else:
-        assert snap.names() == []
+
+    def killed(image: str) -> int:
+        """Returns how often epoll_wait has been interrupted."""
+        before = settled(observe)
+        ran = snap("take", victim.pid, "--name", image, *more, prefix=fault, ok=False)
+        assert ran.code == -signal.SIGKILL, f"{point} was not reached: {ran.err}"
+        victim.goes_on()
+        assert lasting_changes(before, observe) == ""
+        wait_until(nothing_watches, "the end of the watchdog")
+        if point in IMAGE_EXISTS:
+            assert image in snap.names()
+            assert snap("verify", image).json["ok"]
+        else:
+            assert snap.names() == []
+        return interrupted(victim)
+
+    if killed("image"):
+        assert killed("again") == 1
     before = settled(observe)
     snap("take", victim.pid, "--name", "next")
     assert lasting_changes(before, observe) == ""
@@ -186,18 +209,12 @@ def whole(store: Path) -> None:
         opened.collect()
 
 
-VICTIMS: dict[str, dict[str, object]] = {
-    "writer": {"kind": "mixed", "mib": 16, "threads": 3, "sparse": 1},
-    "threads16": {},
-}
-SHARE = len(VICTIMS) + 1
-
-
 @pytest.mark.parametrize("name", VICTIMS)
 def test_at_random(spawn: Spawn, store: Path, name: str) -> None:
     victim = spawn(name, life=7200, **VICTIMS[name])
     victim.goes_on()
     killed_at_random(victim.pid, store, KILLS // SHARE, victim.goes_on)
+    assert interrupted(victim) <= max(1, KILLS // SHARE // 50)
     if name == "writer":
         victim.verify()
 
