@@ -53,15 +53,19 @@ class Ahead:
         self._origin = origin
         self._stack = stack
 
-    def copy(self, report: Callable[[], None]) -> None:
-        """All rounds. `report` is called ten times a second."""
+    def copy(self, report: Callable[[], None], *, patient: bool) -> None:
+        """All rounds. `report` is called ten times a second. If they are not `patient`, and writers
+        undo most of it, memory is only protected, and copied once, after T0."""
         while self.rounds < ROUNDS:
             faults.point("round-begun")
-            done = self._round(report)
+            done = self._round(report, patient)
             faults.point("round-ended")
             # One that is opened and closed again between two looks is not seen.
             self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
             if self.direct_io:
+                return
+            if done.outrun:
+                self._dirty = EVERYTHING
                 return
             if self._dirty <= FEW or self._dirty > done.copied * SHRINKS:
                 return
@@ -96,9 +100,9 @@ class Ahead:
             before = left
         return left
 
-    def _round(self, report: Callable[[], None]) -> Round:
+    def _round(self, report: Callable[[], None], patient: bool) -> Round:
         self.rounds += 1
-        done = self.pump.round(report)
+        done = self.pump.round(report, patient=patient)
         # What finds no room in staging has to wait for the store, which takes chunks.
         fits = done.next <= self.pump.staging.size
         self._dirty = done.next if fits else done.next_chunks

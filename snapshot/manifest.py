@@ -205,6 +205,7 @@ class TakeStats(Record, frozen=True):
     stored_bytes: int = 0
     faults: int = 0
     fault_chunks: int = 0
+    fault_pages: int = 0
     sweep_chunks: int = 0
     spilled_chunks: int = 0
     events: int = 0

@@ -22,6 +22,7 @@ from .gate import Gate
 from .kernel import procfs
 from .kernel._native import ffi, lib
 from .kernel.background import Background
+from .kernel.busy import Busy
 from .kernel.closing import Closing
 from .kernel.errnames import error_text
 from .kernel.urgency import urgent
@@ -43,6 +44,8 @@ MADV_POPULATE_WRITE = 23  # Linux 5.14, not in the mmap module
 NEXT_MS = 200
 AWAIT_MS = 100
 BEAT_SECONDS = 0.1
+MANY_FAULTS = 100
+"""Between two calls of `balance`: the target waits for us, and feels what else we do."""
 EMPTY = memoryview(b"")
 VERIFY = "SNAP_VERIFY" in os.environ
 """For tests: at T0 what need not be looked at is looked at all the same."""
@@ -69,6 +72,7 @@ class Counters(NamedTuple):
     remainder_bytes: int
     faults: int
     fault_chunks: int
+    fault_pages: int
     sweep_chunks: int
     spilled_chunks: int
     events: int
@@ -83,11 +87,12 @@ class Counters(NamedTuple):
 class Round(NamedTuple):
     """What a round ahead of T0 did, in bytes. `next`: pages of which is known that they were
     written meanwhile, and `next_chunks` the chunks that they are in, each of which costs the store
-    as much as it did the first time."""
+    as much as it did the first time. `outrun`: it was given up, writers were faster."""
 
     copied: int
     next: int
     next_chunks: int
+    outrun: bool
 
 
 class LostError(TakeError):
@@ -154,6 +159,8 @@ class Pump(Closing):
     ) -> None:
         self.pid = pid
         self._background = background
+        self._busy = Busy(pid)
+        self._faults = 0  # until the last `balance`
         self.staging = staging
         self._fds: list[int] = []
         pagemap = self._open(f"/proc/{pid}/pagemap")
@@ -197,8 +204,13 @@ class Pump(Closing):
         self._background.calm()
 
     def balance(self) -> None:
-        """Ten times a second: where others use all processors storing goes on all the same."""
+        """Ten times a second: where others use all processors storing goes on all the same, and
+        while writers wait for us nothing runs where they do."""
         self._background.balance()
+        busy = self._busy.processors()
+        faults, before = self._raw().faults, self._faults
+        self._faults = faults
+        self._background.keep_off(busy if faults - before >= MANY_FAULTS else frozenset())
 
     def store(self, sink: Callable[[Sequence[RawChunk]], None], threads: int) -> None:
         """Start the storing threads. `sink` is called from all of them at once."""
@@ -215,9 +227,10 @@ class Pump(Closing):
 
     # --- ahead of T0 --------------------------------------------------------------------------
 
-    def round(self, report: Callable[[], None]) -> Round:
-        """Protect and copy what has no good copy. `report` is called ten times a second."""
-        return self._round(lib.snap_pump_order_round, report)
+    def round(self, report: Callable[[], None], *, patient: bool) -> Round:
+        """Protect and copy what has no good copy. `report` is called ten times a second. If it is
+        not `patient`, it is given up when writers undo most of it."""
+        return self._round(lambda pump: lib.snap_pump_order_round(pump, patient), report)
 
     def last_round(self, report: Callable[[], None]) -> Round:
         """The same, whatever the pace: T0 waits for it."""
@@ -230,7 +243,8 @@ class Pump(Closing):
     def _round(self, order: Callable[[Any], int], report: Callable[[], None]) -> Round:
         self._order(order)
         done = self._await(report)
-        return Round(done.copied_bytes, done.next_bytes, done.next_chunks * CHUNK)
+        chunks = done.next_chunks * CHUNK
+        return Round(done.copied_bytes, done.next_bytes, chunks, bool(done.outrun))
 
     def _order(self, order: Callable[[Any], int]) -> None:
         result = order(self._pump)
@@ -367,7 +381,7 @@ class Pump(Closing):
     def _run(self) -> None:
         """The target is let go as soon as the fault thread ends: the store may still take long."""
         try:
-            with urgent():
+            with urgent(), self._background.beside():
                 self._result = lib.snap_pump_run(self._pump)
         finally:
             if self._protection is not None:

@@ -25,6 +25,7 @@ from .freeze import RESTARTED, Frozen, freeze
 from .hooks import Hooks
 from .image import Image
 from .kernel import procfs, vdso
+from .kernel.awake import awake
 from .kernel.background import Background
 from .kernel.exits import Exits
 from .kernel.ptrace import Tracee, rseq_addresses
@@ -182,6 +183,9 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
             Pump(job.pid, job.staging, watchdog, tracer, job.stall, background)
         )
         pump.pace(job.pace)
+        waited_for = stack.enter_context(ExitStack())  # while the target may wait for us
+        if job.pace == ANY:
+            waited_for.enter_context(awake())
         ahead = Ahead(pump, after_pump, before, origin)
         pump.start()
         # A device writes past the page tables to memory that it was given before.
@@ -204,12 +208,14 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
             pump.store(writer.put, os.cpu_count() or 1)
             ahead.look_for_others(forks=protection.forks)
             if copying:
-                ahead.copy(lambda: _report(job, pump, "copying ahead"))
+                ahead.copy(lambda: _report(job, pump, "copying ahead"), patient=guarded)
             most = EVERYTHING if guarded else REMAINDER
             instant = _instant(job, ahead, first, most, tracer)
             faults.point("resumed")
             job.hooks.run("resumed", pid=job.pid, image=job.name)
-            _wait(job, ahead)
+            _await_saved(job, ahead)
+            waited_for.close()
+            _await_stored(job, ahead)
             faults.point("saved")
         except LostError as error:
             log.info("%d: %s", job.pid, error.message)
@@ -295,13 +301,18 @@ def _pause(
     return _Pause(taken_at, gathered, table, frozen.stopped_us)
 
 
-def _wait(job: _Take, ahead: Ahead) -> None:
-    """Until all is saved and stored; the target runs. Raises what went wrong."""
+def _await_saved(job: _Take, ahead: Ahead) -> None:
+    """The target runs on meanwhile. Raises what went wrong."""
     pump = ahead.pump
     while not pump.saved(PROGRESS_SECONDS):
         _report(job, pump, "saving")
     if pump.complete:
         ahead.look_back()
+
+
+def _await_stored(job: _Take, ahead: Ahead) -> None:
+    """The target has nothing to do with it any more. Raises what went wrong."""
+    pump = ahead.pump
     while not pump.wait(PROGRESS_SECONDS):
         _report(job, pump, "storing")
     _report(job, pump, "storing")
@@ -338,6 +349,7 @@ def _stats(
         stored_bytes=writer.stored_bytes,
         faults=done.faults,
         fault_chunks=done.fault_chunks,
+        fault_pages=done.fault_pages,
         sweep_chunks=done.sweep_chunks,
         spilled_chunks=done.spilled_chunks,
         events=done.events,

@@ -142,6 +142,7 @@ class Stat(NamedTuple):
     start_code: int  # 26
     end_code: int  # 27
     start_stack: int  # 28
+    processor: int  # 39
     rt_priority: int  # 40
     policy: int  # 41
     start_data: int  # 45
@@ -173,6 +174,7 @@ def parse_stat(text: bytes) -> Stat:
         start_code=number[26],
         end_code=number[27],
         start_stack=number[28],
+        processor=number[39],
         rt_priority=number[40],
         policy=number[41],
         start_data=number[45],

@@ -147,8 +147,8 @@ def test_between_the_copy_and_t0(
     target = start(how)
     copy = Ahead.copy
 
-    def then_write(ahead: Ahead, report: Callable[[], None]) -> None:
-        copy(ahead, report)
+    def then_write(ahead: Ahead, report: Callable[[], None], *, patient: bool) -> None:
+        copy(ahead, report, patient=patient)
         target.go()
         target.says("written")
 

@@ -72,6 +72,44 @@ def test_a_write_waits_for_no_pace(spawn: Spawn, store: Path) -> None:
     writer.verify()
 
 
+@pytest.mark.parametrize("memory", [4 << 20, None], ids=["spilled", "staged"])
+def test_who_writes_here_and_there_waits_for_pages(
+    spawn: Spawn, store: Path, memory: int | None
+) -> None:
+    """After T0 a page is saved for each fault, and put into its chunk later."""
+    writer = spawn("writer", kind="anon", mib=64, threads=2, sparse=1, rate=3000)
+    more = {} if memory is None else {"memory": memory}
+    for number in range(TIMES):
+        before, image = take_with_oracle(writer.pid, store, f"image-{number}", now=True, **more)
+        with image:
+            assert oracle.compare(before, image, writer.pid) == []
+            stats = image.manifest.stats
+        assert stats.fault_pages > 100
+        assert stats.fault_chunks < stats.sweep_chunks
+    writer.verify()
+    writer.goes_on()
+
+
+def test_memory_that_is_written_everywhere_is_copied_once(spawn: Spawn, store: Path) -> None:
+    """A first round that writers undo is given up, and what it lacks is saved after T0; not so when
+    the remainder is to be copied in the pause."""
+    writer = spawn("writer", kind="anon", mib=192, threads=2, sparse=1)
+    memory, image = take_with_oracle(writer.pid, store, "once", pace="64M")
+    with image:
+        assert oracle.compare(memory, image, writer.pid) == []
+        stats = image.manifest.stats
+    assert (stats.rounds, stats.remainder_bytes > 64 << 20) == (1, True)
+    assert stats.ahead_bytes < stats.saved_bytes // 2
+    memory, image = take_with_oracle(
+        writer.pid, store, "patient", pace="64M", guard="always"
+    )
+    with image:
+        assert oracle.compare(memory, image, writer.pid) == []
+        stats = image.manifest.stats
+    assert stats.ahead_bytes > 100 << 20
+    writer.verify()
+
+
 def test_every_byte_of_python(spawn: Spawn, store: Path) -> None:
     app = spawn.python(mib=32)
     for number in range(TIMES):

@@ -146,8 +146,8 @@ def between(monkeypatch: pytest.MonkeyPatch, then: Callable[[], None]) -> None:
     """Between the copying ahead and T0, once."""
     copy, done = Ahead.copy, list[bool]()
 
-    def copied(ahead: Ahead, report: Callable[[], None]) -> None:
-        copy(ahead, report)
+    def copied(ahead: Ahead, report: Callable[[], None], *, patient: bool) -> None:
+        copy(ahead, report, patient=patient)
         if not done:
             done.append(True)
             then()

@@ -190,12 +190,12 @@ def test_a_file_that_was_open_for_direct_io(
             process.stdin.flush()
             assert process.stdout.readline() == "done\n"
 
-        def opened(pump: Pump, report: Callable[[], None]) -> Round:
+        def opened(pump: Pump, report: Callable[[], None], *, patient: bool) -> Round:
             does("open")
-            return one_round(pump, report)
+            return one_round(pump, report, patient=patient)
 
-        def closed(ahead: Ahead, report: Callable[[], None]) -> None:
-            copy(ahead, report)
+        def closed(ahead: Ahead, report: Callable[[], None], *, patient: bool) -> None:
+            copy(ahead, report, patient=patient)
             does("close")
 
         one_round, copy = Pump.round, Ahead.copy

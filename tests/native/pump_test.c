@@ -313,7 +313,7 @@ static void copy_ahead(snap_pump *pump, int rounds)
             hold_and_plan(pump);
             snap_pump_release(pump); /* an order right behind it must be taken */
         }
-        CHECK(!(i % 3 == 1 ? snap_pump_order_arm(pump) : snap_pump_order_round(pump)));
+        CHECK(!(i % 3 == 1 ? snap_pump_order_arm(pump) : snap_pump_order_round(pump, i % 2)));
         if (plan)
             unpark();
         await(pump, &round);
@@ -396,10 +396,11 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
             exit(1);
         }
     printf("round %d: %d ahead, %llu chunks looked at, remainder %llu KiB; %llu faults, %llu + %llu chunks, %llu spilled, "
-           "%llu events, %llu forks\n", number, rounds, (unsigned long long)counters.looked_chunks, (unsigned long long)counters.remainder_bytes / 1024,
+           "%llu events, %llu forks, %llu early\n", number, rounds, (unsigned long long)counters.looked_chunks, (unsigned long long)counters.remainder_bytes / 1024,
            (unsigned long long)counters.faults, (unsigned long long)counters.fault_chunks,
            (unsigned long long)counters.sweep_chunks, (unsigned long long)counters.spilled_chunks,
-           (unsigned long long)counters.events, (unsigned long long)counters.forks);
+           (unsigned long long)counters.events, (unsigned long long)counters.forks,
+           (unsigned long long)counters.fault_pages);
     return 0;
 }
 

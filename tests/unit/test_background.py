@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from snapshot.kernel import background
+from snapshot.kernel import awake, background
 from snapshot.kernel.background import Background
+from snapshot.kernel.busy import Busy, times
 from snapshot.worker import Worker
+from tests.harness.processes import wait_until
 
 
 def policy_of(thread: int) -> int:
@@ -64,7 +69,7 @@ def test_they_run_after_all_others_but_not_while_somebody_waits() -> None:
 def test_who_is_starved_is_an_ordinary_thread_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     group = Background()
     times = iter([(0, 0), (1_000_000, 90_000_000), (50_000_000, 130_000_000)])
-    monkeypatch.setattr(background, "_times", lambda thread: next(times))
+    monkeypatch.setattr(background, "times", lambda pid, thread: next(times))
     with Inside(group) as thread:
         group.balance()
         assert policy_of(thread) == os.SCHED_BATCH
@@ -79,3 +84,68 @@ def test_where_there_is_no_way_back_they_stay_ordinary(monkeypatch: pytest.Monke
         assert policy_of(thread) == os.SCHED_BATCH
         group.hurry()
         assert policy_of(thread) == os.SCHED_BATCH
+
+
+@pytest.fixture
+def processors() -> set[int]:
+    found = os.sched_getaffinity(0)
+    if len(found) < 2:
+        pytest.skip("one processor")
+    return found
+
+
+def test_they_keep_off_processors(processors: set[int]) -> None:
+    group = Background()
+    taken = min(processors)
+    group.keep_off(frozenset([taken]))
+    with Inside(group) as thread, group.beside():
+        assert os.sched_getaffinity(thread) == os.sched_getaffinity(0) == processors - {taken}
+        group.hurry()
+        assert os.sched_getaffinity(thread) == processors  # it may hold what somebody waits for
+        group.calm()
+        assert os.sched_getaffinity(thread) == processors - {taken}
+        group.keep_off(frozenset(processors))
+        assert os.sched_getaffinity(thread) == os.sched_getaffinity(0) == processors
+        group.keep_off(frozenset([taken]))
+    assert os.sched_getaffinity(0) == processors
+
+
+@pytest.mark.parametrize(
+    ("code", "is_busy"), [("while True: pass", True), ("input()", False)], ids=["busy", "idle"]
+)
+def test_where_a_busy_thread_is(processors: set[int], code: str, is_busy: bool) -> None:
+    here = max(processors)
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as program:
+        try:
+            os.sched_setaffinity(program.pid, {here})
+            wait_until(lambda: Path(f"/proc/{program.pid}/comm").read_text()[:6] == "python", "it")
+            busy = Busy(program.pid)
+            assert busy.processors() == frozenset()  # there is nothing to compare with
+            ran, _ = times(program.pid, program.pid)
+            if is_busy:
+                wait_until(lambda: times(program.pid, program.pid)[0] > ran + 10**8, "its work")
+            assert busy.processors() == ({here} if is_busy else set())
+        finally:
+            program.kill()
+
+
+def test_a_process_that_has_ended_is_nowhere() -> None:
+    with subprocess.Popen(["true"]) as program:
+        busy = Busy(program.pid)
+    assert busy.processors() == frozenset()
+
+
+def test_processors_stay_awake_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> list[str]:
+        open_files = Path("/proc/self/fdinfo").iterdir()
+        paths = [os.path.realpath(f"/proc/self/fd/{one.name}") for one in open_files]
+        return [path for path in paths if path == "/dev/cpu_dma_latency"]
+
+    if not os.access("/dev/cpu_dma_latency", os.W_OK):
+        pytest.skip("/dev/cpu_dma_latency may not be written")
+    with awake.awake():
+        assert len(asked()) == 1
+    assert asked() == []
+    monkeypatch.setattr(awake, "_PATH", "/dev/nothing")
+    with awake.awake():
+        assert asked() == []

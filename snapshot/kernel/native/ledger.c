@@ -244,7 +244,7 @@ uint64_t ledger_unsaved(snap_pump *p, uint64_t start, uint64_t end, uint8_t stat
                 at = (at & ~(CHUNK - 1)) + CHUNK - PAGE;
                 continue;
             }
-            if (c->want >> (at % CHUNK / PAGE) & 1) {
+            if ((c->want & ~c->early) >> (at % CHUNK / PAGE) & 1) {
                 if (!bytes)
                     *where = at;
                 bytes += PAGE;

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -14,6 +15,10 @@
 #define LET_GO UINT64_C(0x400000)        /* releasing more at once holds mmap_lock too long */
 #define PATIENCE_NS UINT64_C(10000000000) /* for the event that explains why a mark is gone */
 #define MOST_UNEXPLAINED 3               /* times that a mark is gone and no event was unread */
+#define CATCH_UP_NS UINT64_C(100000000)  /* at most */
+#define LOOK_NS UINT64_C(2000000)
+#define CATCH_UP_FAULTS 30               /* in that time; fewer: it is done */
+#define OUTRUN_CHUNKS 512                /* 32 MiB */
 #define BEAT_MS 100                      /* the watchdog hears of us at least so often */
 
 /* ---- set up -------------------------------------------------------------------------------- */
@@ -100,6 +105,7 @@ void snap_pump_free(snap_pump *p)
     free(p->windows.at);
     free(p->by_start);
     free(p->tentative.at);
+    free(p->early.at);
     free(p->faults.at);
     free(p->releases.at);
     free(p->plain_moves.at);
@@ -160,6 +166,19 @@ int snap_pump_plan(snap_pump *p, const snap_window *windows, size_t count, uint6
     return r;
 }
 
+/* Who runs the pump may have made it run before all others, for who waits at a fault. A round is not made
+ * so: it would keep others from this processor for as long as there is something to protect or to copy,
+ * even those who could run on another one, to which the kernel moves them late. The sweep is, for it
+ * stops after a few chunks, and would wait for consumers who hold the lock and do not run. */
+static void be_urgent(snap_pump *p, bool urgent)
+{
+    if (!p->may_be_urgent || p->urgent == urgent)
+        return;
+    struct sched_param priority = {.sched_priority = urgent};
+    if (!sched_setscheduler(0, (urgent ? SCHED_FIFO : SCHED_OTHER) | SCHED_RESET_ON_FORK, &priority))
+        p->urgent = urgent;
+}
+
 /* ---- waiting ------------------------------------------------------------------------------ */
 
 /* Waits for a message, and when `slots` also for a free staging slot. */
@@ -167,6 +186,7 @@ static void idle_ns(snap_pump *p, bool slots, uint64_t ns)
 {
     struct pollfd fds[2] = {{.fd = p->uffd, .events = POLLIN}, {.fd = p->wake, .events = POLLIN}};
     struct timespec most = {(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
+    be_urgent(p, true);
     if (ppoll(fds, slots ? 2 : 1, &most, NULL) > 0 && slots && fds[1].revents) {
         uint64_t count;
         (void)!read(p->wake, &count, sizeof count);
@@ -347,6 +367,27 @@ static bool unexplained(snap_pump *p, uint64_t events, int *times)
     return *times == MOST_UNEXPLAINED;
 }
 
+/* Right after T0 everything is protected, and who writes here and there meets it at every step, with all
+ * that has been waiting since the pause: until the faults get fewer nothing else is done. If that is still
+ * so, waits for one. */
+static bool catching_up(snap_pump *p)
+{
+    uint64_t now = now_ns(), faults = p->counters.faults;
+    if (p->caught_up)
+        return false;
+    if (!p->catch_up_until_ns)
+        p->catch_up_until_ns = now + CATCH_UP_NS;
+    else if (now >= p->look_until_ns)
+        p->caught_up = faults - p->look_faults < CATCH_UP_FAULTS || now >= p->catch_up_until_ns;
+    if (now >= p->look_until_ns) {
+        p->look_until_ns = now + LOOK_NS;
+        p->look_faults = faults;
+    }
+    if (!p->caught_up)
+        idle_ns(p, false, p->look_until_ns - now);
+    return !p->caught_up;
+}
+
 static int after_t0(snap_pump *p)
 {
     int times = 0;
@@ -356,7 +397,7 @@ static int after_t0(snap_pump *p)
             return -ECANCELED;
         int r = serve(p, &any);
         uint64_t events = p->counters.events;
-        if (!r && p->unsaved_chunks && !is_urgent(p) && rest(p, false))
+        if (!r && p->unsaved_chunks && !is_urgent(p) && (catching_up(p) || rest(p, false)))
             continue;
         uint64_t began = now_ns(), saved = p->counters.sweep_chunks;
         if (!r)
@@ -398,8 +439,9 @@ static int give_order(snap_pump *p, int order)
     return r;
 }
 
-int snap_pump_order_round(snap_pump *p)
+int snap_pump_order_round(snap_pump *p, int patient)
 {
+    p->patient = patient;
     return give_order(p, ORDER_ROUND);
 }
 
@@ -500,6 +542,13 @@ void snap_pump_release(snap_pump *p)
     pthread_mutex_unlock(&p->lock);
 }
 
+/* Whether writers are so fast that another round would have to copy most of what this one does. */
+static bool outrun(const snap_pump *p, int order)
+{
+    return order == ORDER_ROUND && !p->patient && p->listed.count >= OUTRUN_CHUNKS &&
+           p->listed.count > p->round.copied_chunks / 4;
+}
+
 static int go_round(snap_pump *p, int order)
 {
     bool copies = order != ORDER_ARM;
@@ -514,8 +563,11 @@ static int go_round(snap_pump *p, int order)
     }
     if (rest(p, order != ORDER_ROUND))
         return 0;
+    be_urgent(p, false);
     uint64_t began = now_ns(), copied = p->round.copied_bytes;
     int r = ahead_slice(p, copies);
+    if (!r && outrun(p, order))
+        r = p->round.outrun = 1;
     pace_spent(p, began, p->round.copied_bytes - copied);
     p->round_runs = r != 1;
     if (r == -ENOBUFS)
@@ -591,6 +643,7 @@ static void close_uffd(snap_pump *p)
 
 int snap_pump_run(snap_pump *p)
 {
+    p->may_be_urgent = p->urgent = (sched_getscheduler(0) & ~SCHED_RESET_ON_FORK) == SCHED_FIFO;
     int r = stand(p);
     bool attached = p->uffd >= 0;
     if (!r)

@@ -66,6 +66,7 @@ typedef struct {
     uint64_t faults;        /* fault messages */
     uint64_t ahead_faults;  /* of them, before T0 */
     uint64_t fault_chunks;  /* chunks saved because of a fault or an event, or while the end waited */
+    uint64_t fault_pages;   /* pages saved because of a fault, before their chunk */
     uint64_t sweep_chunks;  /* chunks saved by the background sweep, ahead of T0 too */
     uint64_t spilled_chunks;
     uint64_t events;        /* remap, remove, unmap and fork messages */
@@ -89,6 +90,7 @@ typedef struct {
     uint64_t copied_bytes;
     uint64_t next_chunks; /* of which is known that they were written since: work for another round */
     uint64_t next_bytes;  /* of them, those that were let through, and are not protected any more */
+    uint32_t outrun;      /* it was given up: writers are too fast for it */
 } snap_pump_round;
 
 /* pid: the target; pagemap, mem: /proc/PID/pagemap and /proc/PID/mem, open before T0; spill: a file
@@ -134,11 +136,12 @@ void snap_pump_stop(snap_pump *pump);
 
 /* Orders to a running pump, one at a time, ahead of T0; each is followed by await until it is done.
  * round: protect what is not, copy what has no copy of a time since when it was protected.
+ * A round that is not `patient` is given up when writers undo most of what it does.
  * last_round: the same, whatever the pace.
  * arm: only protect it, so that T0 finds little to do; it is saved afterwards.
  * open: let through writes to the pages at these addresses, as if somebody had tried them.
  * hold: answer all that waits, then stand still until release or go; plan and settle meanwhile. */
-int snap_pump_order_round(snap_pump *pump);
+int snap_pump_order_round(snap_pump *pump, int patient);
 int snap_pump_order_last_round(snap_pump *pump);
 int snap_pump_order_arm(snap_pump *pump);
 int snap_pump_order_open(snap_pump *pump, const uint64_t *addresses, size_t count);

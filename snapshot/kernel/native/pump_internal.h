@@ -34,6 +34,8 @@ typedef struct {
     bool due;         /* what `account` has entered of it: */
     uint16_t counted; /* wanted pages */
     uint16_t lacking; /* of them, those without a copy */
+    uint16_t early;   /* UNSAVED: of its pages, those that are kept already (early.c) */
+    uint32_t first_early; /* the number of the first of them, 0: none */
 } chunk;
 
 /* Of an UNSAVED chunk: the pages of which there is no good copy. */
@@ -66,7 +68,16 @@ typedef struct {
     snap_saved saved;
     uint64_t low, high; /* the run-time addresses that it was read from lie in [low, high) */
     bool only;          /* it cannot be copied again: its memory has been discarded or unmapped */
+    uint32_t early;     /* the number of the early page that it is (saved.pages), 0: a chunk */
 } tentative;
+
+/* A cell of early.c, in staging or (-cell - 1) in the spill file, counted in pages; the one after it, of
+ * those of a chunk or of the free ones; numbers, which are indices and 1, so that 0 is none. */
+typedef struct {
+    int64_t cell;
+    uint32_t next;
+    uint16_t bit; /* which page of its chunk */
+} early_page;
 
 /* A staging slot that patches of several chunks share: each has its pages where they are in the chunk, so
  * those whose pages differ fit into one. */
@@ -133,6 +144,9 @@ struct snap_pump {
     VECTOR(window) windows;     /* by (space, at) */
     uint32_t *by_start;         /* indices of windows, by start */
     VECTOR(tentative) tentative;
+    VECTOR(early_page) early;   /* all cells */
+    uint32_t free_early;        /* the number of the first free one */
+    uint64_t cut_slots;         /* of staging, into cells */
     VECTOR(uint64_t) faults;    /* addresses whose fault is not yet served */
     VECTOR(range) releases;     /* ranges to be released as soon as the kernel lets us */
     VECTOR(range) plain_moves;  /* callers of mremap that were seen to leave nothing behind */
@@ -164,6 +178,10 @@ struct snap_pump {
     bool huge_removed;          /* ahead of T0: pages of hugetlbfs were discarded (see settle.c) */
     bool hurried;               /* the last rounds: T0 waits, and there is nobody to make room */
     uint64_t next_pages;        /* see snap_pump_round */
+    bool may_be_urgent, urgent; /* this thread runs before others, when it waits for a fault */
+    bool caught_up;             /* see catching_up */
+    uint64_t catch_up_until_ns, look_until_ns, look_faults;
+    bool patient;               /* a round is not given up because of writers */
     bool letting_go;            /* nothing is saved any more: faults are released at once */
 
     pace pace;
@@ -278,6 +296,8 @@ uint64_t pace_left(snap_pump *p, bool hurried);
 /* A staging slot, or for the urgent a slot of the spill file; NO_PLACE when there is none. For some pages
  * of a chunk (0: it is to be nobody else's) perhaps a slot in which others are used. */
 int64_t take_place(snap_pump *p, uint16_t pages, bool urgent, bool no_spill);
+/* A slot of the spill file, NO_PLACE if there is no file. */
+int64_t take_spill(snap_pump *p);
 void give_place(snap_pump *p, int64_t place);
 /* For pthread_cond_timedwait. */
 void deadline(struct timespec *until, int timeout_ms);
@@ -286,7 +306,24 @@ uint64_t free_places(snap_pump *p);
 /* Hands a copy to the consumers; it replaces those before it. Caller holds the lock. */
 int enqueue(snap_pump *p, const snap_saved *saved);
 
+/* early.c */
+/* Whether a page of a chunk of w can be saved by itself. */
+bool is_early(const snap_window *w, const chunk *c);
+/* Saves the page at a space address, tentative; 0 as well if there is a copy of it. -ENOBUFS: there is
+ * no room for it; -EAGAIN as for save_chunk. */
+int save_early(snap_pump *p, uint32_t space, uint64_t at);
+void early_publish(snap_pump *p, const tentative *t);
+void early_forget(snap_pump *p, const tentative *t);
+/* Puts those of `pages` that are kept to where they are in the chunk at `out`. -EIO: the spill file. */
+int early_put(const snap_pump *p, const chunk *c, uint16_t pages, uint8_t *out);
+/* The chunk is saved. */
+void early_done(snap_pump *p, chunk *c);
+
 /* save.c */
+/* Copies pages of the chunk at a space address to where they are in the chunk at `out`, if all still
+ * carry their mark (else -EAGAIN), from within [*low, *high). */
+int copy_pages(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, uint8_t *out, uint64_t *low,
+               uint64_t *high);
 /* Whether of this chunk, which is missing some pages, only those are to be copied: a patch. */
 bool is_patched(const chunk *c);
 /* Copies the pages of the chunk at a space address into `place`; if they are all that it wants, zeros for

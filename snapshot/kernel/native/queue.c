@@ -6,10 +6,22 @@
 #include <time.h>
 #include <unistd.h>
 
+/* Chunks that are copied and that no consumer has taken yet, when the not urgent wait: to copy more would
+ * only take the processor from others, the consumers among them, and places from who is urgent. */
+#define MOST_AHEAD 128
+
 /* Slots that only the urgent may take. */
 static uint64_t reserve(const snap_pump *p)
 {
     return p->hurried ? 0 : p->slots / 4;
+}
+
+/* Caller holds the lock. */
+static int64_t spill(snap_pump *p)
+{
+    uint64_t slot = p->free_spill.count ? p->free_spill.at[--p->free_spill.count] : p->spill_end++;
+    p->counters.spilled_chunks++;
+    return -(int64_t)slot - 1;
 }
 
 /* Caller holds the lock. */
@@ -23,9 +35,7 @@ static int64_t take(snap_pump *p, bool urgent, bool no_spill)
         if (used > p->counters.peak_slots)
             p->counters.peak_slots = used;
     } else if (urgent && !no_spill && p->spill >= 0) {
-        uint64_t slot = p->free_spill.count ? p->free_spill.at[--p->free_spill.count] : p->spill_end++;
-        place = -(int64_t)slot - 1;
-        p->counters.spilled_chunks++;
+        place = spill(p);
     }
     return place;
 }
@@ -55,6 +65,14 @@ static int64_t share(snap_pump *p, uint16_t pages, bool urgent, bool no_spill)
     return place;
 }
 
+int64_t take_spill(snap_pump *p)
+{
+    pthread_mutex_lock(&p->lock);
+    int64_t place = p->spill >= 0 ? spill(p) : NO_PLACE;
+    pthread_mutex_unlock(&p->lock);
+    return place;
+}
+
 int64_t take_place(snap_pump *p, uint16_t pages, bool urgent, bool no_spill)
 {
     pthread_mutex_lock(&p->lock);
@@ -67,6 +85,8 @@ uint64_t free_places(snap_pump *p)
 {
     pthread_mutex_lock(&p->lock);
     uint64_t count = p->free_count > reserve(p) ? p->free_count - reserve(p) : 0;
+    if (!p->hurried && p->queue.count - p->queue_head > MOST_AHEAD)
+        count = 0;
     pthread_mutex_unlock(&p->lock);
     return count;
 }

@@ -201,6 +201,12 @@ static int copy_chunk(snap_pump *p, uint32_t space, uint64_t base, uint16_t want
     return 0;
 }
 
+int copy_pages(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, uint8_t *out, uint64_t *low,
+               uint64_t *high)
+{
+    return copy_chunk(p, space, address, pages, 0, out, true, low, high);
+}
+
 bool is_patched(const chunk *c)
 {
     unsigned pages = (unsigned)__builtin_popcount(missing(c));
@@ -221,7 +227,8 @@ static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_
                          bool check, tentative *t)
 {
     /* Nobody looks at the other pages of a patch, and they may be another's; but of an object all are read. */
-    bool patch = want != ledger_chunk(p, space, address)->want, no_spill = false;
+    const chunk *c = ledger_chunk(p, space, address);
+    bool patch = want != c->want, no_spill = false;
     uint16_t shared = patch && space < OBJECT_SPACE ? want : 0;
     uint16_t zero = patch ? 0 : (uint16_t)~want;
     for (;;) {
@@ -234,7 +241,9 @@ static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_
         if (r)
             return r;
         uint8_t *out = place >= 0 ? p->staging + (uint64_t)place * CHUNK : p->bounce;
-        r = copy_chunk(p, space, address, want, zero, out, check, &t->low, &t->high);
+        r = copy_chunk(p, space, address, want & (uint16_t)~c->early, zero, out, check, &t->low, &t->high);
+        if (!r)
+            r = early_put(p, c, want, out);
         if (!r && place < 0 &&
             pwrite(p->spill, out, CHUNK, (off_t)((uint64_t)(-place - 1) * CHUNK)) != (ssize_t)CHUNK) {
             give_place(p, place);
@@ -246,6 +255,7 @@ static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_
             return r;
         }
         t->only = false;
+        t->early = 0;
         t->saved = (snap_saved){.address = address, .place = place, .space = space, .pages = want};
         return 0;
     }
@@ -303,12 +313,21 @@ int save_publish(snap_pump *p)
     pthread_mutex_lock(&p->lock);
     for (size_t i = 0; i < p->tentative.count; i++) {
         const snap_saved *saved = &p->tentative.at[i].saved;
+        if (p->tentative.at[i].early)
+            continue;
         ledger_chunk(p, saved->space, saved->address)->state = SAVED;
         if (!r)
             r = enqueue(p, saved);
     }
-    p->tentative.count = 0;
     pthread_mutex_unlock(&p->lock);
+    for (size_t i = 0; i < p->tentative.count; i++) {
+        const tentative *t = &p->tentative.at[i];
+        if (t->early)
+            early_publish(p, t);
+        else
+            early_done(p, ledger_chunk(p, t->saved.space, t->saved.address));
+    }
+    p->tentative.count = 0;
     return r;
 }
 
@@ -322,11 +341,15 @@ int save_forget(snap_pump *p, uint64_t start, uint64_t end)
             p->tentative.at[kept++] = t;
             continue;
         }
-        ledger_chunk(p, t.saved.space, t.saved.address)->state = UNSAVED;
-        count_unsaved(p, t.saved.space, 1);
-        give_place(p, t.saved.place);
+        if (t.early) {
+            early_forget(p, &t);
+        } else {
+            ledger_chunk(p, t.saved.space, t.saved.address)->state = UNSAVED;
+            count_unsaved(p, t.saved.space, 1);
+            give_place(p, t.saved.place);
+        }
         if (t.only)
-            r = lost(p, CHUNK, t.saved.address, SNAP_LOST_REMOVE);
+            r = lost(p, t.early ? PAGE : CHUNK, t.saved.address, SNAP_LOST_REMOVE);
     }
     p->tentative.count = kept;
     return r;

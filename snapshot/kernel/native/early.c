@@ -1,0 +1,147 @@
+/* After T0: single pages that are saved before the rest of their chunk, because somebody waits to write
+ * to them. A chunk is saved by the sweep in its turn, and what was kept of it is put in then. So who
+ * writes here and there waits for 4 KiB and not for 64, staging holds 4, and every chunk is stored once.
+ *
+ * A cell is a page of staging or of the spill file. Cells are cut from whole slots, which stay cells:
+ * pages that were kept together are not given back together. */
+#define _GNU_SOURCE
+#include "pump_internal.h"
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+#define MOST_OF_STAGING 4 /* a quarter: the sweep needs places too */
+#define MOST_EARLY 12     /* pages of a chunk; then all of it is saved */
+
+/* ---- cells -------------------------------------------------------------------------------------- */
+
+/* As many as there is memory to remember. */
+static void cut(snap_pump *p, int64_t slot)
+{
+    for (int64_t i = 0; i < CHUNK_PAGES; i++) {
+        early_page *one = VECTOR_PUSH(&p->early);
+        if (!one)
+            return;
+        int64_t cell = slot >= 0 ? slot * CHUNK_PAGES + i : (slot + 1) * CHUNK_PAGES - i - 1;
+        *one = (early_page){.cell = cell, .next = p->free_early};
+        p->free_early = (uint32_t)p->early.count;
+    }
+}
+
+/* The number of a free one, 0: none, and nothing that one could be cut from. */
+static uint32_t take_cell(snap_pump *p)
+{
+    if (!p->free_early) {
+        bool in_staging = p->cut_slots < p->slots / MOST_OF_STAGING;
+        int64_t slot = in_staging ? take_place(p, 0, false, true) : NO_PLACE;
+        if (slot != NO_PLACE)
+            p->cut_slots++;
+        else
+            slot = take_spill(p);
+        if (slot != NO_PLACE)
+            cut(p, slot);
+    }
+    uint32_t number = p->free_early;
+    if (number)
+        p->free_early = p->early.at[number - 1].next;
+    return number;
+}
+
+static void give_cell(snap_pump *p, uint32_t number)
+{
+    p->early.at[number - 1].next = p->free_early;
+    p->free_early = number;
+}
+
+static off_t spilled_at(int64_t cell)
+{
+    return (off_t)((uint64_t)(-cell - 1) * PAGE);
+}
+
+/* ---- pages -------------------------------------------------------------------------------------- */
+
+bool is_early(const snap_window *w, const chunk *c)
+{
+    return !w->huge && w->object < 0 && c && c->want && c->state == UNSAVED &&
+           __builtin_popcount(c->early) < MOST_EARLY;
+}
+
+int save_early(snap_pump *p, uint32_t space, uint64_t at)
+{
+    uint64_t address = at & ~(CHUNK - 1);
+    unsigned page = (unsigned)(at % CHUNK / PAGE);
+    uint16_t bit = (uint16_t)(1u << page);
+    const chunk *c = ledger_chunk(p, space, address);
+    if (!(missing(c) & bit) || c->early & bit)
+        return 0; /* there is a copy of it */
+    tentative *t = VECTOR_PUSH(&p->tentative);
+    if (!t)
+        return -ENOMEM;
+    uint32_t number = take_cell(p);
+    int r = number ? 0 : -ENOBUFS;
+    if (!r) {
+        int64_t cell = p->early.at[number - 1].cell;
+        uint8_t *out = cell >= 0 ? p->staging + (uint64_t)cell * PAGE : p->bounce;
+        r = copy_pages(p, space, address, bit, out - page * PAGE, &t->low, &t->high);
+        if (!r && cell < 0 && pwrite(p->spill, out, PAGE, spilled_at(cell)) != (ssize_t)PAGE)
+            r = -ENOBUFS; /* the disk is full */
+        if (r)
+            give_cell(p, number);
+    }
+    if (r) {
+        p->tentative.count--;
+        return r;
+    }
+    t->only = false;
+    t->early = number;
+    t->saved = (snap_saved){.address = address, .space = space, .pages = bit};
+    pthread_mutex_lock(&p->lock);
+    p->counters.fault_pages++;
+    pthread_mutex_unlock(&p->lock);
+    return 0;
+}
+
+void early_publish(snap_pump *p, const tentative *t)
+{
+    chunk *c = ledger_chunk(p, t->saved.space, t->saved.address);
+    if (c->state == SAVED || c->early & t->saved.pages) {
+        give_cell(p, t->early); /* the chunk was saved as a whole after all, or it twice */
+        return;
+    }
+    early_page *one = &p->early.at[t->early - 1];
+    one->bit = (uint16_t)t->saved.pages;
+    one->next = c->first_early;
+    c->first_early = t->early;
+    c->early |= one->bit;
+}
+
+void early_forget(snap_pump *p, const tentative *t)
+{
+    give_cell(p, t->early);
+}
+
+int early_put(const snap_pump *p, const chunk *c, uint16_t pages, uint8_t *out)
+{
+    for (uint32_t at = c->first_early; at; at = p->early.at[at - 1].next) {
+        const early_page *one = &p->early.at[at - 1];
+        uint8_t *to = out + (unsigned)__builtin_ctz(one->bit) * PAGE;
+        if (!(one->bit & pages))
+            continue;
+        if (one->cell >= 0)
+            memcpy(to, p->staging + (uint64_t)one->cell * PAGE, PAGE);
+        else if (pread(p->spill, to, PAGE, spilled_at(one->cell)) != (ssize_t)PAGE)
+            return -EIO;
+    }
+    return 0;
+}
+
+void early_done(snap_pump *p, chunk *c)
+{
+    for (uint32_t at = c->first_early, next; at; at = next) {
+        next = p->early.at[at - 1].next;
+        give_cell(p, at);
+    }
+    c->first_early = 0;
+    c->early = 0;
+}
