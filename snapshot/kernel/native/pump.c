@@ -563,7 +563,7 @@ static int go_round(snap_pump *p, int order)
     }
     if (rest(p, order != ORDER_ROUND))
         return 0;
-    be_urgent(p, false);
+    be_urgent(p, order != ORDER_ROUND);
     uint64_t began = now_ns(), copied = p->round.copied_bytes;
     int r = ahead_slice(p, copies);
     if (!r && outrun(p, order))

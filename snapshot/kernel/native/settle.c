@@ -97,17 +97,28 @@ static int look_at_gaps(snap_pump *p, const snap_window *w, seen *found)
     return r;
 }
 
-/* What is covered of a listed chunk of private memory. */
-static int look_at_listed(snap_pump *p, const place *where, seen *found)
+/* How many listed chunks lie behind one another from the i-th of `count` on, all in one block. */
+static size_t run_of_listed(const snap_pump *p, size_t i, size_t count)
+{
+    const place *first = &p->listed.at[i];
+    size_t n = 1;
+    while (i + n < count && first[n].space == first->space && first[n].address == first->address + n * CHUNK &&
+           first[n].address % BLOCK)
+        n++;
+    return n;
+}
+
+/* What is covered of listed chunks of private memory, the space addresses [start, end) of one block. */
+static int look_at_listed(snap_pump *p, uint32_t space, uint64_t start, uint64_t end, seen *found)
 {
     int r = 0;
-    for (size_t k = ledger_first(p, where->space, where->address); !r && k < p->windows.count; k++) {
+    for (size_t k = ledger_first(p, space, start); !r && k < p->windows.count; k++) {
         const snap_window *w = &p->windows.at[k].is;
-        if (w->space != where->space || w->at >= where->address + CHUNK)
+        if (w->space != space || w->at >= end)
             break;
         uint64_t w_end = w->at + (w->end - w->start);
-        uint64_t from = w->at > where->address ? w->at : where->address;
-        uint64_t to = w_end < where->address + CHUNK ? w_end : where->address + CHUNK, until;
+        uint64_t from = w->at > start ? w->at : start;
+        uint64_t to = w_end < end ? w_end : end, until;
         from = from - w->at + w->start;
         to = to - w->at + w->start;
         for (; !r && from < to; from = until) {
@@ -132,9 +143,11 @@ static int look(snap_pump *p, seen *found)
         if (c->state == SAVED)
             c->bare = 0;
     }
-    for (size_t i = 0; !r && i < count; i++) {
+    for (size_t i = 0, n; !r && i < count; i += n) {
         const place where = p->listed.at[i];
-        r = where.space < OBJECT_SPACE ? look_at_listed(p, &where, found) : 0;
+        n = run_of_listed(p, i, count);
+        if (where.space < OBJECT_SPACE)
+            r = look_at_listed(p, where.space, where.address, where.address + n * CHUNK, found);
     }
     for (size_t k = 0; !r && k < p->windows.count; k++)
         r = look_at_gaps(p, &p->windows.at[k].is, found);
