@@ -196,8 +196,8 @@ class Pump(Closing):
         """Storing pauses, for the target is to stand still and compressors would take processors
         from the stop; waits up to `seconds` for that. Until `rested` no storing thread runs after
         all others: it may hold the interpreter lock."""
+        self.storing.close(seconds)  # not hurried yet: its target would feel what they finish
         self._background.hurry()
-        self.storing.close(seconds)
 
     def rested(self) -> None:
         self.storing.open()
