@@ -61,7 +61,7 @@ static off_t spilled_at(int64_t cell)
 
 /* ---- pages -------------------------------------------------------------------------------------- */
 
-bool is_early(const snap_window *w, const chunk *c)
+bool may_be_early(const snap_window *w, const chunk *c)
 {
     return !w->huge && w->object < 0 && c && c->want && c->state == UNSAVED &&
            __builtin_popcount(c->early) < MOST_EARLY;
@@ -73,8 +73,8 @@ int save_early(snap_pump *p, uint32_t space, uint64_t at)
     unsigned page = (unsigned)(at % CHUNK / PAGE);
     uint16_t bit = (uint16_t)(1u << page);
     const chunk *c = ledger_chunk(p, space, address);
-    if (!(missing(c) & bit) || c->early & bit)
-        return 0; /* there is a copy of it */
+    if (!(pages_to_save(space, c) & bit) || c->early & bit)
+        return 0; /* nobody will need it, or there is a copy of it */
     tentative *t = VECTOR_PUSH(&p->tentative);
     if (!t)
         return -ENOMEM;

@@ -308,8 +308,8 @@ int enqueue(snap_pump *p, const snap_saved *saved);
 
 /* early.c */
 /* Whether a page of a chunk of w can be saved by itself. */
-bool is_early(const snap_window *w, const chunk *c);
-/* Saves the page at a space address, tentative; 0 as well if there is a copy of it. -ENOBUFS: there is
+bool may_be_early(const snap_window *w, const chunk *c);
+/* Saves the page at a space address, tentative; 0 as well if none is needed. -ENOBUFS: there is
  * no room for it; -EAGAIN as for save_chunk. */
 int save_early(snap_pump *p, uint32_t space, uint64_t at);
 void early_publish(snap_pump *p, const tentative *t);
@@ -326,6 +326,9 @@ int copy_pages(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, u
                uint64_t *high);
 /* Whether of this chunk, which is missing some pages, only those are to be copied: a patch. */
 bool is_patched(const chunk *c);
+/* After T0: the pages of an UNSAVED chunk that its copy will have. Each has to keep its mark until then, or
+ * be saved early, though there be a good copy of it: a chunk that lacks many pages is copied whole. */
+uint16_t pages_to_save(uint32_t space, const chunk *c);
 /* Copies the pages of the chunk at a space address into `place`; if they are all that it wants, zeros for
  * the others. */
 int save_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, int64_t place);

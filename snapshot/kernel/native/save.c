@@ -213,6 +213,11 @@ bool is_patched(const chunk *c)
     return c->kept && pages && pages <= MOST_PATCHED;
 }
 
+uint16_t pages_to_save(uint32_t space, const chunk *c)
+{
+    return space < OBJECT_SPACE && is_patched(c) ? missing(c) : c->want;
+}
+
 int save_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, int64_t place)
 {
     uint64_t low, high;
@@ -267,8 +272,7 @@ int save_chunk(snap_pump *p, uint32_t space, uint64_t address, bool urgent)
     if (!t)
         return -ENOMEM;
     chunk *c = ledger_chunk(p, space, address);
-    bool part = space < OBJECT_SPACE && is_patched(c);
-    uint16_t pages = part ? missing(c) : c->want;
+    uint16_t pages = pages_to_save(space, c);
     int r = copy_to_place(p, space, address, pages, urgent, true, t);
     if (r) {
         p->tentative.count--;

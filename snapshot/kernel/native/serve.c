@@ -232,7 +232,7 @@ static int serve_fault(snap_pump *p, uint64_t address)
     uint64_t unit = w->is.huge ? w->is.huge : CHUNK, at = address - w->is.start + w->is.at;
     if (!p->after_t0)
         return serve_fault_ahead(p, &w->is, at);
-    if (is_early(&w->is, ledger_chunk(p, space, at)) && lets_one_page(p)) {
+    if (may_be_early(&w->is, ledger_chunk(p, space, at)) && lets_one_page(p)) {
         int r = save_early(p, space, at);
         if (r != -ENOBUFS)
             return r ? r : release_space(p, space, at, at + PAGE);
