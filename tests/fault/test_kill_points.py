@@ -2,7 +2,7 @@
 goes on as if nothing had been, the store shows no half image, and the next take works.
 
 What docs/failure-modes.md names as not covered can be met by any kill, wherever the thread is that
-dies, since another is stopping the target just then (70 to 200 us of a take, under load more): an
+dies, since another is stopping the target just then (80 to 200 us of a stop, under load more): an
 EINTR of epoll_wait. It is counted, may be seen once, and never twice at one point."""
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from snapshot.kernel import awake, background
 from snapshot.kernel.background import Background
 from snapshot.kernel.busy import Busy, times
 from snapshot.worker import Worker
+from tests.harness import processes
 from tests.harness.processes import wait_until
 
 
@@ -111,14 +112,18 @@ def test_they_keep_off_processors(processors: set[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "is_busy"), [("while True: pass", True), ("input()", False)], ids=["busy", "idle"]
+    ("code", "is_busy"), [("while True: pass", True), ("input()", False)], ids=["busy", "asleep"]
 )
 def test_where_a_busy_thread_is(processors: set[int], code: str, is_busy: bool) -> None:
     here = max(processors)
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as program:
+    command = [sys.executable, "-c", f"print(flush=True)\n{code}"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as program:
         try:
             os.sched_setaffinity(program.pid, {here})
-            wait_until(lambda: Path(f"/proc/{program.pid}/comm").read_text()[:6] == "python", "it")
+            assert program.stdout is not None
+            program.stdout.readline()  # its start is over, which is work too
+            wait_until(lambda: is_busy or processes.state(program.pid) == "S", "its sleep")
             busy = Busy(program.pid)
             assert busy.processors() == frozenset()  # there is nothing to compare with
             ran, _ = times(program.pid, program.pid)

@@ -102,10 +102,9 @@ int save_early(snap_pump *p, uint32_t space, uint64_t at)
     return 0;
 }
 
-void early_publish(snap_pump *p, const tentative *t)
+void early_publish(snap_pump *p, chunk *c, const tentative *t)
 {
-    chunk *c = ledger_chunk(p, t->saved.space, t->saved.address);
-    if (c->state == SAVED || c->early & t->saved.pages) {
+    if (c->state != UNSAVED || c->early & t->saved.pages) {
         give_cell(p, t->early); /* the chunk was saved as a whole after all, or it twice */
         return;
     }

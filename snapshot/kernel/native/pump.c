@@ -542,7 +542,7 @@ void snap_pump_release(snap_pump *p)
     pthread_mutex_unlock(&p->lock);
 }
 
-/* Whether writers are so fast that another round would have to copy most of what this one does. */
+/* Whether writers are so fast that another round would have to copy a good part of what this one does. */
 static bool outrun(const snap_pump *p, int order)
 {
     return order == ORDER_ROUND && !p->patient && p->listed.count >= OUTRUN_CHUNKS &&

@@ -243,7 +243,7 @@ bool ledger_huge(const snap_pump *p, uint64_t start, uint64_t end);
 void whole_pages(const snap_window *w, uint64_t *low, uint64_t *high);
 /* Wanted bytes of shared objects in chunks that are UNSAVED. */
 uint64_t ledger_unsaved_objects(const snap_pump *p, uint64_t *where);
-/* Wanted bytes of [start, end) (run-time) in chunks that are not at least `state`. */
+/* Wanted bytes of [start, end) (run-time) in chunks that are not at least `state`, without the early. */
 uint64_t ledger_unsaved(snap_pump *p, uint64_t start, uint64_t end, uint8_t state, uint64_t *where);
 
 /* cover.c */
@@ -312,7 +312,8 @@ bool may_be_early(const snap_window *w, const chunk *c);
 /* Saves the page at a space address, tentative; 0 as well if none is needed. -ENOBUFS: there is
  * no room for it; -EAGAIN as for save_chunk. */
 int save_early(snap_pump *p, uint32_t space, uint64_t at);
-void early_publish(snap_pump *p, const tentative *t);
+/* What is tentative is T0, and from now on a part of the chunk; or it is forgotten. */
+void early_publish(snap_pump *p, chunk *c, const tentative *t);
 void early_forget(snap_pump *p, const tentative *t);
 /* Puts those of `pages` that are kept to where they are in the chunk at `out`. -EIO: the spill file. */
 int early_put(const snap_pump *p, const chunk *c, uint16_t pages, uint8_t *out);

@@ -316,22 +316,19 @@ int save_publish(snap_pump *p)
         return 0;
     pthread_mutex_lock(&p->lock);
     for (size_t i = 0; i < p->tentative.count; i++) {
-        const snap_saved *saved = &p->tentative.at[i].saved;
-        if (p->tentative.at[i].early)
-            continue;
-        ledger_chunk(p, saved->space, saved->address)->state = SAVED;
-        if (!r)
-            r = enqueue(p, saved);
-    }
-    pthread_mutex_unlock(&p->lock);
-    for (size_t i = 0; i < p->tentative.count; i++) {
         const tentative *t = &p->tentative.at[i];
-        if (t->early)
-            early_publish(p, t);
-        else
-            early_done(p, ledger_chunk(p, t->saved.space, t->saved.address));
+        chunk *c = ledger_chunk(p, t->saved.space, t->saved.address);
+        if (t->early) {
+            early_publish(p, c, t);
+            continue;
+        }
+        c->state = SAVED;
+        early_done(p, c);
+        if (!r)
+            r = enqueue(p, &t->saved);
     }
     p->tentative.count = 0;
+    pthread_mutex_unlock(&p->lock);
     return r;
 }
 
