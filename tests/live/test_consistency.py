@@ -90,6 +90,21 @@ def test_who_writes_here_and_there_waits_for_pages(
     writer.goes_on()
 
 
+def test_a_chunk_that_is_copied_whole_needs_its_good_pages_too(spawn: Spawn, store: Path) -> None:
+    """At T0 many chunks have a copy that lacks more pages than a patch takes. A page that it has is
+    let through at a fault, and still belongs to what is copied then."""
+    writer = spawn("writer", kind="anon", mib=192, threads=2, sparse=1, rate=20_000)
+    for number in range(2):
+        memory, image = take_with_oracle(writer.pid, store, f"image-{number}", pace="64M")
+        with image:
+            assert oracle.compare(memory, image, writer.pid) == []
+            stats = image.manifest.stats
+        assert (stats.attempts, stats.retry_reasons) == (1, ())
+        assert stats.fault_pages > 1000
+        assert stats.ahead_bytes > 32 << 20
+    writer.verify()
+
+
 def test_memory_that_is_written_everywhere_is_copied_once(spawn: Spawn, store: Path) -> None:
     """A first round that writers undo is given up, and what it lacks is saved after T0; not so when
     the remainder is to be copied in the pause."""
