@@ -244,8 +244,10 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer)
     pump.rested()
     plan = ahead.examination.plan
     files, table = pause.table.complete()
-    if pause.table.problems:  # a file was renamed or deleted just then
-        raise LostError("; ".join(pause.table.problems))
+    if pause.table.refused:
+        examine.refuse(job.pid, plan, pause.table.refused)
+    if pause.table.lost:  # a file was renamed or deleted just then
+        raise LostError("; ".join(pause.table.lost))
     process = pause.gathered.process(
         0, mappings=tuple(plan.mappings), files=files, descriptors=table
     )

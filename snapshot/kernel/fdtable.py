@@ -1,6 +1,7 @@
 """All descriptors of a process as /proc shows them, and its sockets as they look, each in one call.
 
-Speed matters: this runs while the process is stopped, about 9 µs a descriptor and 3 µs a socket.
+Speed matters: this runs while the process is stopped, about 9 µs a descriptor and 13 µs a socket
+with all its options.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 from ..errors import DeniedError, KernelError, TargetError
@@ -90,23 +92,49 @@ class Socket(NamedTuple):
     events: int  # POLLIN, POLLHUP, POLLRDHUP now
     local: bytes  # struct sockaddr
     peer: bytes  # the same; empty without a peer
+    answers: bytes  # to the options that it was asked for: `answers`
 
 
-_SOCKET = struct.Struct("=10i")
+_SOCKET = struct.Struct("=11i128s128si")
+_ANSWER = struct.Struct("=HH")
 
 
-def look(pidfd: int, fd: int) -> Socket:
-    """A socket of the process, looked at through a copy of its descriptor.
-    OSError when it is no socket, or is closed."""
-    out = ffi.new("snap_socket *")
-    result = int(lib.snap_socket_look(pidfd, fd, out))
-    if result < 0:
-        raise OSError(-result, os.strerror(-result))
-    data = bytes(ffi.buffer(out))
-    domain, kind, protocol, listening, state, backlog, waiting, events, local, peer = (
-        _SOCKET.unpack_from(data)
-    )
-    at = _SOCKET.size
+class Asked:
+    """Options that sockets are asked for: (domain, type, level, option, bytes)."""
+
+    def __init__(self, rows: Sequence[tuple[int, int, int, int, int]]) -> None:
+        self.rows = ffi.new("snap_socket_option[]", list(rows))
+        self.count = len(rows)
+
+
+def look(pidfd: int, fds: Sequence[int], asked: Asked) -> list[Socket | OSError]:
+    """Sockets of the process, looked at through copies of their descriptors; OSError of what is no
+    socket, or is closed."""
+    out = ffi.new("snap_socket[]", len(fds))
+    numbers = ffi.new("int[]", list(fds))
+    lib.snap_sockets_look(pidfd, len(fds), numbers, asked.count, asked.rows, out)
+    data = memoryview(ffi.buffer(out))
+    size = ffi.sizeof("snap_socket")
+    return [_socket(data[at : at + size]) for at in range(0, len(data), size)]
+
+
+def answers(socket: Socket) -> Iterator[tuple[int, bytes]]:
+    """Which row of what it was asked for, and the answer."""
+    at = 0
+    while at < len(socket.answers):
+        row, length = _ANSWER.unpack_from(socket.answers, at)
+        at += _ANSWER.size
+        yield row, socket.answers[at : at + length]
+        at += length
+
+
+def _socket(data: memoryview) -> Socket | OSError:
+    (
+        error, domain, kind, protocol, listening, state, backlog, waiting, events,
+        local_length, peer_length, local, peer, length,
+    ) = _SOCKET.unpack_from(data)  # fmt: skip
+    if error:
+        return OSError(-error, os.strerror(-error))
     return Socket(
         domain=domain,
         type=kind,
@@ -116,6 +144,7 @@ def look(pidfd: int, fd: int) -> Socket:
         backlog=backlog,
         waiting=waiting,
         events=events,
-        local=data[at : at + local],
-        peer=data[at + 128 : at + 128 + peer],
+        local=local[:local_length],
+        peer=peer[:peer_length],
+        answers=bytes(data[_SOCKET.size : _SOCKET.size + length]),
     )

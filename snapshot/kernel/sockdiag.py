@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from .closing import Closing
@@ -36,6 +37,10 @@ _MESSAGE = struct.Struct("=BBBBIII")  # unix_diag_msg
 _ATTRIBUTE = struct.Struct("=HH")  # nlattr: length with this header, type
 _PAIR = struct.Struct("=II")
 _ANY_COOKIE = 0xFFFFFFFF
+_UNIX = (socket.AF_UNIX, 0, 0, _ANY_COOKIE)  # what a request begins with: in any state
+_SHOW = SHOW_NAME | SHOW_VFS | SHOW_PEER | SHOW_RQLEN
+_AT_ONCE = 32
+"""Requests in one message: their answers fit into the receive buffer."""
 _TCP_REQUEST = struct.Struct("=BBBBI48s")  # inet_diag_req_v2
 _TCP_MESSAGE = struct.Struct("=BBBB48s5I")  # inet_diag_msg
 _TCP_ID = struct.Struct("!HH44s")  # inet_diag_sockid: ports, then what only the kernel reads
@@ -68,21 +73,18 @@ class Diag(Closing):
         self._socket.close()
 
     def unix(self, inode: int) -> UnixSocket | None:
-        """The unix socket with this inode; None when there is none in this network namespace.
+        """See `parse_unix`."""
+        return parse_unix(*self.ask_unix([inode]))
 
-        OSError for any other failure (ENOENT also stands for a kernel without unix_diag)."""
-        show = SHOW_NAME | SHOW_VFS | SHOW_PEER | SHOW_RQLEN
-        request = _REQUEST.pack(
-            socket.AF_UNIX, 0, 0, _ANY_COOKIE, inode, show, _ANY_COOKIE, _ANY_COOKIE
-        )
-        self._ask(SOCK_DIAG_BY_FAMILY, 0, request)
-        answer = self._socket.recv(4096)
-        code = _error(answer)
-        if code == errno.ENOENT:
-            return None
-        if code:
-            raise OSError(code, f"sock_diag of unix socket {inode}: {error_name(code)}")
-        return parse_unix(answer)
+    def ask_unix(self, inodes: Sequence[int]) -> list[bytes]:
+        """What is said of the unix sockets with these inodes, in their order: see `parse_unix`."""
+        answers: list[bytes] = []
+        for start in range(0, len(inodes), _AT_ONCE):
+            part = inodes[start : start + _AT_ONCE]
+            requests = (_REQUEST.pack(*_UNIX, one, _SHOW, _ANY_COOKIE, _ANY_COOKIE) for one in part)
+            self._socket.send(b"".join(self._message(SOCK_DIAG_BY_FAMILY, 0, r) for r in requests))
+            answers += [self._socket.recv(4096) for _ in part]
+        return answers
 
     def end_leftovers(self, port: int) -> int:
         """End the TCP connections at a local port that no process has any more, however long they
@@ -122,10 +124,12 @@ class Diag(Closing):
                 at += (length + 3) & ~3
 
     def _ask(self, kind: int, flags: int, request: bytes) -> None:
+        self._socket.send(self._message(kind, flags, request))
+
+    def _message(self, kind: int, flags: int, request: bytes) -> bytes:
         self._sequence += 1
         size = _HEADER.size + len(request)
-        header = _HEADER.pack(size, kind, NLM_F_REQUEST | flags, self._sequence, 0)
-        self._socket.send(header + request)
+        return _HEADER.pack(size, kind, NLM_F_REQUEST | flags, self._sequence, 0) + request
 
 
 def _error(answer: bytes) -> int:
@@ -135,8 +139,14 @@ def _error(answer: bytes) -> int:
     return -int(struct.unpack_from("=i", answer, _HEADER.size)[0])
 
 
-def parse_unix(answer: bytes) -> UnixSocket:
-    """One SOCK_DIAG_BY_FAMILY message of family AF_UNIX, netlink header included."""
+def parse_unix(answer: bytes) -> UnixSocket | None:
+    """One SOCK_DIAG_BY_FAMILY message of family AF_UNIX, netlink header included. None: there is no
+    such socket in this network namespace, or the kernel has no unix_diag. OSError: what else."""
+    code = _error(answer)
+    if code == errno.ENOENT:
+        return None
+    if code:
+        raise OSError(code, f"sock_diag of a unix socket: {error_name(code)}")
     length = _HEADER.unpack_from(answer)[0]
     _, kind, state, _, inode, _, _ = _MESSAGE.unpack_from(answer, _HEADER.size)
     found: dict[int, bytes] = {}

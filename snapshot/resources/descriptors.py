@@ -10,6 +10,7 @@ import os
 import resource
 import socket
 import stat
+from collections.abc import Callable
 from itertools import pairwise
 
 from msgspec.structs import replace
@@ -17,7 +18,7 @@ from msgspec.structs import replace
 from ..errors import KernelError, RestoreError
 from ..kernel import fdtable, kcmp
 from ..kernel.arch_x86_64 import NR
-from ..kernel.fdtable import Entry
+from ..kernel.fdtable import Entry, Socket
 from ..kernel.remote import Remote
 from ..manifest import Descriptor, OpenFile, Process, pack
 from . import (
@@ -111,7 +112,8 @@ class Capture:
     come when the process runs on.
 
     Nothing of it is consumed or changed. Of files with a name, and of some others, fdinfo and stat
-    tell all; they cost the pause about 20 µs each, those that have to be asked some 60 more.
+    tell all; they cost the pause about 20 µs each, sockets as much again, others that have to be
+    asked some 60 more.
     """
 
     def __init__(self, pid: int, pidfd: int) -> None:
@@ -123,9 +125,20 @@ class Capture:
         self._failed: dict[int, str] = {}
         with Table(pid, pidfd, self._seen) as table:
             self._table = table
+            table.ask()
             for seen in self._seen:
-                if _only_now(seen):
+                if isinstance(seen.socket, Socket) and not seen.flags & FASYNC:
+                    self._ask_queue(seen)
+                elif _only_now(seen):
                     self._look(seen)
+
+    def _ask_queue(self, seen: Seen) -> None:
+        """All that is left to be asked of a socket."""
+        try:
+            if unixsockets.recognise(seen, self._table):
+                unixsockets.queue(seen, self._table)
+        except Cannot as reason:
+            self._failed[seen.id] = seen.numbered(reason)
 
     def _look(self, seen: Seen) -> None:
         try:
@@ -137,7 +150,20 @@ class Capture:
     @property
     def problems(self) -> list[str]:
         """All that cannot be handled, as far as it has been looked at."""
-        return [self._failed[file_id] for file_id in sorted(self._failed)]
+        return self.refused + self.lost
+
+    @property
+    def refused(self) -> list[str]:
+        return self._why_not(_only_now)
+
+    @property
+    def lost(self) -> list[str]:
+        """Files whose names led elsewhere when `complete` looked at them."""
+        return self._why_not(lambda seen: not _only_now(seen))
+
+    def _why_not(self, of: Callable[[Seen], bool]) -> list[str]:
+        failed = self._failed
+        return [failed[seen.id] for seen in self._seen if seen.id in failed and of(seen)]
 
     @property
     def direct_io(self) -> bool:
@@ -159,8 +185,7 @@ class Capture:
             if seen.id not in self._found and seen.id not in self._failed:
                 self._look(seen)
             if seen.id not in self._failed:
-                found = self._found[seen.id]
-                owner = self._owners[seen.id]
+                found, owner = self._found[seen.id], self._owners[seen.id]
                 opened += _open_files(seen, *found, owner, numbers, len(self._seen))
         descriptors = tuple(
             Descriptor(fd=fd, file=numbers[fd], cloexec=fd in self._cloexec)

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from ..errors import RestoreError
@@ -21,8 +22,9 @@ from ..kernel import pidfd as pidfds
 from ..kernel.arch_x86_64 import NR
 from ..kernel.fdtable import Entry, Socket
 from ..kernel.remote import Call, Remote
-from ..kernel.sockdiag import Diag
+from ..kernel.sockdiag import Diag, UnixSocket, parse_unix
 from ..manifest import Manifest, OpenFile, Process, Record, unpack
+from . import sockopts
 
 T = TypeVar("T", bound=Record)
 Any_ = TypeVar("Any_")
@@ -40,6 +42,8 @@ SETFL = os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT | os.O_NOATIME
 OPEN_ONCE = os.O_CREAT | os.O_EXCL | os.O_TRUNC | os.O_NOCTTY | os.O_NOFOLLOW | O_TMPFILE
 """Flags that meant something only when the file was opened the first time."""
 STANDARD = (0, 1, 2)
+LARGEST = 256 * 1024
+"""Bytes of a message that waits, at most."""
 AT_FDCWD = -100
 
 
@@ -64,7 +68,10 @@ class Seen:
     flags: int  # open(2) flags without O_CLOEXEC
     offset: int
     cloexec: set[int]  # those of `fds` that exec closes
-    socket: Socket | None = None  # how it looks, when it is one and was asked for
+    # When it is a socket, what it was asked:
+    socket: Socket | OSError | None = None  # how it looks
+    unix: bytes | None = None  # sockdiag.parse_unix
+    queue: tuple[bytes, ...] | None = None  # the messages that wait in a unix socket
 
     @property
     def link(self) -> bytes:
@@ -147,17 +154,50 @@ class Table:
         with socket.socket(fileno=pidfds.getfd(self.pidfd, seen.fd)) as sock:
             yield sock
 
+    def ask(self) -> None:
+        """All sockets, for `look` and `unix`: at once that is a fifth of what it costs one by one.
+        """
+        self._look([seen for seen in self.files if seen.is_socket])
+        self._ask_unix(
+            seen
+            for seen in self.files
+            if isinstance(seen.socket, Socket) and seen.socket.domain == socket.AF_UNIX
+        )
+
     def look(self, seen: Seen) -> Socket:
         """How a socket looks; OSError when it is none."""
         if seen.socket is None:
-            seen.socket = fdtable.look(self.pidfd, seen.fd)
+            self._look([seen])
+        assert seen.socket is not None
+        if isinstance(seen.socket, OSError):
+            raise seen.socket
         return seen.socket
 
-    @property
-    def diag(self) -> Diag:
-        if self._diag is None:
+    def unix(self, seen: Seen) -> UnixSocket | None:
+        """See sockdiag.parse_unix."""
+        if seen.unix is None:
+            self._ask_unix([seen])
+        assert seen.unix is not None
+        return parse_unix(seen.unix)
+
+    @cached_property
+    def room(self) -> bytearray:
+        """For what waits somewhere."""
+        return bytearray(LARGEST)
+
+    def _look(self, files: Sequence[Seen]) -> None:
+        found = fdtable.look(self.pidfd, [seen.fd for seen in files], sockopts.asked())
+        for seen, look in zip(files, found, strict=True):
+            seen.socket = look
+
+    def _ask_unix(self, files: Iterable[Seen]) -> None:
+        every = list(files)
+        if self._diag is None and every:
             self._diag = Diag()
-        return self._diag
+        if self._diag is not None:
+            answers = self._diag.ask_unix([seen.entry.inode for seen in every])
+            for seen, answer in zip(every, answers, strict=True):
+                seen.unix = answer
 
     def __enter__(self) -> Table:
         return self

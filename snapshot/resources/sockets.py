@@ -83,8 +83,7 @@ def capture(seen: Seen, table: Table) -> Captured:
         return Captured(label, ended, outside=True, closed=True)
     if connection and look.events & select.POLLRDHUP:  # only after a connection is it shut
         return Captured(f"{name} {local} after its end", replace(state, ended=True), outside=True)
-    with table.socket(seen) as sock:
-        state = replace(state, local=local, options=sockopts.read(sock))
+    state = replace(state, local=local, options=sockopts.of(look))
     if look.listening:
         listening = replace(state, backlog=look.backlog if look.state else socket.SOMAXCONN)
         return Captured(f"{name} {local} listening", listening)

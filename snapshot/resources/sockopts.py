@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import socket
 import struct
+from functools import cache
 
+from ..kernel.fdtable import Asked, Socket, answers
 from ..manifest import Record
 
 SO_REUSEADDR, SO_SNDBUF, SO_RCVBUF = 2, 7, 8
@@ -92,16 +94,22 @@ class Option(Record, frozen=True):
     value: bytes
 
 
-def read(sock: socket.socket) -> tuple[Option, ...]:
-    """Every option that this kernel and this kind of socket have; about 1 µs each."""
-    found = []
-    for level, option, size in TABLES[sock.family, sock.type]:
-        try:
-            value = sock.getsockopt(level, option, size)
-        except OSError:
-            continue
-        found.append(Option(level=level, option=option, value=value))
-    return tuple(found)
+ROWS = [
+    (domain, kind, *option) for (domain, kind), table in TABLES.items() for option in table
+]
+
+
+@cache
+def asked() -> Asked:
+    """What a look at a socket asks for: every option that its kind has."""
+    return Asked(ROWS)
+
+
+def of(look: Socket) -> tuple[Option, ...]:
+    """Those that this kernel has, as they were when `asked`."""
+    return tuple(
+        Option(level=ROWS[row][2], option=ROWS[row][3], value=value) for row, value in answers(look)
+    )
 
 
 def write(sock: socket.socket, options: tuple[Option, ...]) -> list[str]:

@@ -14,11 +14,20 @@ from ..kernel.arch_x86_64 import NR
 from ..kernel.sockdiag import TCP_ESTABLISHED, TCP_LISTEN, UnixSocket
 from ..manifest import OpenFile
 from . import sockopts, unixopen
-from .openfile import Cannot, Captured, Opening, Placing, Seen, Table, set_flags, state_of
+from .openfile import (
+    LARGEST,
+    Cannot,
+    Captured,
+    Opening,
+    Placing,
+    Seen,
+    Table,
+    set_flags,
+    state_of,
+)
 
 NAME = unixopen.NAME
 
-_PEEK_BYTES = 256 * 1024
 _ANCILLARY_BYTES = 4096
 
 
@@ -27,17 +36,12 @@ def recognise(seen: Seen, table: Table) -> bool:
 
 
 def capture(seen: Seen, table: Table) -> Captured:
-    found = table.diag.unix(seen.entry.inode)
+    found = table.unix(seen)
     if found is None:
         raise Cannot("a unix socket in another network namespace, or no unix_diag in this kernel")
     inside = bool(found.peer) and (seen.entry.device, found.peer) in table.by_inode
     look = table.look(seen)
     peer_name = b"" if inside else _name(look.peer)
-    # SIOCINQ of a datagram socket is the size of the first message, which may be empty
-    full = look.waiting != 0 or found.type == socket.SOCK_DGRAM
-    with table.socket(seen) as sock:
-        queue = waiting(sock) if full and table.stopped and found.state != TCP_LISTEN else ()
-        options = sockopts.read(sock)
     connected = found.state == TCP_ESTABLISHED and found.type != socket.SOCK_DGRAM
     again = found.type == socket.SOCK_DGRAM and bool(peer_name)
     outside = (connected or bool(found.peer)) and not inside and not again
@@ -51,10 +55,24 @@ def capture(seen: Seen, table: Table) -> Captured:
         peer_name=peer_name if again else b"",
         shutdown=found.shutdown,
         ended=outside,
-        queue=queue,
-        options=options,
+        queue=queue(seen, table),
+        options=sockopts.of(look),
     )
     return Captured(_label(found, inside, peer_name), state, outside, outside and bool(found.peer))
+
+
+def queue(seen: Seen, table: Table) -> tuple[bytes, ...]:
+    """The messages that wait in a stopped process; Cannot when they cannot be had."""
+    look = table.look(seen)
+    if seen.queue is None:
+        # SIOCINQ of a datagram socket is the size of the first message, which may be empty
+        full = not look.listening and (look.waiting != 0 or look.type == socket.SOCK_DGRAM)
+        if full and table.stopped:
+            with table.socket(seen) as sock:
+                seen.queue = waiting(sock, table.room)
+        else:
+            seen.queue = ()
+    return seen.queue
 
 
 def _label(found: UnixSocket, inside: bool, peer_name: bytes) -> str:
@@ -91,28 +109,28 @@ def _file(found: UnixSocket, table: Table) -> unixopen.SocketFile | None:
     return unixopen.SocketFile(mode=now.st_mode & 0o7777, uid=now.st_uid, gid=now.st_gid)
 
 
-def waiting(sock: socket.socket) -> tuple[bytes, ...]:
-    """The messages that wait to be read, a stream's bytes as one; nothing is consumed.
+def waiting(sock: socket.socket, room: bytearray) -> tuple[bytes, ...]:
+    """The messages that wait to be read, a stream's bytes as one; nothing is consumed. `room`: for
+    one of them, with whatever in it.
 
     SO_PEEK_OFF makes each MSG_PEEK go on behind the last one; its value is put back. An empty
     datagram is seen only at the head of the queue.
     """
     before = sock.getsockopt(socket.SOL_SOCKET, sockopts.SO_PEEK_OFF)
-    buffer = bytearray(_PEEK_BYTES)
     messages: list[bytes] = []
     try:
         sock.setsockopt(socket.SOL_SOCKET, sockopts.SO_PEEK_OFF, 0)
         while True:
             try:
                 size, ancillary, flags, _ = sock.recvmsg_into(
-                    [buffer], _ANCILLARY_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT
+                    [room], _ANCILLARY_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT
                 )
             except OSError:  # EAGAIN: no more; ENOTCONN, EINVAL: none
                 break
             _refuse_descriptors(ancillary, flags)
             if size == 0 and (sock.type != socket.SOCK_DGRAM or messages):
                 break  # the end of a stream
-            messages.append(bytes(buffer[:size]))
+            messages.append(bytes(memoryview(room)[:size]))
     finally:
         sock.setsockopt(socket.SOL_SOCKET, sockopts.SO_PEEK_OFF, before)
     if sock.type == socket.SOCK_STREAM and messages:
@@ -130,7 +148,7 @@ def _refuse_descriptors(ancillary: list[tuple[int, int, bytes]], flags: int) -> 
     if received:
         raise Cannot(f"a unix socket in which {len(received)} descriptors wait (SCM_RIGHTS)")
     if flags & socket.MSG_TRUNC:
-        raise Cannot(f"a unix socket in which a message of more than {_PEEK_BYTES} bytes waits")
+        raise Cannot(f"a unix socket in which a message of more than {LARGEST} bytes waits")
 
 
 def open(file: OpenFile, opening: Opening) -> int:

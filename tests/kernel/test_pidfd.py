@@ -16,7 +16,7 @@ import pytest
 
 from snapshot.errors import DeniedError, KernelError, TargetError
 from snapshot.kernel import fdcalls, fdtable, filesystem, kcmp, pidfd
-from snapshot.kernel.sockdiag import TCP_ESTABLISHED, TCP_LISTEN, Diag
+from snapshot.kernel.sockdiag import TCP_ESTABLISHED, TCP_LISTEN, Diag, parse_unix
 
 
 @contextmanager
@@ -179,10 +179,55 @@ def test_many_descriptors_and_long_fdinfo() -> None:
         os.close(fd)
 
 
+ASKED = fdtable.Asked(
+    [
+        (socket.AF_INET, socket.SOCK_STREAM, socket.SOL_SOCKET, socket.SO_REUSEADDR, 4),
+        (socket.AF_UNIX, socket.SOCK_STREAM, socket.SOL_SOCKET, socket.SO_RCVBUF, 4),
+        (socket.AF_INET, socket.SOCK_STREAM, socket.SOL_SOCKET, 9999, 4),
+        (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, 13, 16),  # TCP_CONGESTION
+    ]
+)
+
+
+def look(handle: int, fd: int) -> fdtable.Socket:
+    (found,) = fdtable.look(handle, [fd], ASKED)
+    if isinstance(found, OSError):
+        raise found
+    return found
+
+
+def test_options_are_those_of_the_kind_that_it_has() -> None:
+    handle = pidfd.open(os.getpid())
+    with socket.socket() as tcp, socket.socket(socket.AF_UNIX) as unix:
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found = fdtable.look(handle, [handle, tcp.fileno(), unix.fileno()], ASKED)
+        assert isinstance(found[0], OSError)
+        assert isinstance(found[1], fdtable.Socket)
+        assert isinstance(found[2], fdtable.Socket)
+        congestion = tcp.getsockopt(socket.IPPROTO_TCP, 13, 16)
+        assert list(fdtable.answers(found[1])) == [(0, b"\1\0\0\0"), (3, congestion)]
+        size = unix.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4)
+        assert list(fdtable.answers(found[2])) == [(1, size)]
+    os.close(handle)
+
+
+def test_answers_that_find_no_room_are_left_out() -> None:
+    many = 100
+    row = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, 13, 16)
+    handle = pidfd.open(os.getpid())
+    with socket.socket() as tcp:
+        (found,) = fdtable.look(handle, [tcp.fileno()], fdtable.Asked([row] * many))
+        assert isinstance(found, fdtable.Socket)
+        rows = [number for number, _ in fdtable.answers(found)]
+        assert rows == list(range(len(rows)))
+        assert 0 < len(rows) < many
+    os.close(handle)
+
+
 def test_how_sockets_look() -> None:
     handle = pidfd.open(os.getpid())
     with socket.create_server(("127.0.0.1", 0), backlog=11) as server:
-        listening = fdtable.look(handle, server.fileno())
+        listening = look(handle, server.fileno())
         assert listening.domain == socket.AF_INET
         assert listening.type == socket.SOCK_STREAM
         assert listening.protocol == socket.IPPROTO_TCP
@@ -193,16 +238,16 @@ def test_how_sockets_look() -> None:
             other, _ = server.accept()
             other.send(b"abc")
             select.select([client], [], [])
-            look = fdtable.look(handle, client.fileno())
-            assert (look.state, look.waiting, look.listening) == (1, 3, False)
-            assert look.events == select.POLLIN
-            assert int.from_bytes(look.peer[2:4], "big") == server.getsockname()[1]
+            now = look(handle, client.fileno())
+            assert (now.state, now.waiting, now.listening) == (1, 3, False)
+            assert now.events == select.POLLIN
+            assert int.from_bytes(now.peer[2:4], "big") == server.getsockname()[1]
             other.close()
             select.select([client], [], [])
-            assert fdtable.look(handle, client.fileno()).events & select.POLLRDHUP
+            assert look(handle, client.fileno()).events & select.POLLRDHUP
             assert client.recv(10) == b"abc"
     with pytest.raises(OSError, match="socket"):
-        fdtable.look(handle, handle)
+        look(handle, handle)
     os.close(handle)
 
 
@@ -241,6 +286,9 @@ def test_unix_peers_and_names() -> None:
             assert found is not None
             assert found.name == b"\0snap\0test"
         assert diag.unix(1) is None
+        every = [inode(a), 1, inode(b)] * 30
+        answers = [parse_unix(one) for one in diag.ask_unix(every)]
+        assert [one and one.inode for one in answers] == [inode(a), None, inode(b)] * 30
 
 
 # --- tee, timerfd, signalfd, files ---------------------------------------------------------------

@@ -10,6 +10,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sched.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -223,17 +224,29 @@ static int32_t option(int fd, int name) {
     return getsockopt(fd, SOL_SOCKET, name, &value, &length) < 0 ? 0 : value;
 }
 
-int snap_socket_look(int pidfd, int fd, snap_socket *out) {
-    int copy = snap_pidfd_getfd(pidfd, fd);
-    if (copy < 0)
-        return copy;
-    memset(out, 0, sizeof *out);
-    socklen_t length = sizeof out->local;
-    if (getsockname(copy, (struct sockaddr *)out->local, &length) < 0) {
-        int failed = errno;
-        close(copy);
-        return -failed;
+/* The answers to those of `rows` that are of this kind of socket. */
+static void ask_options(int fd, int count, const snap_socket_option *rows, snap_socket *out) {
+    for (int i = 0; i < count; i++) {
+        const snap_socket_option *row = &rows[i];
+        if (row->domain != out->domain || row->type != out->type)
+            continue;
+        uint8_t *answer = out->options + out->options_length;
+        socklen_t length = row->size;
+        if (out->options_length + SNAP_ANSWER_HEAD + row->size > (int32_t)sizeof out->options)
+            return;
+        if (getsockopt(fd, row->level, row->option, answer + SNAP_ANSWER_HEAD, &length) < 0)
+            continue;
+        const uint16_t head[2] = {(uint16_t)i, (uint16_t)length};
+        memcpy(answer, head, sizeof head);
+        out->options_length += SNAP_ANSWER_HEAD + (int32_t)length;
     }
+}
+
+static int look(int copy, int options, const snap_socket_option *rows, snap_socket *out) {
+    memset(out, 0, offsetof(snap_socket, options));
+    socklen_t length = sizeof out->local;
+    if (getsockname(copy, (struct sockaddr *)out->local, &length) < 0)
+        return -errno;
     out->local_length = (int32_t)length;
     length = sizeof out->peer;
     if (getpeername(copy, (struct sockaddr *)out->peer, &length) == 0)
@@ -255,8 +268,19 @@ int snap_socket_look(int pidfd, int fd, snap_socket *out) {
     struct pollfd now = {.fd = copy, .events = POLLIN | POLLRDHUP};
     if (poll(&now, 1, 0) == 1)
         out->events = now.revents;
-    close(copy);
+    ask_options(copy, options, rows, out);
     return 0;
+}
+
+void snap_sockets_look(int pidfd, int count, const int *fds, int options, const snap_socket_option *rows,
+                       snap_socket *out) {
+    for (int i = 0; i < count; i++) {
+        int copy = snap_pidfd_getfd(pidfd, fds[i]);
+        int result = copy < 0 ? copy : look(copy, options, rows, &out[i]);
+        out[i].error = result;
+        if (copy >= 0)
+            close(copy);
+    }
 }
 
 int snap_inotify_create(int flags) {

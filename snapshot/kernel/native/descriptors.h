@@ -67,7 +67,19 @@ typedef struct {
  * ENOENT, ESRCH as open(2) of /proc/PID/fd. */
 int64_t snap_descriptors_read(int pid, int only_files, char *buffer, uint64_t size);
 
+/* An option that sockets of a kind are asked for: at most `size` bytes. */
 typedef struct {
+    int32_t domain;
+    int32_t type;
+    int32_t level;
+    int32_t option;
+    int32_t size;
+} snap_socket_option;
+
+#define SNAP_ANSWER_HEAD 4 /* before the bytes of an answer: the number of its row, how many: 16 bits each */
+
+typedef struct {
+    int32_t error; /* 0, or -errno: then nothing else is said */
     int32_t domain;
     int32_t type;
     int32_t protocol;
@@ -80,11 +92,14 @@ typedef struct {
     int32_t peer_length; /* 0 without a peer */
     uint8_t local[128];
     uint8_t peer[128];
+    int32_t options_length;
+    uint8_t options[1536]; /* of the options that it has */
 } snap_socket;
 
-/* Looks at a socket of the process through a copy of its descriptor, closed again at once. -> 0.
- * ENOTSOCK, and the errors of pidfd_getfd(2). */
-int snap_socket_look(int pidfd, int fd, snap_socket *out);
+/* Looks at sockets of the process, each through a copy of its descriptor, closed again at once, and asks
+ * them for the options of their kind. `error`: ENOTSOCK, and the errors of pidfd_getfd(2). */
+void snap_sockets_look(int pidfd, int count, const int *fds, int options, const snap_socket_option *rows,
+                       snap_socket *out);
 
 /* inotify_init1, inotify_add_watch, inotify_rm_watch. */
 int snap_inotify_create(int flags);

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define GAP STEP /* between two chunks that are armed in one call */
+#define GAP CHUNK /* between two chunks that are armed in one call: to pass over more costs more than a call */
 
 /* ---- what has to be looked at ------------------------------------------------------------------- */
 
