@@ -317,14 +317,24 @@ class Pump(Closing):
         result = lib.snap_pump_plan(self._pump, windows, count, address)
         _check(result, f"registering the memory at {address[0]:#x}", f"snap check {self.pid}")
 
-    def settle(self, most: int, *, copies: bool, cover: bool) -> bool:
+    def settle(
+        self, most: int, *, copies: bool, cover: bool, meanwhile: Callable[[], None]
+    ) -> bool:
         """This is T0. Finds what has no good copy: copies it if it is at most `most` bytes, else
         what of it cannot be armed, and arms the rest. `copies`: whether those of before count;
         `cover`: whether nothing can have taken protection off without an event, so that not all
-        need be looked at. -> whether anything is unsaved now."""
+        need be looked at. `meanwhile` is called while the fault thread does it. -> whether anything
+        is unsaved now."""
         what = f"copying memory of process {self.pid}"
         trust = lib.SNAP_TRUST_COPIES * copies | lib.SNAP_TRUST_COVER * cover
-        unsaved = _check(lib.snap_pump_settle(self._pump, most, trust), what, "snap check") > 0
+        self._order(lambda pump: lib.snap_pump_order_settle(pump, most, trust))
+        try:
+            meanwhile()
+        finally:
+            result = lib.snap_pump_await_settled(self._pump)
+        if result == -errno.EPIPE:
+            self._ended()
+        unsaved = _check(result, what, "snap check") > 0
         if VERIFY and (missed := self._raw().missed_pages):
             raise SnapError(f"{missed} pages have changed and nothing told of it")
         self.t0_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * procfs.CLOCK_TICKS)

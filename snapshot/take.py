@@ -282,12 +282,14 @@ def _pause(
             table = descriptors.Capture(frozen.pid, frozen.pidfd)
         with clock.stage("maps"):
             pump.await_hold()
-            ahead.plan(table.needed, table.problems)
+            ahead.plan(table.needed, table.refused)
             faults.point("held")
         with clock.stage("settle"):
             direct_io = ahead.direct_io or table.direct_io
             cover = not procfs.mergeable(job.pid)
-            unsaved = pump.settle(most, copies=not direct_io, cover=cover)
+            unsaved = pump.settle(
+                most, copies=not direct_io, cover=cover, meanwhile=table.ask
+            )
         taken_at = time.time()
         faults.point("settled")
         with clock.stage("hooks"):

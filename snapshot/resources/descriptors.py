@@ -108,8 +108,8 @@ __all__ = [
 
 
 class Capture:
-    """The open files of a stopped process: looked at now, put into words by `complete`, which may
-    come when the process runs on.
+    """The open files of a stopped process: listed when this is made, with the memory that they
+    lead to, asked by `ask`, put into words by `complete`, which may come when the process runs on.
 
     Nothing of it is consumed or changed. Of files with a name, and of some others, fdinfo and stat
     tell all; they cost the pause about 20 µs each, sockets as much again, others that have to be
@@ -123,13 +123,19 @@ class Capture:
         self._found: dict[int, tuple[Kind, Captured]] = {}  # by Seen.id
         self._owners: dict[int, tuple[int, int, int] | None] = {}
         self._failed: dict[int, str] = {}
-        with Table(pid, pidfd, self._seen) as table:
-            self._table = table
+        self._table = Table(pid, pidfd, self._seen)
+        for seen in self._seen:
+            if memfd.recognise(seen, self._table):
+                self._look(seen)
+
+    def ask(self) -> None:
+        """All that `_only_now` can be had."""
+        with self._table as table:
             table.ask()
             for seen in self._seen:
                 if isinstance(seen.socket, Socket) and not seen.flags & FASYNC:
                     self._ask_queue(seen)
-                elif _only_now(seen):
+                elif _only_now(seen) and seen.id not in self._found:
                     self._look(seen)
 
     def _ask_queue(self, seen: Seen) -> None:
@@ -154,6 +160,7 @@ class Capture:
 
     @property
     def refused(self) -> list[str]:
+        """Those of them that `ask` has met."""
         return self._why_not(_only_now)
 
     @property
@@ -197,6 +204,7 @@ class Capture:
 def capture(pid: int, pidfd: int) -> tuple[tuple[OpenFile, ...], tuple[Descriptor, ...], list[str]]:
     """The open files of a stopped process, its descriptors, and all that cannot be handled."""
     found = Capture(pid, pidfd)
+    found.ask()
     return *found.complete(), found.problems
 
 

@@ -366,8 +366,8 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
     copy_ahead(pump, rounds);
     park();
     hold_and_plan(pump);
-    int unsaved = snap_pump_settle(pump, number % 2 ? UINT64_MAX : 0,
-                                   SNAP_TRUST_COPIES | SNAP_TRUST_COVER);
+    CHECK(!snap_pump_order_settle(pump, number % 2 ? UINT64_MAX : 0, SNAP_TRUST_COPIES | SNAP_TRUST_COVER));
+    int unsaved = snap_pump_await_settled(pump);
     CHECK(unsaved == 0 || (unsaved == 1 && number % 2 == 0));
     read_oracle(pid);
     snap_pump_go(pump);

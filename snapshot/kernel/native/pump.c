@@ -498,11 +498,26 @@ static void order_done(snap_pump *p)
     pthread_mutex_unlock(&p->lock);
 }
 
+/* Caller holds the lock. */
+static void settle_as_ordered(snap_pump *p)
+{
+    pthread_mutex_unlock(&p->lock);
+    int r = settle(p, p->settle_most, p->settle_trust);
+    pthread_mutex_lock(&p->lock);
+    p->settled = r;
+    p->settles = false;
+    pthread_cond_broadcast(&p->told);
+}
+
 /* Until go, release or stop. */
 static int stand(snap_pump *p)
 {
     pthread_mutex_lock(&p->lock);
     while (!p->after_t0 && !p->released && !atomic_load(&p->stop)) {
+        if (p->settles) {
+            settle_as_ordered(p);
+            continue;
+        }
         struct timespec until;
         deadline(&until, BEAT_MS);
         pthread_cond_timedwait(&p->told, &p->lock, &until);
@@ -522,6 +537,30 @@ static int hold(snap_pump *p)
     pthread_cond_broadcast(&p->told);
     pthread_mutex_unlock(&p->lock);
     return stand(p);
+}
+
+int snap_pump_order_settle(snap_pump *p, uint64_t most, int trust)
+{
+    pthread_mutex_lock(&p->lock);
+    int r = p->ended ? -EPIPE : !p->held || p->settles ? -EBUSY : 0;
+    if (!r) {
+        p->settles = true;
+        p->settle_most = most;
+        p->settle_trust = trust;
+        pthread_cond_broadcast(&p->told);
+    }
+    pthread_mutex_unlock(&p->lock);
+    return r;
+}
+
+int snap_pump_await_settled(snap_pump *p)
+{
+    pthread_mutex_lock(&p->lock);
+    while (p->settles && !p->ended)
+        pthread_cond_wait(&p->told, &p->lock);
+    int r = p->settles ? -EPIPE : p->settled;
+    pthread_mutex_unlock(&p->lock);
+    return r;
 }
 
 void snap_pump_go(snap_pump *p)

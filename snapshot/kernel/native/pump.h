@@ -150,13 +150,15 @@ int snap_pump_order_hold(snap_pump *pump);
  * NULL. */
 int snap_pump_await(snap_pump *pump, int timeout_ms, snap_pump_round *round);
 
-/* T0. With the target stopped and the pump held. What has no copy that is still good is the remainder.
- * A remainder of at most `most` bytes is copied now, of a larger one only what cannot be armed; the
- * other is armed. `trust`, of SNAP_TRUST_*: what of before is good. 1: something is armed and unsaved
- * now; 0: nothing is. -ESTALE: see the counters. */
+/* T0. With the target stopped and the pump held, whose thread does it. What has no copy that is still
+ * good is the remainder. A remainder of at most `most` bytes is copied now, of a larger one only what
+ * cannot be armed; the other is armed. `trust`, of SNAP_TRUST_*: what of before is good. */
 #define SNAP_TRUST_COPIES 1 /* no device has written past the page tables */
 #define SNAP_TRUST_COVER 2  /* no protection has gone without an event: what is covered is not looked at */
-int snap_pump_settle(snap_pump *pump, uint64_t most, int trust);
+int snap_pump_order_settle(snap_pump *pump, uint64_t most, int trust);
+/* Waits for it. 1: something is armed and unsaved now; 0: nothing is. -ESTALE: see the counters; -EPIPE: run
+ * has ended. */
+int snap_pump_await_settled(snap_pump *pump);
 /* The pump that is held goes on: after T0, or still ahead of it. */
 void snap_pump_go(snap_pump *pump);
 void snap_pump_release(snap_pump *pump);

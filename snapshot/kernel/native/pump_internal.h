@@ -200,6 +200,9 @@ struct snap_pump {
     int order;
     VECTOR(uint64_t) to_open; /* addresses, for ORDER_OPEN */
     bool held, released;
+    bool settles;         /* what follows was ordered, and is not done */
+    uint64_t settle_most;
+    int settle_trust, settled;
     VECTOR(queued) queue;
     size_t queue_head;
     VECTOR(queued) waiting; /* for an older copy of their chunk to be done; older than all of queue */
@@ -285,6 +288,10 @@ int survey_first(const snap_pump *p, const snap_window *w, uint64_t start, uint6
 /* One slice of a round that copies, or only protects; 1 when the round is over. -ENOBUFS: there is no
  * room for its copies now. */
 int ahead_slice(snap_pump *p, bool copies);
+
+/* settle.c */
+/* See snap_pump_order_settle. */
+int settle(snap_pump *p, uint64_t most, int trust);
 
 /* pace.c */
 /* A piece of what nobody waits for has been done since then. */

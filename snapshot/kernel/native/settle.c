@@ -62,6 +62,7 @@ static int list_gaps(snap_pump *p)
 static int look_at(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, seen *found)
 {
     uint64_t first = (start - w->start + w->at) & ~(CHUNK - 1);
+    beat(p);
     int r = survey(p, w, start, end, found);
     chunk *c = NULL;
     for (size_t i = 0; !r && i < survey_chunks(w, start, end); i++) {
@@ -221,6 +222,7 @@ static int save_now(snap_pump *p, uint32_t space, uint64_t address, chunk *c)
 {
     if (c->state != UNSAVED || !c->want)
         return 0;
+    beat(p);
     int r = save_stopped(p, space, address);
     if (!r)
         count_unsaved(p, space, -1);
@@ -272,6 +274,7 @@ static int arm(snap_pump *p, const snap_window *w, uint64_t from, uint64_t to)
     low = low - w->at + w->start;
     high = high - w->at + w->start;
     whole_pages(w, &low, &high);
+    beat(p);
     return uffd_writeprotect(p->uffd, low, high - low, UFFDIO_WRITEPROTECT_MODE_WP);
 }
 
@@ -342,7 +345,7 @@ static void distrust_copies(snap_pump *p, bool all)
     }
 }
 
-int snap_pump_settle(snap_pump *p, uint64_t most, int trust)
+int settle(snap_pump *p, uint64_t most, int trust)
 {
     if (p->counters.stale)
         return -ESTALE;
