@@ -68,7 +68,7 @@ class Environment:
     Reads run side by side from any thread; writes one at a time. Neither may be nested.
     """
 
-    def __init__(self, path: Path, map_bytes: int, create: bool) -> None:
+    def __init__(self, path: Path, map_bytes: int, create: bool, checked: bool) -> None:
         self.path = path
         self._pid = os.getpid()
         self._gate = threading.Condition()
@@ -96,7 +96,8 @@ class Environment:
             self._lmdb.reader_check()
             self._data = os.open(path / DATA, os.O_RDWR | os.O_CLOEXEC)
             weakref.finalize(self, os.close, self._data)
-            soundness.check_trees(path / DATA, self._data, self.read)
+            if not checked:
+                soundness.check_trees(path / DATA, self._data, self.read)
             with self._lmdb.begin(write=True) as transaction:  # a read one would forget them
                 self.databases = {
                     name: self._lmdb.open_db(name.encode(), transaction, create=create)
@@ -344,15 +345,18 @@ _inherited: list[Environment] = []
 """Of the parent, in the middle of a transaction: ending that here would end it there."""
 
 
-def open_environment(path: Path, map_bytes: int = MAP_BYTES, create: bool = False) -> Environment:
+def open_environment(
+    path: Path, map_bytes: int = MAP_BYTES, create: bool = False, checked: bool = False
+) -> Environment:
     """The environment in the directory `path`, the same object while anyone in this process holds
-    it. Its databases are made when `create`, else they must be there."""
+    it. Its databases are made when `create`, else they must be there. `checked`: the parent of this
+    process had it open, so its trees have just been looked at."""
     with _opening:
         stat = path.stat()
         key = stat.st_dev, stat.st_ino
         environment = _open.get(key)
         if environment is None:
-            environment = Environment(path, map_bytes, create)
+            environment = Environment(path, map_bytes, create, checked)
             _open[key] = environment
         return environment
 

@@ -107,9 +107,8 @@ class Image:
     def again(self) -> Image:
         """After a fork, in the child: the same image with a lease that the parent shares, indexes
         as they were verified, and its store opened anew."""
-        opened = Image(
-            open_environment(self._environment.path), self.name, self._record, self._lease
-        )
+        environment = open_environment(self._environment.path, checked=True)
+        opened = Image(environment, self.name, self._record, self._lease)
         opened._spaces = self._spaces
         return opened
 
