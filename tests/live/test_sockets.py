@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from snapshot.errors import RestoreError
+from snapshot.errors import RestoreError, UnsupportedError
+from tests.conftest import Snap
 
 from .interpreters import Interpreter, Rebuilt, captured, rebuilt
 
@@ -411,3 +412,16 @@ def test_descriptors_in_flight_are_refused() -> None:
         assert "2 descriptors wait" in reason
         assert set(os.listdir("/proc/self/fd")) == before
         assert target.ask("len(socket.recv_fds(b, 10, 5)[1])") == 2
+
+
+def test_a_take_that_meets_them_names_them_and_leaves_no_trace(snap: Snap) -> None:
+    """Nothing but the pause may look at what waits, so the target has been stopped by then."""
+    with Interpreter() as target:
+        target.run("a, b = socket.socketpair(); socket.send_fds(a, [b'x'], [0, 1])")
+        for options in ([], ["--now"]):
+            failed = snap("take", target.pid, *options, ok=False)
+            assert failed.code == UnsupportedError.exit_code
+            assert "2 descriptors wait" in failed.err
+            assert snap.names() == []
+        assert target.ask("len(socket.recv_fds(b, 10, 5)[1])") == 2
+        snap("take", target.pid)
