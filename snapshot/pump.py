@@ -29,10 +29,10 @@ from .kernel.urgency import urgent
 from .kernel.watchdog import Watchdog
 from .pace import Pace
 from .regions import Plan
-from .store import RawChunk
 from .tracer import Tracer
 from .units import CHUNK, MIB, mib
 from .worker import Worker, clear_frames
+from .writer import RawChunk
 from .wrprotect import WriteProtection
 
 BATCH = 64

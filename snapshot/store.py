@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import directory, lease, sweep, workingset
 from .environment import (
@@ -39,9 +39,11 @@ from .records import (
     unseal,
 )
 from .units import mib
-from .writer import ImageWriter, RawChunk
 
-__all__ = ["ImageInfo", "ImageWriter", "ProcessIdentity", "RawChunk", "Store"]
+if TYPE_CHECKING:
+    from .writer import ImageWriter
+
+__all__ = ["ImageInfo", "ProcessIdentity", "Store"]
 
 
 NEWEST = "latest"
@@ -110,6 +112,8 @@ class Store:
 
         StoreError when an image of the name exists or is being taken.
         """
+        from .writer import ImageWriter  # who reads needs none of it
+
         check_name(name)
         sweep.clear_dead(self._environment)
         held: list[lease.Lease] = []

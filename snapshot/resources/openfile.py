@@ -12,9 +12,10 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
+
+from msgspec import Struct
 
 from ..errors import RestoreError
 from ..kernel import fdtable
@@ -58,8 +59,7 @@ class Problem(Exception):
 # --- capture -------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False)
-class Seen:
+class Seen(Struct, eq=False):
     """One struct file of the target, with all descriptors that share it (lowest first)."""
 
     id: int

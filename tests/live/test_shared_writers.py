@@ -27,7 +27,7 @@ from snapshot.kernel import procfs
 from snapshot.kernel.uffd import FEATURES, Uffd
 from snapshot.manifest import TakeStats
 from snapshot.pump import Pump
-from snapshot.store import RawChunk
+from snapshot.writer import RawChunk
 from tests.conftest import Spawn
 from tests.harness import oracle, processes
 from tests.harness.victims import Victim

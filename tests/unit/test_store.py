@@ -19,9 +19,9 @@ from snapshot import lease
 from snapshot.environment import Transaction
 from snapshot.errors import DamagedError, StoreError
 from snapshot.records import NUMBER, seal
-from snapshot.store import ImageWriter, ProcessIdentity, Store
+from snapshot.store import ProcessIdentity, Store
 from snapshot.units import CHUNK, MIB
-from snapshot.writer import RawChunk
+from snapshot.writer import ImageWriter, RawChunk
 from tests.unit import images
 from tests.unit.images import BASE, manifest, raw
 from tests.unit.test_environment import small_disk
