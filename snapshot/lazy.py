@@ -16,7 +16,7 @@ from functools import partial
 from typing import Protocol
 
 from .chunkcodec import Bytes
-from .decoders import Answer, Decoders
+from .decoders import RUN, Answer, Decoders
 from .errors import KernelError
 from .events import Event, Fault, Fork, Remap, Remove, Unmap
 from .journal import Journal
@@ -46,6 +46,9 @@ AGAIN_MS = 20
 LET_RUN_US = 50
 """This server runs before all others, and goes on streaming: a thread that it has just served may
 have been woken on this very CPU, and gets there first."""
+FLOOD = 4
+"""Faults one right after the other: from then on a run is put in place between two of them, or all
+that is missing would come by faults, each waited for."""
 _ZEROS = bytes(CHUNK)
 
 
@@ -202,12 +205,16 @@ class Server:
                 self._listen(-1 if self.hold else AGAIN_MS)
             elif not self._listen(SLOW_MS):
                 self._unanswered()
+            in_a_row = 0
             while self._waiting:
                 client, address = self._waiting.popleft()
                 self._serve(client, address)
                 if not self._waiting:
                     client.uffd.poll_us(LET_RUN_US)
                 self._listen(0)
+                in_a_row += 1
+                if in_a_row > FLOOD and self._waiting and self._streaming.helped:
+                    self._stream(client, least=RUN)
 
     def _pause(self, ms: int) -> None:
         """Listens once, or until somebody waits for a page."""
@@ -270,8 +277,9 @@ class Server:
                 return
             self._listen(1)  # an event is on its way; the ledger may be another one then
 
-    def _stream(self, client: Client) -> int:
-        """The next chunks that nobody asked for yet. -> how many; 0: they are being decoded."""
+    def _stream(self, client: Client, least: int = 1) -> int:
+        """The next chunks that nobody asked for yet, `least` if there are so many before who waits.
+        -> how many; 0: they are being decoded."""
         if not self._streaming.ask(client):
             found = self._streaming.next(client)
             if found is not None:
@@ -284,7 +292,7 @@ class Server:
         if asked.client.number not in self.clients:
             done = asked.next.chunks
         elif answer.present:
-            done = self._put_run(asked.client, asked.next, answer)
+            done = self._put_run(asked.client, asked.next, answer, least)
         else:
             done = asked.next.chunks
             for at in range(done):
@@ -301,9 +309,9 @@ class Server:
             if not self._fill(client, piece, piece.start, zeros=False):
                 return
 
-    def _put_run(self, client: Client, run: Next, answer: Answer) -> int:
-        """What is still missing of a run that was decoded. -> chunks done: none behind which
-        somebody waits."""
+    def _put_run(self, client: Client, run: Next, answer: Answer, least: int) -> int:
+        """What is still missing of a run that was decoded. -> chunks done: `least`, and none behind
+        those while somebody waits."""
         wanted = [0] * run.chunks
         missing = parts(client, run)
         for piece in missing:
@@ -311,7 +319,9 @@ class Server:
             for at in range(start // CHUNK, (end - 1) // CHUNK + 1):
                 inside = _pages(max(0, start - at * CHUNK), min(CHUNK, end - at * CHUNK))
                 wanted[at] |= inside & answer.present[at]
-        done, filled = client.uffd.fill_run(run.base, answer.data, wanted, answer.present)
+        done, filled = client.uffd.fill_run(
+            run.base, answer.data, wanted, answer.present, least
+        )
         if self._accept(client, filled) and client.number in self.clients:
             for piece in missing:
                 client.missing.take(piece.start, min(piece.end, run.base + done * CHUNK))

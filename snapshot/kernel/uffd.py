@@ -181,15 +181,16 @@ class Uffd(Closing):
         )
 
     def fill_run(
-        self, dst: int, src: Any, wanted: Sequence[int], present: Sequence[int]
+        self, dst: int, src: Any, wanted: Sequence[int], present: Sequence[int], least: int
     ) -> tuple[int, Filled]:
-        """The same for as many chunks of 64 KiB, one behind the other, as there are bitmaps; until
-        a message is there to be read. -> chunks that are done, and all of them summed up."""
+        """The same for as many chunks of 64 KiB, one behind the other, as there are bitmaps; when
+        `least` are done, until a message is there to be read. -> chunks that are done, and all of
+        them summed up."""
         filled, done = ffi.new("uffd_filled *"), ffi.new("uint32_t *")
         count = len(wanted)
         bits = ffi.new("uint16_t[]", [*wanted, *present])
         error = lib.uffd_fill_run(
-            self.fd, dst, ffi.from_buffer(src), count, bits, bits + count, done, filled
+            self.fd, dst, ffi.from_buffer(src), count, least, bits, bits + count, done, filled
         )
         return int(done[0]), Filled(
             -error, filled.wanted, filled.copied, filled.zeroed, filled.present, filled.gone

@@ -200,13 +200,13 @@ int uffd_fill(int fd, uint64_t dst, const void *src, uint32_t wanted, uint32_t p
     return 0;
 }
 
-int uffd_fill_run(int fd, uint64_t dst, const void *src, uint32_t chunks, const uint16_t *wanted,
-                  const uint16_t *present, uint32_t *done, uffd_filled *filled)
+int uffd_fill_run(int fd, uint64_t dst, const void *src, uint32_t chunks, uint32_t least,
+                  const uint16_t *wanted, const uint16_t *present, uint32_t *done, uffd_filled *filled)
 {
     uint64_t bytes = (uint64_t)CHUNK_PAGES * PAGE_BYTES;
     *filled = (uffd_filled){0};
     for (*done = 0; *done < chunks; ++*done) {
-        if (*done && uffd_poll(fd, 0) > 0)
+        if (*done >= least && uffd_poll(fd, 0) > 0)
             return 0;
         uffd_filled one;
         int error = uffd_fill(fd, dst + *done * bytes, (const char *)src + *done * bytes,

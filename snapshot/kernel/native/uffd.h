@@ -124,9 +124,9 @@ typedef struct {
 int uffd_fill(int fd, uint64_t dst, const void *src, uint32_t wanted, uint32_t present,
               uffd_filled *filled);
 /* The same for `chunks` pieces of 16 pages, one behind the other at dst and src, each with its two
- * bitmaps. Between two of them the userfaultfd is looked at: when a message waits there it returns
- * early. *done: pieces that are dealt with; `filled` sums up all. */
-int uffd_fill_run(int fd, uint64_t dst, const void *src, uint32_t chunks, const uint16_t *wanted,
-                  const uint16_t *present, uint32_t *done, uffd_filled *filled);
+ * bitmaps. After `least` of them the userfaultfd is looked at between two: when a message waits there it
+ * returns early. *done: pieces that are dealt with; `filled` sums up all. */
+int uffd_fill_run(int fd, uint64_t dst, const void *src, uint32_t chunks, uint32_t least,
+                  const uint16_t *wanted, const uint16_t *present, uint32_t *done, uffd_filled *filled);
 
 #endif
