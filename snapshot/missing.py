@@ -14,6 +14,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+_BEYOND = 1 << 64
+"""More than any address."""
+
 
 class Piece(NamedTuple):
     """[start, end) of the process is missing; its bytes are at `source` of the image."""
@@ -112,4 +115,5 @@ class Missing:
 
     def _index(self, address: int) -> int:
         """Of the first piece that ends above `address`."""
-        return bisect_right(self._pieces, address, key=lambda piece: piece.end)
+        index = bisect_right(self._pieces, (address, _BEYOND))  # tuples: a key is slow
+        return index - (index > 0 and self._pieces[index - 1].end > address)
