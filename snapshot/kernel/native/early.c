@@ -2,6 +2,10 @@
  * to them. A chunk is saved by the sweep in its turn, and what was kept of it is put in then. So who
  * writes here and there waits for 4 KiB and not for 64, staging holds 4, and every chunk is stored once.
  *
+ * When cells get scarce the sweep goes where they are: in the order of memory it would come to most of them
+ * at its end, and they would have to be written to the spill file, which lets nobody go on for as long as
+ * the disk is busy with the store.
+ *
  * A cell is a page of staging or of the spill file. Cells are cut from whole slots, which stay cells:
  * pages that were kept together are not given back together. */
 #define _GNU_SOURCE
@@ -11,10 +15,16 @@
 #include <string.h>
 #include <unistd.h>
 
-#define MOST_OF_STAGING 4 /* a quarter: the sweep needs places too */
 #define MOST_EARLY 12     /* pages of a chunk; then all of it is saved */
+#define SCARCE 4          /* when a quarter of what staging may hold is in use */
 
 /* ---- cells -------------------------------------------------------------------------------------- */
+
+/* Slots of staging for cells: the sweep needs some too, and a quarter is the reserve. */
+static uint64_t most_slots(const snap_pump *p)
+{
+    return p->slots / 2;
+}
 
 /* As many as there is memory to remember. */
 static void cut(snap_pump *p, int64_t slot)
@@ -33,7 +43,7 @@ static void cut(snap_pump *p, int64_t slot)
 static uint32_t take_cell(snap_pump *p)
 {
     if (!p->free_early) {
-        bool in_staging = p->cut_slots < p->slots / MOST_OF_STAGING;
+        bool in_staging = p->cut_slots < most_slots(p);
         int64_t slot = in_staging ? take_place(p, 0, false, true) : NO_PLACE;
         if (slot != NO_PLACE)
             p->cut_slots++;
@@ -43,8 +53,10 @@ static uint32_t take_cell(snap_pump *p)
             cut(p, slot);
     }
     uint32_t number = p->free_early;
-    if (number)
+    if (number) {
         p->free_early = p->early.at[number - 1].next;
+        p->early_used++;
+    }
     return number;
 }
 
@@ -52,6 +64,7 @@ static void give_cell(snap_pump *p, uint32_t number)
 {
     p->early.at[number - 1].next = p->free_early;
     p->free_early = number;
+    p->early_used--;
 }
 
 static off_t spilled_at(int64_t cell)
@@ -108,6 +121,9 @@ void early_publish(snap_pump *p, chunk *c, const tentative *t)
         give_cell(p, t->early); /* the chunk was saved as a whole after all, or it twice */
         return;
     }
+    place *where = c->early ? NULL : VECTOR_PUSH(&p->early_chunks);
+    if (where) /* without memory it waits for its turn */
+        *where = (place){t->saved.address, t->saved.space};
     early_page *one = &p->early.at[t->early - 1];
     one->bit = (uint16_t)t->saved.pages;
     one->next = c->first_early;
@@ -143,4 +159,17 @@ void early_done(snap_pump *p, chunk *c)
     }
     c->first_early = 0;
     c->early = 0;
+}
+
+bool early_first(snap_pump *p, place *first)
+{
+    if (p->early_used < most_slots(p) * CHUNK_PAGES / SCARCE)
+        return false;
+    while (p->early_head < p->early_chunks.count) {
+        *first = p->early_chunks.at[p->early_head++];
+        const chunk *c = ledger_chunk(p, first->space, first->address);
+        if (c->state == UNSAVED && c->early)
+            return true;
+    }
+    return false;
 }

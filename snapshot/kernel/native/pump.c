@@ -106,6 +106,7 @@ void snap_pump_free(snap_pump *p)
     free(p->by_start);
     free(p->tentative.at);
     free(p->early.at);
+    free(p->early_chunks.at);
     free(p->faults.at);
     free(p->releases.at);
     free(p->plain_moves.at);
@@ -260,7 +261,7 @@ static bool room_for(snap_pump *p, const block *b, uint32_t first, uint32_t last
         else
             needed += is_unsaved(&b->chunks[i]);
     needed += (patches + 1) / 2; /* mostly they share */
-    return free_places(p) >= needed || needed > p->slots - p->slots / 4;
+    return free_places(p) >= needed || needed > p->slots - p->slots / 4 - p->cut_slots;
 }
 
 static bool children_wait(const snap_pump *p)
@@ -275,6 +276,24 @@ static bool is_urgent(const snap_pump *p)
     return children_wait(p) || (p->exits && snap_exits_holds(p->exits));
 }
 
+/* As many chunks as a step of the sweep has, of those whose early pages take cells that are scarce. -> how
+ * many, 0: none. */
+static int sweep_early(snap_pump *p)
+{
+    int saved = 0;
+    for (place at; saved < (int)(STEP / CHUNK) && free_places(p) && early_first(p, &at); saved++) {
+        bool any;
+        int r = save_chunk(p, at.space, at.address, false);
+        if (!r)
+            r = release_space(p, at.space, at.address, at.address + CHUNK);
+        if (!r)
+            r = serve(p, &any);
+        if (r)
+            return r;
+    }
+    return saved;
+}
+
 /* Saves on to the end of the cursor's 2 MiB and releases what it saved there in one go. While
  * children wait for shared memory that comes first. */
 static int sweep(snap_pump *p)
@@ -282,6 +301,9 @@ static int sweep(snap_pump *p)
     if (!p->unsaved_chunks)
         return 0;
     bool children = children_wait(p), urgent = is_urgent(p);
+    int r = urgent ? 0 : sweep_early(p);
+    if (r)
+        return r < 0 ? r : 0;
     while (children && p->blocks.at[p->sweep_block]->space < OBJECT_SPACE)
         next_block(p);
     if (!next_unsaved(p))
@@ -291,7 +313,6 @@ static int sweep(snap_pump *p)
     uint32_t limit = (uint32_t)((first * CHUNK / STEP + 1) * STEP / CHUNK);
     if (!urgent && !room_for(p, b, first, limit))
         return -ENOBUFS;
-    int r = 0;
     for (; i < limit; i++) {
         if (is_unsaved(&b->chunks[i]) && (r = save_chunk(p, b->space, b->start + i * CHUNK, urgent)))
             break;

@@ -147,6 +147,9 @@ struct snap_pump {
     VECTOR(early_page) early;   /* all cells */
     uint32_t free_early;        /* the number of the first free one */
     uint64_t cut_slots;         /* of staging, into cells */
+    uint64_t early_used;        /* cells */
+    places early_chunks;        /* those that got their first early page, in that order */
+    size_t early_head;          /* of those before it nothing is to be done */
     VECTOR(uint64_t) faults;    /* addresses whose fault is not yet served */
     VECTOR(range) releases;     /* ranges to be released as soon as the kernel lets us */
     VECTOR(range) plain_moves;  /* callers of mremap that were seen to leave nothing behind */
@@ -326,6 +329,8 @@ void early_forget(snap_pump *p, const tentative *t);
 int early_put(const snap_pump *p, const chunk *c, uint16_t pages, uint8_t *out);
 /* The chunk is saved. */
 void early_done(snap_pump *p, chunk *c);
+/* When cells are getting scarce: a chunk whose pages have some, the first of all; false: there is none. */
+bool early_first(snap_pump *p, place *first);
 
 /* save.c */
 /* Copies pages of the chunk at a space address to where they are in the chunk at `out`, if all still
