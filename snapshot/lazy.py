@@ -213,7 +213,8 @@ class Server:
                     client.uffd.poll_us(LET_RUN_US)
                 self._listen(0)
                 in_a_row += 1
-                if in_a_row > FLOOD and self._waiting and self._streaming.helped:
+                flood = in_a_row > FLOOD and bool(self._waiting)
+                if flood and self._streaming.helped and not self.pause_ms:
                     self._stream(client, least=RUN)
 
     def _pause(self, ms: int) -> None:

@@ -186,9 +186,10 @@ class Table:
         return bytearray(LARGEST)
 
     def _look(self, files: Sequence[Seen]) -> None:
-        found = fdtable.look(self.pidfd, [seen.fd for seen in files], sockopts.asked())
-        for seen, look in zip(files, found, strict=True):
-            seen.socket = look
+        if files:
+            found = fdtable.look(self.pidfd, [seen.fd for seen in files], sockopts.asked())
+            for seen, look in zip(files, found, strict=True):
+                seen.socket = look
 
     def _ask_unix(self, files: Iterable[Seen]) -> None:
         every = list(files)
