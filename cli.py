@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from gc import disable, enable, freeze
 
-disable()  # what is imported stays, and to look through it for what goes takes a tenth of the time
+disable()  # what is imported stays: to look through it for what goes takes some 5 ms
 
 import os
 import sys

@@ -215,7 +215,7 @@ class Server:
                 in_a_row += 1
                 flood = in_a_row > FLOOD and bool(self._waiting)
                 if flood and self._streaming.helped and not self.pause_ms:
-                    self._stream(client, least=RUN)
+                    self._stream(self._waiting[0][0], least=RUN)  # `client` may be gone by now
 
     def _pause(self, ms: int) -> None:
         """Listens once, or until somebody waits for a page."""

@@ -247,10 +247,7 @@ class Pump(Closing):
         return Round(done.copied_bytes, done.next_bytes, chunks, bool(done.outrun))
 
     def _order(self, order: Callable[[Any], int]) -> None:
-        result = order(self._pump)
-        if result == -errno.EPIPE:
-            self._ended()
-        _check(result, "order to the fault thread")
+        self._answered(order(self._pump), "order to the fault thread")
 
     def _await(self, report: Callable[[], None]) -> Any:
         """Waits until the order is done -> snap_pump_round."""
@@ -263,9 +260,13 @@ class Pump(Closing):
             if result == -errno.ETIMEDOUT:
                 report()
                 result = 0
+        return self._answered(result, "order to the fault thread")
+
+    def _answered(self, result: int, what: str, hint: str = "") -> int:
+        """`_check` of what the fault thread was to do."""
         if result == -errno.EPIPE:
             self._ended()
-        return _check(result, "order to the fault thread")
+        return _check(result, what, hint)
 
     def _ended(self) -> NoReturn:
         """The fault thread has ended before its time."""
@@ -332,9 +333,7 @@ class Pump(Closing):
             meanwhile()
         finally:
             result = lib.snap_pump_await_settled(self._pump)
-        if result == -errno.EPIPE:
-            self._ended()
-        unsaved = _check(result, what, "snap check") > 0
+        unsaved = self._answered(result, what, "snap check") > 0
         if VERIFY and (missed := self._raw().missed_pages):
             raise SnapError(f"{missed} pages have changed and nothing told of it")
         self.t0_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * procfs.CLOCK_TICKS)

@@ -282,7 +282,7 @@ def _pause(
             table = descriptors.Capture(frozen.pid, frozen.pidfd)
         with clock.stage("maps"):
             pump.await_hold()
-            ahead.plan(table.needed, table.refused)
+            ahead.plan(table.needed, table.problems)
             faults.point("held")
         with clock.stage("settle"):
             direct_io = ahead.direct_io or table.direct_io

@@ -72,11 +72,7 @@ class Diag(Closing):
     def close(self) -> None:
         self._socket.close()
 
-    def unix(self, inode: int) -> UnixSocket | None:
-        """See `parse_unix`."""
-        return parse_unix(*self.ask_unix([inode]))
-
-    def ask_unix(self, inodes: Sequence[int]) -> list[bytes]:
+    def unix(self, inodes: Sequence[int]) -> list[bytes]:
         """What is said of the unix sockets with these inodes, in their order: see `parse_unix`."""
         answers: list[bytes] = []
         for start in range(0, len(inodes), _AT_ONCE):

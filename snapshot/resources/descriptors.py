@@ -160,7 +160,7 @@ class Capture:
 
     @property
     def refused(self) -> list[str]:
-        """Those of them that `ask` has met."""
+        """Those of what there is only while the process stands still."""
         return self._why_not(_only_now)
 
     @property

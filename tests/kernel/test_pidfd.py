@@ -16,7 +16,7 @@ import pytest
 
 from snapshot.errors import DeniedError, KernelError, TargetError
 from snapshot.kernel import fdcalls, fdtable, filesystem, kcmp, pidfd
-from snapshot.kernel.sockdiag import TCP_ESTABLISHED, TCP_LISTEN, Diag, parse_unix
+from snapshot.kernel.sockdiag import TCP_ESTABLISHED, TCP_LISTEN, Diag, UnixSocket, parse_unix
 
 
 @contextmanager
@@ -258,36 +258,40 @@ def inode(sock: socket.socket) -> int:
     return os.fstat(sock.fileno()).st_ino
 
 
+def unix(diag: Diag, number: int) -> UnixSocket | None:
+    return parse_unix(*diag.unix([number]))
+
+
 def test_unix_peers_and_names() -> None:
     a, b = socket.socketpair()
     with a, b, Diag() as diag, tempfile.TemporaryDirectory() as directory:
-        found = diag.unix(inode(a))
+        found = unix(diag, inode(a))
         assert found is not None
         assert found.peer == inode(b)
         assert found.state == TCP_ESTABLISHED
         assert (found.name, found.shutdown, found.received) == (b"", 0, 0)
         b.send(b"xyz")
         a.shutdown(socket.SHUT_WR)
-        found = diag.unix(inode(a))
+        found = unix(diag, inode(a))
         assert found is not None
         assert (found.shutdown, found.received) == (2, 3)
         path = os.path.join(directory, "socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
             server.bind(path)
             server.listen(5)
-            found = diag.unix(inode(server))
+            found = unix(diag, inode(server))
             assert found is not None
             assert (found.type, found.state) == (socket.SOCK_SEQPACKET, TCP_LISTEN)
             assert (found.name, found.backlog) == (os.fsencode(path), 5)
             assert found.file == os.stat(path).st_ino
         with socket.socket(socket.AF_UNIX) as abstract:
             abstract.bind(b"\0snap\0test")
-            found = diag.unix(inode(abstract))
+            found = unix(diag, inode(abstract))
             assert found is not None
             assert found.name == b"\0snap\0test"
-        assert diag.unix(1) is None
+        assert unix(diag, 1) is None
         every = [inode(a), 1, inode(b)] * 30
-        answers = [parse_unix(one) for one in diag.ask_unix(every)]
+        answers = [parse_unix(one) for one in diag.unix(every)]
         assert [one and one.inode for one in answers] == [inode(a), None, inode(b)] * 30
 
 
