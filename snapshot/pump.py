@@ -290,6 +290,7 @@ class Pump(Closing):
         self._protection = protection
         self._watchdog.know(uffd)
         lib.snap_pump_attach(self._pump, uffd, info)
+        lib.snap_pump_clears(self._pump, protection.clear_child_tid)
         if protection.empties:
             lib.snap_pump_cover(self._pump, VERIFY)
 

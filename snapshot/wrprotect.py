@@ -25,6 +25,7 @@ from .kernel.closing import Closing
 from .kernel.errnames import error_name
 from .kernel.remote import Call
 from .kernel.uffd import FEATURES, Uffd
+from .resources.threads import PR_GET_TID_ADDRESS
 
 NEEDED = ("PAGEFAULT_FLAG_WP", "EVENT_REMAP", "EVENT_REMOVE", "EVENT_UNMAP", "WP_HUGETLBFS_SHMEM")
 """EVENT_FORK only where shared memory is armed, which a child could write to unseen. Without it a
@@ -37,8 +38,13 @@ SOCKET_FLAGS = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
 class WriteProtection(Closing):
     """A target's userfaultfd, handshake done. `close` (or the end of the process) ends it."""
 
-    def __init__(self, uffd: Uffd, *, forks: bool, empties: bool = False) -> None:
+    def __init__(
+        self, uffd: Uffd, *, forks: bool, empties: bool = False, clear_child_tid: int = 0
+    ) -> None:
         self.uffd = uffd
+        self.clear_child_tid = clear_child_tid
+        """Where the kernel writes when a thread ends, if that is one place for all threads; 0: it
+        is beside the robust list of each (native/spare.c)."""
         self.forks = forks
         """Whether it tells of children (EVENT_FORK)."""
         self.empties = empties
@@ -67,10 +73,11 @@ class WriteProtection(Closing):
         try:
             empties = bool(lib.snap_pagemap_tells())
             forks = _handshake(uffd, forks, empties)
+            clear = 0 if lib.snap_pump_has_robust_list(frozen.pid) else _clear_child_tid(frozen)
         except BaseException:
             uffd.close()
             raise
-        return cls(uffd, forks=forks, empties=empties)
+        return cls(uffd, forks=forks, empties=empties, clear_child_tid=clear)
 
     def close(self) -> None:
         self.uffd.close()
@@ -86,6 +93,14 @@ def _handshake(uffd: Uffd, forks: bool, empties: bool) -> bool:
             return True
     uffd.api(needed)
     return False
+
+
+def _clear_child_tid(frozen: Frozen) -> int:
+    """That of a thread; 0: it has none, or the kernel does not tell (CONFIG_CHECKPOINT_RESTORE)."""
+    remote = frozen.remote
+    remote.put(bytes(8))
+    remote.batch([Call(NR.prctl, (PR_GET_TID_ADDRESS, remote.data))])
+    return int.from_bytes(remote.get(remote.data, 8), "little")
 
 
 def _make(frozen: Frozen, call: Call) -> int:

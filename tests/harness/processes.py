@@ -70,6 +70,12 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def members(leader: int) -> list[int]:
+    """Every process whose process group or session has that number."""
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [pid for pid in pids if str(leader) in stat_fields(pid)[2:4]]
+
+
 def command_line(pid: int) -> str:
     """For messages. Not /proc/PID/cmdline: reading that touches the process's own memory, which
     would wait for ever on a restored process whose page server is gone."""

@@ -118,6 +118,9 @@ class Victim:
         processes.kill(self.pid)
         # They have become children of the test session; most end by themselves.
         processes.kill_all([pid for pid in children if not processes.ended(pid)])
+        # A child that was born meanwhile, as a member of its group: the number is not free.
+        while born := processes.members(self.pid):
+            processes.kill_all(born)
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)

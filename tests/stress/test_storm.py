@@ -56,6 +56,7 @@ def test_mix(spawn: Spawn, store: Path, tmp_path: Path, row: str) -> None:
                 for number in range(min(PER_VICTIM, times - tally.takes)):
                     tally.take(victim.pid, store, f"seed-{seed}-{number}", **options)
                     victim.verify()
+                    victim.goes_on()
                     assert tally.torn == [], f"{row}, seed {seed}: {tally.torn}"
                     forget(store)
             finally:

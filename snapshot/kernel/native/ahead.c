@@ -23,6 +23,7 @@ typedef struct {
     bool covers;         /* all of it is protected, so that it is covered (cover.c) */
     seen seen[SLICE_CHUNKS];
     int64_t place[SLICE_CHUNKS]; /* of the copy made, or NO_PLACE */
+    uint16_t spared[SLICE_CHUNKS]; /* pages that are not to be protected (spare.c) */
     uint16_t copied[SLICE_CHUNKS]; /* its pages: a patch, if they are not all that the chunk wants */
     bool dirty[SLICE_CHUNKS];
     bool loose[SLICE_CHUNKS]; /* to be protected: the dirty, and what is listed, though it be empty */
@@ -108,6 +109,14 @@ static bool is_part(const slice *s, const chunk *c)
     return s->w.object < 0 && !s->w.huge && is_patched(c);
 }
 
+/* Whether it has no good copy; of the spared pages none can be had before T0. */
+static bool is_dirty(const chunk *c, uint16_t bare, uint16_t spared)
+{
+    if (c->state != SAVED)
+        bare |= c->bare;
+    return c->want && ((bare | (c->kept ^ c->want)) & (uint16_t)~spared);
+}
+
 /* Which chunks have no good copy. */
 static int find_dirty(snap_pump *p, slice *s)
 {
@@ -119,19 +128,23 @@ static int find_dirty(snap_pump *p, slice *s)
     s->places = 0;
     for (size_t i = 0; i < s->chunks; i++) {
         const seen *now = &s->seen[i];
-        chunk *c = now->want ? ledger_make(p, s->w.space, s->at + i * CHUNK)
-                             : ledger_chunk(p, s->w.space, s->at + i * CHUNK);
-        if (!c && now->want)
+        uint64_t address = s->at + i * CHUNK;
+        s->spared[i] = spare_pages(p, &s->w, address);
+        bool make = now->want || s->spared[i];
+        chunk *c = make ? ledger_make(p, s->w.space, address) : ledger_chunk(p, s->w.space, address);
+        if (!c && make)
             return -ENOMEM;
         s->place[i] = NO_PLACE;
         s->dirty[i] = s->loose[i] = false;
         if (!c)
             continue;
         c->want = (uint16_t)((c->want & ~now->mask) | now->want);
-        s->dirty[i] = c->want && (now->bare || c->state != SAVED || c->kept != c->want);
+        s->dirty[i] = is_dirty(c, now->bare, s->spared[i]);
         if (s->dirty[i])
             soil(s, c, now->bare);
         account(p, s->w.space, c);
+        if (s->spared[i] && (r = list_chunk(p, s->w.space, address, c)))
+            return r;
         s->loose[i] = s->dirty[i] || c->listed;
         s->any_loose = s->any_loose || s->loose[i];
         if (s->dirty[i] && is_part(s, c))
@@ -144,13 +157,13 @@ static int find_dirty(snap_pump *p, slice *s)
 }
 
 /* Before it is protected: from here on a chunk need only be looked at for what happens to it, or where
- * not all goes well, which lists it again. Not struck off is one that reaches into another window, and
- * one that has lost all its pages: at T0 its copy is dropped. */
+ * not all goes well, which lists it again. Not struck off is one that reaches into another window, one with
+ * spared pages, and one that has lost all its pages: at T0 its copy is dropped. */
 static void strike_off(const snap_pump *p, const slice *s)
 {
     for (size_t i = 0; i < s->chunks; i++) {
         chunk *c = s->loose[i] ? ledger_chunk(p, s->w.space, s->at + i * CHUNK) : NULL;
-        if (c && s->seen[i].mask == UINT16_MAX && (c->want || !c->kept))
+        if (c && !s->spared[i] && s->seen[i].mask == UINT16_MAX && (c->want || !c->kept))
             c->listed = false;
     }
 }
@@ -161,10 +174,10 @@ static int list_again(snap_pump *p, const slice *s, size_t i)
     return list_chunk(p, s->w.space, s->at + i * CHUNK, c);
 }
 
-static int protect_loose(snap_pump *p, const slice *s)
+static int protect_loose(const snap_pump *p, const slice *s)
 {
     if (s->covers)
-        return uffd_writeprotect(p->uffd, s->start, s->end - s->start, UFFDIO_WRITEPROTECT_MODE_WP);
+        return spare_protect(p, &s->w, s->start, s->end);
     /* And nothing between them: what is not looked at again must not be protected, for where pages lose
      * their protection without an event it may have been written since. */
     uint64_t shift = s->w.start - s->w.at;
@@ -175,9 +188,7 @@ static int protect_loose(snap_pump *p, const slice *s)
         uint64_t from = s->at + i * CHUNK + shift, to = s->at + j * CHUNK + shift;
         from = from > s->start ? from : s->start;
         to = to < s->end ? to : s->end;
-        if (j > i)
-            whole_pages(&s->w, &from, &to);
-        int r = j > i ? uffd_writeprotect(p->uffd, from, to - from, UFFDIO_WRITEPROTECT_MODE_WP) : 0;
+        int r = j > i ? spare_protect(p, &s->w, from, to) : 0;
         if (r)
             return r;
         i = j + 1;
@@ -208,7 +219,9 @@ static int protect(snap_pump *p, slice *s, bool copies)
     uint64_t most = p->slots - p->slots / 4;
     for (int tries = 0;; tries++) {
         bool any;
-        int r = find_dirty(p, s);
+        int r = spare_find(p);
+        if (!r)
+            r = find_dirty(p, s);
         if (r)
             return r;
         uint64_t places = s->places < most ? s->places : most;
@@ -238,7 +251,7 @@ static int copy_dirty(snap_pump *p, slice *s)
     for (size_t i = 0; !r && i < s->chunks; i++) {
         uint64_t address = s->at + i * CHUNK;
         chunk *c = s->dirty[i] ? ledger_chunk(p, s->w.space, address) : NULL;
-        if (!c || s->seen[i].bare)
+        if (!c || s->seen[i].bare & (uint16_t)~s->spared[i])
             continue;
         c->want = (uint16_t)((c->want & ~s->seen[i].mask) | s->seen[i].want);
         account(p, s->w.space, c);

@@ -101,6 +101,9 @@ void snap_pump_free(snap_pump *p)
     children_end(p);
     for (size_t i = 0; i < p->blocks.count; i++)
         free(p->blocks.at[i]);
+    if (p->tasks)
+        closedir(p->tasks);
+    free(p->spared.at);
     free(p->blocks.at);
     free(p->windows.at);
     free(p->by_start);

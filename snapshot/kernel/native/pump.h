@@ -113,6 +113,12 @@ void snap_pump_watch(snap_pump *pump, snap_watchdog *watchdog, snap_exits *exits
  * same, and the two are compared (missed_pages). */
 void snap_pump_cover(snap_pump *pump, int verify);
 
+/* Before the first release: where the kernel writes when any thread of the target ends (set_tid_address(2)),
+ * in a C library that has one place for all; known without this is only a place beside the robust list
+ * of a thread (get_robust_list(2)), as glibc has it. */
+void snap_pump_clears(snap_pump *pump, uint64_t address);
+int snap_pump_has_robust_list(int tid);
+
 /* Before run: at most so many bytes a second are copied that nobody waits for, and not more than so
  * many percent of a processor are used by all threads of this process; 0: no limit. What a writer, or a
  * target at its end, waits for is copied at once. */

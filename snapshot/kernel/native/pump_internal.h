@@ -1,10 +1,11 @@
-/* Shared by ledger.c, cover.c, survey.c, ahead.c, settle.c, pace.c, save.c, queue.c, serve.c, peek.c,
+/* Shared by ledger.c, cover.c, survey.c, spare.c, ahead.c, settle.c, pace.c, save.c, queue.c, serve.c, peek.c,
  * children.c and pump.c: the parts of a pump. */
 #ifndef SNAP_PUMP_INTERNAL_H
 #define SNAP_PUMP_INTERNAL_H
 
 #include "pump.h"
 
+#include <dirent.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -159,6 +160,9 @@ struct snap_pump {
     VECTOR(int) children;       /* their userfaultfds, held until shared memory is saved */
     bool empties;               /* protecting covers empty pages, and pagemap tells them apart */
     bool verify;                /* at T0 look at everything, and compare */
+    DIR *tasks;                 /* of the target, open as long as it has been needed */
+    uint64_t clears;            /* see snap_pump_clears */
+    VECTOR(uint64_t) spared;    /* addresses of pages, sorted */
     ranges covered, fickle;     /* see cover.c; run-time addresses */
     places listed;              /* chunks to be looked at at T0, or in the next round */
     places work;                /* of this round, sorted */
@@ -287,6 +291,16 @@ size_t survey_chunks(const snap_window *w, uint64_t start, uint64_t end);
 /* Where in [start, end) of w anything may be, `end` when nowhere; a multiple of PAGE. */
 int survey_first(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, uint64_t *first);
 
+/* spare.c */
+/* Finds the pages that must not be protected now; before each call of the others, and of them only. */
+int spare_find(snap_pump *p);
+/* Those of the chunk of w at a space address, as a bitmap. */
+uint16_t spare_pages(const snap_pump *p, const snap_window *w, uint64_t address);
+/* Protects the other pages of w in [start, end), run-time addresses. */
+int spare_protect(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t end);
+/* T0: saves the chunks of w that have any, for they cannot be armed. */
+int spare_save(snap_pump *p);
+
 /* ahead.c */
 /* One slice of a round that copies, or only protects; 1 when the round is over. -ENOBUFS: there is no
  * room for its copies now. */
@@ -352,6 +366,8 @@ int save_chunk(snap_pump *p, uint32_t space, uint64_t address, bool urgent);
 /* The same while the target is stopped: nothing can have changed, it is published at once. Only its
  * bare pages, if there is a good copy of the others. */
 int save_stopped(snap_pump *p, uint32_t space, uint64_t address);
+/* The same, if the chunk there is UNSAVED and wants any pages. */
+int save_now(snap_pump *p, uint32_t space, uint64_t address, chunk *c);
 /* A release succeeded: no change of the address space is unread, the tentative copies are T0. */
 int save_publish(snap_pump *p);
 /* Forgets tentative copies that touch [start, end) (run-time): they will be saved again. -ENODATA

@@ -309,6 +309,17 @@ int save_stopped(snap_pump *p, uint32_t space, uint64_t address)
     return r;
 }
 
+int save_now(snap_pump *p, uint32_t space, uint64_t address, chunk *c)
+{
+    if (c->state != UNSAVED || !c->want)
+        return 0;
+    beat(p);
+    int r = save_stopped(p, space, address);
+    if (!r)
+        count_unsaved(p, space, -1);
+    return r;
+}
+
 int save_publish(snap_pump *p)
 {
     int r = 0;

@@ -218,17 +218,6 @@ static int judge(snap_pump *p)
     return 0;
 }
 
-static int save_now(snap_pump *p, uint32_t space, uint64_t address, chunk *c)
-{
-    if (c->state != UNSAVED || !c->want)
-        return 0;
-    beat(p);
-    int r = save_stopped(p, space, address);
-    if (!r)
-        count_unsaved(p, space, -1);
-    return r;
-}
-
 static int save_all(snap_pump *p)
 {
     int r = 0;
@@ -273,9 +262,8 @@ static int arm(snap_pump *p, const snap_window *w, uint64_t from, uint64_t to)
         return 0;
     low = low - w->at + w->start;
     high = high - w->at + w->start;
-    whole_pages(w, &low, &high);
     beat(p);
-    return uffd_writeprotect(p->uffd, low, high - low, UFFDIO_WRITEPROTECT_MODE_WP);
+    return spare_protect(p, w, low, high);
 }
 
 static int arm_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
@@ -369,6 +357,10 @@ int settle(snap_pump *p, uint64_t most, int trust)
         r = judge(p);
     if (!r)
         r = p->counters.remainder_bytes <= most ? save_all(p) : save_unarmed(p);
+    if (!r)
+        r = spare_find(p);
+    if (!r)
+        r = spare_save(p);
     p->counters.objects_left = p->unsaved_objects;
     if (!r && p->unsaved_chunks)
         r = arm_unsaved(p);
