@@ -143,8 +143,6 @@ static int find_dirty(snap_pump *p, slice *s)
         if (s->dirty[i])
             soil(s, c, now->bare);
         account(p, s->w.space, c);
-        if (s->spared[i] && (r = list_chunk(p, s->w.space, address, c)))
-            return r;
         s->loose[i] = s->dirty[i] || c->listed;
         s->any_loose = s->any_loose || s->loose[i];
         if (s->dirty[i] && is_part(s, c))
@@ -157,13 +155,13 @@ static int find_dirty(snap_pump *p, slice *s)
 }
 
 /* Before it is protected: from here on a chunk need only be looked at for what happens to it, or where
- * not all goes well, which lists it again. Not struck off is one that reaches into another window, one with
- * spared pages, and one that has lost all its pages: at T0 its copy is dropped. */
+ * not all goes well, which lists it again. Not struck off is one that reaches into another window, and
+ * one that has lost all its pages: at T0 its copy is dropped. */
 static void strike_off(const snap_pump *p, const slice *s)
 {
     for (size_t i = 0; i < s->chunks; i++) {
         chunk *c = s->loose[i] ? ledger_chunk(p, s->w.space, s->at + i * CHUNK) : NULL;
-        if (c && !s->spared[i] && s->seen[i].mask == UINT16_MAX && (c->want || !c->kept))
+        if (c && s->seen[i].mask == UINT16_MAX && (c->want || !c->kept))
             c->listed = false;
     }
 }
@@ -219,7 +217,7 @@ static int protect(snap_pump *p, slice *s, bool copies)
     uint64_t most = p->slots - p->slots / 4;
     for (int tries = 0;; tries++) {
         bool any;
-        int r = spare_find(p);
+        int r = spare_find(p, false);
         if (!r)
             r = find_dirty(p, s);
         if (r)
@@ -243,6 +241,20 @@ static int protect(snap_pump *p, slice *s, bool copies)
         if (!is_window(p, &s->w))
             return -ENOENT;
     }
+}
+
+/* Those that were protected but for some pages: for T0, when these can be had. */
+static int note_spared(snap_pump *p, const slice *s)
+{
+    for (size_t i = 0; i < s->chunks; i++) {
+        if (!s->spared[i] || !(s->covers || s->loose[i]))
+            continue;
+        place *slot = VECTOR_PUSH(&p->spared_chunks);
+        if (!slot)
+            return -ENOMEM;
+        *slot = (place){s->at + i * CHUNK, s->w.space};
+    }
+    return 0;
 }
 
 static int copy_dirty(snap_pump *p, slice *s)
@@ -318,7 +330,8 @@ static int keep_copies(snap_pump *p, slice *s)
         c->state = SAVED;
         if (after[i].bare) {
             soil(s, c, after[i].bare);
-            if ((e = list_again(p, s, i)))
+            e = after[i].bare & (uint16_t)~s->spared[i] ? list_again(p, s, i) : 0;
+            if (e)
                 return e;
         }
         account(p, s->w.space, c);
@@ -338,7 +351,7 @@ static int keep_protected(snap_pump *p, slice *s)
             continue;
         c->want = (uint16_t)((c->want & ~s->seen[i].mask) | s->seen[i].want);
         account(p, s->w.space, c);
-        if (s->seen[i].bare)
+        if (s->seen[i].bare & (uint16_t)~s->spared[i])
             r = list_again(p, s, i);
     }
     return r;
@@ -351,7 +364,10 @@ static int process(snap_pump *p, slice *s, bool copies)
         return list_loose(p, s);
     if (r || !s->any_loose)
         return r;
-    if (s->covers && (r = cover(p, s->start, s->end)))
+    r = note_spared(p, s);
+    if (!r && s->covers)
+        r = cover(p, s->start, s->end);
+    if (r)
         return r;
     if (!copies)
         return keep_protected(p, s);

@@ -44,7 +44,7 @@ int snap_pump_new(int pid, int pagemap, int mem, int spill, void *staging, uint6
         return r;
     }
     p->pid = pid;
-    p->uffd = p->uffdinfo = -1;
+    p->uffd = p->uffdinfo = p->loadavg = -1;
     p->held = true;
     p->pagemap = pagemap;
     p->mem = mem;
@@ -103,7 +103,11 @@ void snap_pump_free(snap_pump *p)
         free(p->blocks.at[i]);
     if (p->tasks)
         closedir(p->tasks);
+    if (p->loadavg >= 0)
+        close(p->loadavg);
+    free(p->heads.at);
     free(p->spared.at);
+    free(p->spared_chunks.at);
     free(p->blocks.at);
     free(p->windows.at);
     free(p->by_start);

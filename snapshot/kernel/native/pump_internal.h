@@ -160,9 +160,14 @@ struct snap_pump {
     VECTOR(int) children;       /* their userfaultfds, held until shared memory is saved */
     bool empties;               /* protecting covers empty pages, and pagemap tells them apart */
     bool verify;                /* at T0 look at everything, and compare */
-    DIR *tasks;                 /* of the target, open as long as it has been needed */
+    DIR *tasks;                 /* of the target */
+    int loadavg;                /* /proc/loadavg, -1: not open yet */
+    long listed_pid;            /* the last one when its threads were listed */
+    uint64_t look_again_ns;     /* for what their threads hold */
     uint64_t clears;            /* see snap_pump_clears */
+    VECTOR(uint64_t) heads;     /* addresses of the robust lists of the threads */
     VECTOR(uint64_t) spared;    /* addresses of pages, sorted */
+    places spared_chunks;       /* to be listed at T0: a round protected them but for such pages */
     ranges covered, fickle;     /* see cover.c; run-time addresses */
     places listed;              /* chunks to be looked at at T0, or in the next round */
     places work;                /* of this round, sorted */
@@ -292,8 +297,9 @@ size_t survey_chunks(const snap_window *w, uint64_t start, uint64_t end);
 int survey_first(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, uint64_t *first);
 
 /* spare.c */
-/* Finds the pages that must not be protected now; before each call of the others, and of them only. */
-int spare_find(snap_pump *p);
+/* Finds the pages that must not be protected now; before each protecting. `all`: also those that only
+ * became so a moment ago. */
+int spare_find(snap_pump *p, bool all);
 /* Those of the chunk of w at a space address, as a bitmap. */
 uint16_t spare_pages(const snap_pump *p, const snap_window *w, uint64_t address);
 /* Protects the other pages of w in [start, end), run-time addresses. */

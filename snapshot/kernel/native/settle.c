@@ -39,10 +39,15 @@ static bool next_gap(const snap_pump *p, const snap_window *w, uint64_t *start, 
     return false;
 }
 
-/* All that is known of what is not covered; objects whole, also where no window shows them. */
+/* All that is known of what is not covered, or but for some pages; objects whole, also where no window
+ * shows them. */
 static int list_gaps(snap_pump *p)
 {
     int r = 0;
+    for (size_t i = 0; !r && i < p->spared_chunks.count; i++) {
+        const place where = p->spared_chunks.at[i];
+        r = list_chunk(p, where.space, where.address, ledger_chunk(p, where.space, where.address));
+    }
     for (size_t k = 0; !r && k < p->windows.count; k++) {
         const snap_window *w = &p->windows.at[k].is;
         for (uint64_t start = w->start, end; !r && next_gap(p, w, &start, &end); start = end)
@@ -358,7 +363,7 @@ int settle(snap_pump *p, uint64_t most, int trust)
     if (!r)
         r = p->counters.remainder_bytes <= most ? save_all(p) : save_unarmed(p);
     if (!r)
-        r = spare_find(p);
+        r = spare_find(p, true);
     if (!r)
         r = spare_save(p);
     p->counters.objects_left = p->unsaved_objects;

@@ -8,14 +8,17 @@
  * its struct pthread is: glibc has the head of that list beside the word. musl has one word for all threads
  * (snap_pump_clears).
  *
- * So the threads are listed right before something is protected. One that is born after that writes to its
- * struct pthread itself before it ends, which lets that page through; and nothing is protected after T0. */
+ * So the threads are listed right before something is protected, if any task has been born since they were
+ * (/proc/loadavg tells the last pid that was given). One that is born after that writes to its struct pthread
+ * itself before it ends, which lets that page through; and nothing is protected after T0. Which mutexes they
+ * hold is not asked before every call: it takes as long as many of them. */
 #define _GNU_SOURCE
 #include "pump_internal.h"
 #include "uffd.h"
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +27,15 @@
 #include <unistd.h>
 
 #define MOST_ROBUST 2048 /* the kernel looks at no more of a thread (ROBUST_LIST_LIMIT) */
+#define AT_ONCE 64       /* heads of lists that are read in one call */
+#define LEAST_NS UINT64_C(200000) /* between two looks at the mutexes that are held, */
+#define LOOKS_SHARE 20            /* which may take one part in so many of the time */
+
+typedef struct {
+    uint64_t next;
+    int64_t offset; /* of the word of a mutex, from its entry in the list */
+    uint64_t pending;
+} robust_list;
 
 /* Where the list of robust futexes of a thread begins, 0: it has none, or may not be asked. */
 static uint64_t robust_head(int tid)
@@ -54,30 +66,40 @@ static int add(snap_pump *p, uint64_t address)
     return 0;
 }
 
-static bool get(const snap_pump *p, uint64_t address, void *out, size_t length)
+/* Reads what is at the addresses, all of one size, into `out`. -> how many, until one cannot be read. */
+static size_t get(const snap_pump *p, const uint64_t *at, size_t count, void *out, size_t size)
 {
-    struct iovec here = {out, length}, there = {(void *)(uintptr_t)address, length};
-    return process_vm_readv(p->pid, &here, 1, &there, 1, 0) == (ssize_t)length;
+    struct iovec here = {out, count * size}, there[AT_ONCE];
+    for (size_t i = 0; i < count; i++)
+        there[i] = (struct iovec){(void *)(uintptr_t)at[i], size};
+    ssize_t got = process_vm_readv(p->pid, &here, 1, there, count, 0);
+    return got > 0 ? (size_t)got / size : 0;
 }
 
-/* The words of the mutexes of a robust list. Its thread may be changing it: what is not on it any more does
- * no harm, and one that is held since then was written since then. */
-static int add_held(snap_pump *p, uint64_t head)
+/* The words of the mutexes of the list at `head`. Its thread may be changing it: what is not on it any more
+ * does no harm. */
+static int add_list(snap_pump *p, uint64_t head, const robust_list *list)
 {
-    struct {
-        uint64_t next;
-        int64_t offset; /* of the word, from its entry in the list */
-        uint64_t pending;
-    } list;
-    if (!head || !get(p, head, &list, sizeof list))
-        return 0;
-    int r = list.pending ? add(p, (list.pending & ~UINT64_C(1)) + (uint64_t)list.offset) : 0;
-    uint64_t at = list.next & ~UINT64_C(1); /* 1: it inherits priorities */
+    int r = list->pending ? add(p, (list->pending & ~UINT64_C(1)) + (uint64_t)list->offset) : 0;
+    uint64_t at = list->next & ~UINT64_C(1); /* 1: it inherits priorities */
     for (int i = 0; !r && at && at != head && i < MOST_ROBUST; i++) {
-        r = add(p, at + (uint64_t)list.offset);
-        if (!get(p, at, &at, sizeof at))
+        r = add(p, at + (uint64_t)list->offset);
+        if (!get(p, &at, 1, &at, sizeof at))
             break;
         at &= ~UINT64_C(1);
+    }
+    return r;
+}
+
+static int add_held(snap_pump *p)
+{
+    robust_list lists[AT_ONCE];
+    int r = 0;
+    for (size_t i = 0, n; !r && i < p->heads.count; i += n + !n) { /* past one that cannot be read */
+        n = p->heads.count - i < AT_ONCE ? p->heads.count - i : AT_ONCE;
+        n = get(p, p->heads.at + i, n, lists, sizeof *lists);
+        for (size_t k = 0; !r && k < n; k++)
+            r = add_list(p, p->heads.at[i + k], &lists[k]);
     }
     return r;
 }
@@ -88,26 +110,60 @@ static int by_address(const void *left, const void *right)
     return l < r ? -1 : l > r;
 }
 
-int spare_find(snap_pump *p)
+/* The last pid that any task was given, 0: not known. */
+static long last_pid(snap_pump *p)
+{
+    char text[128];
+    if (p->loadavg < 0)
+        p->loadavg = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
+    ssize_t length = p->loadavg < 0 ? 0 : pread(p->loadavg, text, sizeof text - 1, 0);
+    text[length > 0 ? length : 0] = 0;
+    const char *last = strrchr(text, ' ');
+    return last ? atol(last) : 0;
+}
+
+static int list_threads(snap_pump *p)
 {
     if (!p->tasks) {
         char path[32];
         snprintf(path, sizeof path, "/proc/%d/task", p->pid);
         p->tasks = opendir(path);
     }
-    p->spared.count = 0;
-    int r = add(p, p->clears);
+    p->heads.count = 0;
     if (!p->tasks)
-        return r; /* it has ended, as the next call will find */
+        return 0; /* it has ended, as the next call will find */
     rewinddir(p->tasks);
-    for (const struct dirent *one; !r && (one = readdir(p->tasks));) {
+    for (const struct dirent *one; (one = readdir(p->tasks));) {
         uint64_t head = one->d_name[0] != '.' ? robust_head(atoi(one->d_name)) : 0;
-        r = add(p, head);
-        if (!r)
-            r = add_held(p, head);
+        uint64_t *slot = head ? VECTOR_PUSH(&p->heads) : NULL;
+        if (head && !slot)
+            return -ENOMEM;
+        if (head)
+            *slot = head;
     }
+    return 0;
+}
+
+int spare_find(snap_pump *p, bool all)
+{
+    long last = last_pid(p);
+    uint64_t began = now_ns();
+    bool born = !last || last != p->listed_pid;
+    if (!born && !all && began < p->look_again_ns)
+        return 0;
+    int r = born ? list_threads(p) : 0;
+    p->listed_pid = last;
+    p->spared.count = 0;
+    if (!r)
+        r = add(p, p->clears);
+    for (size_t i = 0; !r && i < p->heads.count; i++)
+        r = add(p, p->heads.at[i]);
+    if (!r)
+        r = add_held(p);
     if (p->spared.count)
         qsort(p->spared.at, p->spared.count, sizeof *p->spared.at, by_address);
+    uint64_t now = now_ns(), pause = (now - began) * LOOKS_SHARE;
+    p->look_again_ns = now + (pause > LEAST_NS ? pause : LEAST_NS);
     return r;
 }
 
