@@ -214,7 +214,7 @@ static bool is_window(snap_pump *p, const snap_window *w)
  * calls in a loop leaves only that moment. */
 static int protect(snap_pump *p, slice *s, bool copies)
 {
-    uint64_t most = p->slots - p->slots / 4;
+    uint64_t most = most_places(p);
     for (int tries = 0;; tries++) {
         bool any;
         int r = spare_find(p, false);

@@ -17,13 +17,15 @@
 
 #define MOST_EARLY 12     /* pages of a chunk; then all of it is saved */
 #define SCARCE 4          /* when a quarter of what staging may hold is in use */
+#define SWEEP_SLOTS 512   /* 32 MiB: what storing threads have, what waits for them, and a step */
 
 /* ---- cells -------------------------------------------------------------------------------------- */
 
-/* Slots of staging for cells: the sweep needs some too, and a quarter is the reserve. */
+/* Slots of staging for cells: the sweep needs some too, and there is the reserve. */
 static uint64_t most_slots(const snap_pump *p)
 {
-    return p->slots / 2;
+    uint64_t others = SWEEP_SLOTS + p->slots / 16, half = p->slots / 2;
+    return p->slots > others + half ? p->slots - others : half;
 }
 
 /* As many as there is memory to remember. */

@@ -268,7 +268,7 @@ static bool room_for(snap_pump *p, const block *b, uint32_t first, uint32_t last
         else
             needed += is_unsaved(&b->chunks[i]);
     needed += (patches + 1) / 2; /* mostly they share */
-    return free_places(p) >= needed || needed > p->slots - p->slots / 4 - p->cut_slots;
+    return free_places(p) >= needed || needed > most_places(p);
 }
 
 static bool children_wait(const snap_pump *p)

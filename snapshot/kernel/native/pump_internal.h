@@ -331,8 +331,9 @@ int64_t take_spill(snap_pump *p);
 void give_place(snap_pump *p, int64_t place);
 /* For pthread_cond_timedwait. */
 void deadline(struct timespec *until, int timeout_ms);
-/* Staging slots that the not urgent may take. */
+/* Staging slots that the not urgent may take; and as many as these could ever be. */
 uint64_t free_places(snap_pump *p);
+uint64_t most_places(const snap_pump *p);
 /* Hands a copy to the consumers; it replaces those before it. Caller holds the lock. */
 int enqueue(snap_pump *p, const snap_saved *saved);
 

@@ -10,10 +10,18 @@
  * only take the processor from others, the consumers among them, and places from who is urgent. */
 #define MOST_AHEAD 128
 
-/* Slots that only the urgent may take. */
+/* Slots that only the urgent may take: a quarter, with those that are cells, but some of them in any case. */
 static uint64_t reserve(const snap_pump *p)
 {
-    return p->hurried ? 0 : p->slots / 4;
+    uint64_t least = p->slots / 16, most = p->slots / 4;
+    uint64_t left = most > p->cut_slots ? most - p->cut_slots : 0;
+    return p->hurried ? 0 : left > least ? left : least;
+}
+
+uint64_t most_places(const snap_pump *p)
+{
+    uint64_t others = reserve(p) + p->cut_slots;
+    return p->slots > others ? p->slots - others : 0;
 }
 
 /* Caller holds the lock. */
