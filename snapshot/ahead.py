@@ -7,7 +7,7 @@ little is left or it stops shrinking. Then the target is stopped: what is left i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from .maps import Line
 from .pump import LostError, Pump, Round
 from .resources import descriptors
 from .resources.memfd import SharedMemory
-from .units import KIB, MIB, PAGE, align_up
+from .units import CHUNK, KIB, MIB, PAGE, align_up
 
 REMAINDER = 512 * KIB
 """Bytes that may be copied while the target stands still: some 0.1 ms. More is armed and copied
@@ -28,8 +28,10 @@ EVERYTHING = 1 << 62
 SHORT = 32 * MIB
 FEW = 2 * MIB
 FEWEST = 64 * KIB
+FEWEST_CHUNKS = 16 * CHUNK
 ROUNDS = 12
 LAST_ROUNDS = 5
+LAST_ARMS = 8
 SHRINKS = 0.7
 """A round that would copy more than this part of the one before gains nothing on the writers."""
 
@@ -84,21 +86,15 @@ class Ahead:
         """While the storing threads rest: what was written meanwhile, again and again, as long as
         that is getting less. Each is a short one, as nothing competes with it; nobody makes room in
         staging now. What is then still too much to be copied in the pause is only protected."""
-        if self._copies and self._shrinks(self._last_round, report) <= REMAINDER:
+        if self._copies and self._copied(report) <= REMAINDER:
             return
-        self._shrinks(self.pump.arm, report)
+        # What one of them takes, and the pause, depends on chunks, however little of each was written.
+        arms = (self.pump.arm(report).next_chunks for _ in range(LAST_ARMS))
+        _while_it_shrinks(arms, FEWEST_CHUNKS)
 
-    def _shrinks(
-        self, one: Callable[[Callable[[], None]], Round], report: Callable[[], None]
-    ) -> int:
-        """Rounds as long as there is less and less to do -> bytes that were written meanwhile."""
-        before = EVERYTHING
-        for _ in range(LAST_ROUNDS):
-            left = one(report).next
-            if left <= FEWEST or left > before * SHRINKS:
-                break
-            before = left
-        return left
+    def _copied(self, report: Callable[[], None]) -> int:
+        rounds = (self._last_round(report).next for _ in range(LAST_ROUNDS))
+        return _while_it_shrinks(rounds, FEWEST)
 
     def _round(self, report: Callable[[], None], patient: bool) -> Round:
         self.rounds += 1
@@ -164,6 +160,17 @@ class Ahead:
         for number, source in self.examination.plan.object_source.items():
             if number not in self._objects:
                 self._objects[number] = _open_object(self.pump.pid, source, self._stack)
+
+
+def _while_it_shrinks(rounds: Iterable[int], few: int) -> int:
+    """Rounds, each of which says how much was written meanwhile, as long as that gets less, and is
+    not yet `few` -> how much it was in the last one."""
+    before = left = EVERYTHING
+    for left in rounds:
+        if left <= few or left > before * SHRINKS:
+            break
+        before = left
+    return left
 
 
 def _open_object(pid: int, source: Line | SharedMemory, stack: ExitStack) -> int:

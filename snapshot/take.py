@@ -233,12 +233,12 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer)
     pump = ahead.pump
     ahead.protect(lambda: _report(job, pump, "protecting"))
     pump.rest(GATE_SECONDS)
-    ahead.last_rounds(lambda: _report(job, pump, "protecting"))
-    # A thread that goes on, also from one injected call to the next, would wait for its own page.
-    pump.open(ahead.touched)
     most += len(ahead.touched) * PAGE
     clock = Stopwatch()
-    with Preparation(job.pid, first.data) as prepared:
+    with Preparation(job.pid, first.data) as prepared:  # before what has to be the last
+        ahead.last_rounds(lambda: _report(job, pump, "protecting"))
+        # A thread that goes on, also from one injected call to the next, would wait for its page.
+        pump.open(ahead.touched)
         pause = tracer.run(lambda: _pause(job, ahead, first, prepared, most, tracer, clock))
     job.stops_us.append(pause.stopped_us)
     pump.rested()
