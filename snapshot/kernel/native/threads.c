@@ -10,6 +10,10 @@
 #include <time.h>
 
 #define REAP_AFTER_US 5000
+/* While so many still run we rest between two looks: they need this processor to get to their stop. For
+ * the last ones we spin, which takes less than to wake up. */
+#define MANY 6
+#define REST_NS 50000
 
 /* Any thread of the tracer's process may wait for its tracees. */
 struct snap_reaper {
@@ -140,6 +144,8 @@ static int wait_all(const int *tids, int *stops, int count, int64_t timeout_us,
             break;
         if (asking)
             ask_at = now + SNAP_ASK_AFTER_US;
+        if (running > MANY)
+            nanosleep(&(struct timespec){.tv_nsec = REST_NS}, NULL);
         if (running < before)
             spin_until = now + SNAP_SPIN_US;
         else if (now >= spin_until)
