@@ -241,7 +241,7 @@ static void *consume(void *arg)
             else if (saved[i].pages)
                 CHECK(pread(spill, from, CHUNK, (-saved[i].place - 1) * (off_t)CHUNK) == (ssize_t)CHUNK);
             for (unsigned page = 0; page < CHUNK / PAGE; page++) {
-                bool here = !saved[i].patch || saved[i].patch >> page & 1;
+                bool here = (saved[i].patch ? saved[i].patch : saved[i].pages) >> page & 1;
                 if (here)
                     memcpy(to + page * PAGE, from + page * PAGE, PAGE);
                 else if (!(saved[i].pages >> page & 1))

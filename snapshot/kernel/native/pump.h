@@ -49,8 +49,8 @@ typedef struct {
     uint64_t address; /* space address of the chunk, 64 KiB aligned */
     int64_t place;    /* >= 0: staging slot; < 0: slot -place-1 of the spill file */
     uint32_t space;
-    uint32_t pages;   /* bitmap: page i belongs to the image; the others are zeros here. 0: nothing
-                         of the chunk belongs to the image any more, and there is no place */
+    uint32_t pages;   /* bitmap: page i belongs to the image; where the others would be is anything.
+                         0: nothing of the chunk belongs to the image any more, and there is no place */
     uint32_t patch;   /* 0: all pages are here. SNAP_PATCH and a bitmap: only these are, the others
                          are those of the chunk that was handed out before */
 } snap_saved;

@@ -363,8 +363,7 @@ bool is_patched(const chunk *c);
 /* After T0: the pages of an UNSAVED chunk that its copy will have. Each has to keep its mark until then, or
  * be saved early, though there be a good copy of it: a chunk that lacks many pages is copied whole. */
 uint16_t pages_to_save(uint32_t space, const chunk *c);
-/* Copies the pages of the chunk at a space address into `place`; if they are all that it wants, zeros for
- * the others. */
+/* Copies the pages of the chunk at a space address into `place`. */
 int save_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, int64_t place);
 /* Copies an unsaved chunk with wanted pages and keeps it tentative. urgent: may use the reserve of
  * staging, then the spill file, then waits; else -ENOBUFS when staging runs low. -EAGAIN: it is

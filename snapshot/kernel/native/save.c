@@ -125,11 +125,11 @@ static int read_object(int object, uint64_t offset, uint8_t *out)
     return 0;
 }
 
-/* Copies the pages `want` of the chunk at a space address to `out`, zeros for those in `zero`. With
+/* Copies the pages `want` of the chunk at a space address to where they are in the chunk at `out`. With
  * `check` the marks are looked at afterwards (see above). [*low, *high) becomes where it was read
  * from. */
-static int copy_chunk(snap_pump *p, uint32_t space, uint64_t base, uint16_t want, uint16_t zero,
-                      uint8_t *out, bool check, uint64_t *low, uint64_t *high)
+static int copy_chunk(snap_pump *p, uint32_t space, uint64_t base, uint16_t want, uint8_t *out,
+                      bool check, uint64_t *low, uint64_t *high)
 {
     struct iovec local[CHUNK_PAGES], remote[CHUNK_PAGES];
     struct {
@@ -187,9 +187,6 @@ static int copy_chunk(snap_pump *p, uint32_t space, uint64_t base, uint16_t want
     int r = object >= 0 ? read_object(object, base, out) : read_runs(p, local, remote, runs);
     if (r)
         return r;
-    for (unsigned i = 0; i < CHUNK_PAGES; i++)
-        if (zero >> i & 1)
-            memset(out + i * PAGE, 0, PAGE);
     for (int i = 0; check && i < part_count; i++) {
         uint64_t armed;
         r = snap_pagemap_armed(p->pagemap, parts[i].start, parts[i].pages, &armed);
@@ -204,7 +201,7 @@ static int copy_chunk(snap_pump *p, uint32_t space, uint64_t base, uint16_t want
 int copy_pages(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, uint8_t *out, uint64_t *low,
                uint64_t *high)
 {
-    return copy_chunk(p, space, address, pages, 0, out, true, low, high);
+    return copy_chunk(p, space, address, pages, out, true, low, high);
 }
 
 bool is_patched(const chunk *c)
@@ -221,21 +218,16 @@ uint16_t pages_to_save(uint32_t space, const chunk *c)
 int save_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, int64_t place)
 {
     uint64_t low, high;
-    const chunk *c = ledger_chunk(p, space, address);
-    uint16_t zero = pages == c->want ? (uint16_t)~pages : 0; /* what a patch lacks may be another's */
-    uint8_t *out = p->staging + (uint64_t)place * CHUNK;
-    return copy_chunk(p, space, address, pages, zero, out, false, &low, &high);
+    return copy_chunk(p, space, address, pages, p->staging + (uint64_t)place * CHUNK, false, &low, &high);
 }
 
 /* Copies the pages `want` into a place of its own, which *t describes. */
 static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t want, bool urgent,
                          bool check, tentative *t)
 {
-    /* Nobody looks at the other pages of a patch, and they may be another's; but of an object all are read. */
     const chunk *c = ledger_chunk(p, space, address);
     bool patch = want != c->want, no_spill = false;
-    uint16_t shared = patch && space < OBJECT_SPACE ? want : 0;
-    uint16_t zero = patch ? 0 : (uint16_t)~want;
+    uint16_t shared = patch && space < OBJECT_SPACE ? want : 0; /* of an object all pages are read */
     for (;;) {
         int64_t place = NO_PLACE;
         int r = 0;
@@ -246,7 +238,7 @@ static int copy_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_
         if (r)
             return r;
         uint8_t *out = place >= 0 ? p->staging + (uint64_t)place * CHUNK : p->bounce;
-        r = copy_chunk(p, space, address, want & (uint16_t)~c->early, zero, out, check, &t->low, &t->high);
+        r = copy_chunk(p, space, address, want & (uint16_t)~c->early, out, check, &t->low, &t->high);
         if (!r)
             r = early_put(p, c, want, out);
         if (!r && place < 0 &&
