@@ -88,7 +88,7 @@ class Ahead:
         staging now. What is then still too much to be copied in the pause is only protected."""
         if self._copies and self._copied(report) <= REMAINDER:
             return
-        # What one of them takes, and the pause, depends on chunks, however little of each was written.
+        # What one of them takes, and the pause, depends on chunks, however little of each changed.
         arms = (self.pump.arm(report).next_chunks for _ in range(LAST_ARMS))
         _while_it_shrinks(arms, FEWEST_CHUNKS)
 
