@@ -304,7 +304,7 @@ int spare_find(snap_pump *p, bool all);
 uint16_t spare_pages(const snap_pump *p, const snap_window *w, uint64_t address);
 /* Protects the other pages of w in [start, end), run-time addresses. */
 int spare_protect(const snap_pump *p, const snap_window *w, uint64_t start, uint64_t end);
-/* T0: saves the chunks of w that have any, for they cannot be armed. */
+/* T0: saves the chunks that have any, for they cannot be armed. */
 int spare_save(snap_pump *p);
 
 /* ahead.c */
