@@ -6,6 +6,8 @@
  * --common 1    one thread, and the word of all threads is the same and no thread has a robust list, as in
  *               a program of musl
  * --robust 1    each holds a robust mutex that it has locked long ago, and main is told that its owner died
+ * --late 1      they have no robust list until SIGUSR2, and write once more to their own data then, as a thread
+ *               does that has just been born
  * --mib N       filled memory beside it, 8 */
 #define _GNU_SOURCE
 #include "victim.h"
@@ -25,7 +27,8 @@
 static _Atomic unsigned generation; /* those of an earlier one end */
 static _Atomic unsigned begun;
 static uint32_t word[PAGE / 4 * 2] __attribute__((aligned(4096)));
-static long common, robust;
+static long common, robust, late;
+static _Atomic unsigned told, ready; /* for `late` */
 static struct {
     pthread_mutex_t mutex;
 } __attribute__((aligned(4096))) held[MOST];
@@ -34,6 +37,21 @@ static void common_word(void)
 {
     syscall(SYS_set_tid_address, word);
     must(!syscall(SYS_set_robust_list, NULL, 24), "set_robust_list");
+}
+
+/* Begins to be a thread that others can know, when it is told. */
+static void wait_without_list(void)
+{
+    void **head;
+    size_t length;
+    must(!syscall(SYS_get_robust_list, 0, &head, &length), "get_robust_list");
+    must(!syscall(SYS_set_robust_list, NULL, length), "set_robust_list");
+    begun++;
+    while (!atomic_load_explicit(&told, memory_order_relaxed))
+        __builtin_ia32_pause();
+    *(void *volatile *)head = *head;
+    must(!syscall(SYS_set_robust_list, head, length), "set_robust_list");
+    ready++;
 }
 
 /* The kernel would write to the restartable sequence of a thread whenever it has not run for a moment. */
@@ -54,7 +72,10 @@ static void *last(void *argument)
         common_word();
     if (robust)
         must(!pthread_mutex_lock(argument), "pthread_mutex_lock");
-    begun++;
+    if (late)
+        wait_without_list();
+    else
+        begun++;
     while (atomic_load_explicit(&generation, memory_order_relaxed) == mine)
         __builtin_ia32_pause();
     __asm__ volatile("syscall" ::"a"(SYS_exit), "D"(0) : "rcx", "r11", "memory");
@@ -63,7 +84,7 @@ static void *last(void *argument)
 
 static void begin(pthread_t *threads, long count)
 {
-    begun = 0;
+    begun = told = ready = 0;
     word[0] = 1;
     pthread_mutexattr_t kind;
     pthread_mutexattr_init(&kind);
@@ -111,11 +132,14 @@ int main(int argc, char **argv)
 {
     without_rseq(argv);
     victim_start(argc, argv);
-    sigset_t usr1 = block_usr1();
+    sigset_t asked = block_usr1();
+    sigaddset(&asked, SIGUSR2);
+    must(!pthread_sigmask(SIG_BLOCK, &asked, NULL), "pthread_sigmask");
     long count = option("threads", 4), mib = option("mib", 8);
     must(count <= MOST, "--threads");
     common = option("common", 0);
     robust = option("robust", 0);
+    late = option("late", 0);
     count = common ? 1 : count;
     if (common)
         common_word();
@@ -129,8 +153,15 @@ int main(int argc, char **argv)
     victim_ready();
     for (;;) {
         const struct timespec moment = {0, 20000000};
-        bool end = sigtimedwait(&usr1, NULL, &moment) == SIGUSR1;
-        if (end) {
+        int what = sigtimedwait(&asked, NULL, &moment);
+        if (what == SIGUSR2) {
+            told = 1;
+            while (ready < count)
+                sched_yield();
+            values[0]++;
+        }
+        if (what == SIGUSR1) {
+            told = 1;
             generation++;
             for (long i = 0; robust && i < count; i++)
                 if (!is_inherited(&held[i].mutex))

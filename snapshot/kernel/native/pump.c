@@ -101,8 +101,6 @@ void snap_pump_free(snap_pump *p)
     children_end(p);
     for (size_t i = 0; i < p->blocks.count; i++)
         free(p->blocks.at[i]);
-    if (p->tasks)
-        closedir(p->tasks);
     if (p->loadavg >= 0)
         close(p->loadavg);
     free(p->heads.at);

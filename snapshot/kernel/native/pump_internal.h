@@ -5,7 +5,6 @@
 
 #include "pump.h"
 
-#include <dirent.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -160,9 +159,8 @@ struct snap_pump {
     VECTOR(int) children;       /* their userfaultfds, held until shared memory is saved */
     bool empties;               /* protecting covers empty pages, and pagemap tells them apart */
     bool verify;                /* at T0 look at everything, and compare */
-    DIR *tasks;                 /* of the target */
     int loadavg;                /* /proc/loadavg, -1: not open yet */
-    long listed_pid;            /* the last one when its threads were listed */
+    long listed_pid;            /* the last one when all its threads were listed, 0: they were not */
     uint64_t look_again_ns;     /* for what their threads hold */
     uint64_t clears;            /* see snap_pump_clears */
     VECTOR(uint64_t) heads;     /* addresses of the robust lists of the threads */

@@ -22,6 +22,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -122,37 +123,46 @@ static long last_pid(snap_pump *p)
     return last ? atol(last) : 0;
 }
 
-static int list_threads(snap_pump *p)
+/* *all: whether it will do until another thread is born. Not so where threads end meanwhile, for the kernel
+ * may pass over others then, nor where one has no list yet that others have: it has just been born. */
+static int list_threads(snap_pump *p, bool *all)
 {
-    if (!p->tasks) {
-        char path[32];
-        snprintf(path, sizeof path, "/proc/%d/task", p->pid);
-        p->tasks = opendir(path);
-    }
+    char path[32];
+    struct stat folder;
+    size_t listed = 0;
+    int r = 0;
     p->heads.count = 0;
-    if (!p->tasks)
+    *all = false;
+    snprintf(path, sizeof path, "/proc/%d/task", p->pid);
+    DIR *tasks = opendir(path);
+    if (!tasks)
         return 0; /* it has ended, as the next call will find */
-    rewinddir(p->tasks);
-    for (const struct dirent *one; (one = readdir(p->tasks));) {
-        uint64_t head = one->d_name[0] != '.' ? robust_head(atoi(one->d_name)) : 0;
+    for (const struct dirent *one; !r && (one = readdir(tasks));) {
+        if (one->d_name[0] == '.')
+            continue;
+        listed++;
+        uint64_t head = robust_head(atoi(one->d_name));
         uint64_t *slot = head ? VECTOR_PUSH(&p->heads) : NULL;
-        if (head && !slot)
-            return -ENOMEM;
-        if (head)
+        if (slot)
             *slot = head;
+        else if (head)
+            r = -ENOMEM;
     }
-    return 0;
+    if (!fstat(dirfd(tasks), &folder) && folder.st_nlink == listed + 2)
+        *all = p->heads.count == listed || !p->heads.count;
+    closedir(tasks);
+    return r;
 }
 
 int spare_find(snap_pump *p, bool all)
 {
     long last = last_pid(p);
     uint64_t began = now_ns();
-    bool born = !last || last != p->listed_pid;
-    if (!born && !all && began < p->look_again_ns)
+    bool listed = last && last == p->listed_pid;
+    if (listed && !all && began < p->look_again_ns)
         return 0;
-    int r = born ? list_threads(p) : 0;
-    p->listed_pid = last;
+    int r = listed ? 0 : list_threads(p, &listed);
+    p->listed_pid = listed ? last : 0;
     p->spared.count = 0;
     if (!r)
         r = add(p, p->clears);
