@@ -86,13 +86,13 @@ class Ahead:
         """While the storing threads rest: what was written meanwhile, again and again, as long as
         that is getting less. Each is a short one, as nothing competes with it; nobody makes room in
         staging now. What is then still too much to be copied in the pause is only protected."""
-        if self._copies and self._copied(report) <= REMAINDER:
+        if self._copies and self._left_by_copying(report) <= REMAINDER:
             return
         # What one of them takes, and the pause, depends on chunks, however little of each changed.
         arms = (self.pump.arm(report).next_chunks for _ in range(LAST_ARMS))
         _while_it_shrinks(arms, FEWEST_CHUNKS)
 
-    def _copied(self, report: Callable[[], None]) -> int:
+    def _left_by_copying(self, report: Callable[[], None]) -> int:
         rounds = (self._last_round(report).next for _ in range(LAST_ROUNDS))
         return _while_it_shrinks(rounds, FEWEST)
 

@@ -109,18 +109,27 @@ static bool is_part(const slice *s, const chunk *c)
     return s->w.object < 0 && !s->w.huge && is_patched(c);
 }
 
-/* Whether it has no good copy; of the spared pages none can be had before T0. */
-static bool is_dirty(const chunk *c, uint16_t bare, uint16_t spared)
+/* `survey`, in which spared pages pass for protected: T0 looks at their chunks again (note_spared). */
+static int look(const snap_pump *p, const slice *s, seen *out)
 {
-    if (c->state != SAVED)
-        bare |= c->bare;
-    return c->want && ((bare | (c->kept ^ c->want)) & (uint16_t)~spared);
+    int r = survey(p, &s->w, s->start, s->end, out);
+    for (size_t i = 0; !r && i < s->chunks; i++)
+        out[i].bare &= (uint16_t)~s->spared[i];
+    return r;
+}
+
+static int find_spared(snap_pump *p, slice *s)
+{
+    int r = spare_find(p, false);
+    for (size_t i = 0; !r && i < s->chunks; i++)
+        s->spared[i] = spare_pages(p, &s->w, s->at + i * CHUNK);
+    return r;
 }
 
 /* Which chunks have no good copy. */
 static int find_dirty(snap_pump *p, slice *s)
 {
-    int r = survey(p, &s->w, s->start, s->end, s->seen);
+    int r = look(p, s, s->seen);
     if (r)
         return r;
     s->any_loose = s->covers;
@@ -128,18 +137,16 @@ static int find_dirty(snap_pump *p, slice *s)
     s->places = 0;
     for (size_t i = 0; i < s->chunks; i++) {
         const seen *now = &s->seen[i];
-        uint64_t address = s->at + i * CHUNK;
-        s->spared[i] = spare_pages(p, &s->w, address);
-        bool make = now->want || s->spared[i];
-        chunk *c = make ? ledger_make(p, s->w.space, address) : ledger_chunk(p, s->w.space, address);
-        if (!c && make)
+        chunk *c = now->want ? ledger_make(p, s->w.space, s->at + i * CHUNK)
+                             : ledger_chunk(p, s->w.space, s->at + i * CHUNK);
+        if (!c && now->want)
             return -ENOMEM;
         s->place[i] = NO_PLACE;
         s->dirty[i] = s->loose[i] = false;
         if (!c)
             continue;
         c->want = (uint16_t)((c->want & ~now->mask) | now->want);
-        s->dirty[i] = is_dirty(c, now->bare, s->spared[i]);
+        s->dirty[i] = c->want && (now->bare || c->state != SAVED || c->kept != c->want);
         if (s->dirty[i])
             soil(s, c, now->bare);
         account(p, s->w.space, c);
@@ -217,7 +224,7 @@ static int protect(snap_pump *p, slice *s, bool copies)
     uint64_t most = most_places(p);
     for (int tries = 0;; tries++) {
         bool any;
-        int r = spare_find(p, false);
+        int r = find_spared(p, s);
         if (!r)
             r = find_dirty(p, s);
         if (r)
@@ -243,27 +250,28 @@ static int protect(snap_pump *p, slice *s, bool copies)
     }
 }
 
-/* Those that were protected but for some pages: for T0, when these can be had. */
+/* Those that were protected but for some pages: for T0, as copies of these are worth nothing. */
 static int note_spared(snap_pump *p, const slice *s)
 {
     for (size_t i = 0; i < s->chunks; i++) {
         if (!s->spared[i] || !(s->covers || s->loose[i]))
             continue;
-        place *slot = VECTOR_PUSH(&p->spared_chunks);
+        uint64_t address = s->at + i * CHUNK;
+        place *slot = ledger_make(p, s->w.space, address) ? VECTOR_PUSH(&p->spared_chunks) : NULL;
         if (!slot)
             return -ENOMEM;
-        *slot = (place){s->at + i * CHUNK, s->w.space};
+        *slot = (place){address, s->w.space};
     }
     return 0;
 }
 
 static int copy_dirty(snap_pump *p, slice *s)
 {
-    int r = survey(p, &s->w, s->start, s->end, s->seen); /* as it is now that it is protected */
+    int r = look(p, s, s->seen); /* as it is now that it is protected */
     for (size_t i = 0; !r && i < s->chunks; i++) {
         uint64_t address = s->at + i * CHUNK;
         chunk *c = s->dirty[i] ? ledger_chunk(p, s->w.space, address) : NULL;
-        if (!c || s->seen[i].bare & (uint16_t)~s->spared[i])
+        if (!c || s->seen[i].bare)
             continue;
         c->want = (uint16_t)((c->want & ~s->seen[i].mask) | s->seen[i].want);
         account(p, s->w.space, c);
@@ -300,7 +308,7 @@ static int keep_copies(snap_pump *p, slice *s)
 {
     seen after[SLICE_CHUNKS];
     uint64_t shift = s->w.start - s->w.at;
-    int r = survey(p, &s->w, s->start, s->end, after);
+    int r = look(p, s, after);
     for (size_t i = 0; i < s->chunks; i++) {
         uint64_t address = s->at + i * CHUNK;
         if (!s->dirty[i])
@@ -330,8 +338,7 @@ static int keep_copies(snap_pump *p, slice *s)
         c->state = SAVED;
         if (after[i].bare) {
             soil(s, c, after[i].bare);
-            e = after[i].bare & (uint16_t)~s->spared[i] ? list_again(p, s, i) : 0;
-            if (e)
+            if ((e = list_again(p, s, i)))
                 return e;
         }
         account(p, s->w.space, c);
@@ -344,14 +351,14 @@ static int keep_copies(snap_pump *p, slice *s)
 /* Protected is enough: they are saved after T0, as they are then. */
 static int keep_protected(snap_pump *p, slice *s)
 {
-    int r = survey(p, &s->w, s->start, s->end, s->seen);
+    int r = look(p, s, s->seen);
     for (size_t i = 0; !r && i < s->chunks; i++) {
         chunk *c = s->dirty[i] ? ledger_chunk(p, s->w.space, s->at + i * CHUNK) : NULL;
         if (!c)
             continue;
         c->want = (uint16_t)((c->want & ~s->seen[i].mask) | s->seen[i].want);
         account(p, s->w.space, c);
-        if (s->seen[i].bare & (uint16_t)~s->spared[i])
+        if (s->seen[i].bare)
             r = list_again(p, s, i);
     }
     return r;

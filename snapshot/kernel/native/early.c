@@ -24,7 +24,7 @@
 /* Slots of staging for cells: the sweep needs some too, and there is the reserve. */
 static uint64_t most_slots(const snap_pump *p)
 {
-    uint64_t others = SWEEP_SLOTS + p->slots / 16, half = p->slots / 2;
+    uint64_t others = SWEEP_SLOTS + least_reserve(p), half = p->slots / 2;
     return p->slots > others + half ? p->slots - others : half;
 }
 

@@ -332,6 +332,11 @@ void deadline(struct timespec *until, int timeout_ms);
 /* Staging slots that the not urgent may take; and as many as these could ever be. */
 uint64_t free_places(snap_pump *p);
 uint64_t most_places(const snap_pump *p);
+/* However many are cells, so many slots are left to the urgent. */
+static inline uint64_t least_reserve(const snap_pump *p)
+{
+    return p->slots / 16;
+}
 /* Hands a copy to the consumers; it replaces those before it. Caller holds the lock. */
 int enqueue(snap_pump *p, const snap_saved *saved);
 

@@ -13,7 +13,7 @@
 /* Slots that only the urgent may take: a quarter, with those that are cells, but some of them in any case. */
 static uint64_t reserve(const snap_pump *p)
 {
-    uint64_t least = p->slots / 16, most = p->slots / 4;
+    uint64_t least = least_reserve(p), most = p->slots / 4;
     uint64_t left = most > p->cut_slots ? most - p->cut_slots : 0;
     return p->hurried ? 0 : left > least ? left : least;
 }
