@@ -204,9 +204,7 @@ class Pump(Closing):
         self._background.calm()
 
     def balance(self) -> None:
-        """Ten times a second: where others use all processors storing goes on all the same, and
-        while writers wait for us nothing runs where they do."""
-        self._background.balance()
+        """Ten times a second: while writers wait for us nothing runs where they do."""
         busy = self._busy.processors()
         faults, before = self._raw().faults, self._faults
         self._faults = faults

@@ -9,12 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 
-from .busy import times
-
-_WAITED_NS = 50_000_000
-_WAITED_PART = 4
-"""A thread is starved that waited for a processor for so long, and so many times as long as it
-ran."""
+from ..errors import KernelError
+from ._native import ffi, lib
+from .errnames import error_text
 
 
 class Background:
@@ -23,16 +20,20 @@ class Background:
     without CAP_SYS_NICE) they stay ordinary, and only do not take a processor from others when they
     wake up (SCHED_BATCH).
 
-    `hurry` is for who waits for something that one of them may hold, such as the interpreter lock:
-    on a busy machine it might not run for long. `balance`, called in regular intervals, sees to it
-    that they go on at all where others leave them nothing. `keep_off` leaves processors to others
-    altogether: who has to take one from a thread, even from one of these, gets it 12 us later than
-    one that is free (measured on virtual ones).
+    Where others leave them nothing they go on all the same, as ordinary threads for most of the
+    time: one of them may hold the interpreter lock, so this is seen to in C.
+
+    `hurry` is for who waits for something that one of them may hold. `keep_off` leaves processors
+    to others altogether: who has to take one from a thread, even from one of these, gets it 12 us
+    later than one that is free (measured on virtual ones).
     """
 
     def __init__(self) -> None:
+        made = ffi.new("snap_background **")
+        _check(lib.snap_background_new(_returns(), made))
+        self._policies = ffi.gc(made[0], lib.snap_background_free)
         self._changed = threading.Lock()
-        self._threads: dict[int, tuple[int, int]] = {}
+        self._threads: set[int] = set()
         self._hurried = False
         self._may_run_on = os.sched_getaffinity(0)
         self._processors = self._may_run_on
@@ -40,9 +41,9 @@ class Background:
 
     def __enter__(self) -> None:
         own = threading.get_native_id()
+        _check(lib.snap_background_enter(self._policies))
         with self._changed:
-            self._threads[own] = times("self", own)
-            _schedule(own, self._policy(starved=False))
+            self._threads.add(own)
             _place(own, self._processors)
 
     def __exit__(
@@ -52,10 +53,10 @@ class Background:
         trace: TracebackType | None,
     ) -> None:
         own = threading.get_native_id()
-        with self._changed:  # from here on its number may be another's
-            del self._threads[own]
-            _schedule(own, os.SCHED_OTHER)
+        with self._changed:
+            self._threads.remove(own)
             _place(own, self._may_run_on)
+        lib.snap_background_leave(self._policies)
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -83,40 +84,22 @@ class Background:
 
     def hurry(self) -> None:
         """All of them are ordinary threads, and run anywhere, until `calm`."""
-        self._schedule_all(hurried=True)
+        self._hurry(True)
 
     def calm(self) -> None:
-        self._schedule_all(hurried=False)
+        self._hurry(False)
 
-    def _schedule_all(self, *, hurried: bool) -> None:
+    def _hurry(self, hurried: bool) -> None:
+        lib.snap_background_hurry(self._policies, hurried)
         with self._changed:
             self._hurried = hurried
             for thread in self._threads:
-                _schedule(thread, self._policy(starved=False))
                 _place(thread, self._may_run_on if hurried else self._processors)
 
-    def balance(self) -> None:
-        """Who got next to nothing since the last call is an ordinary thread until the next."""
-        with self._changed:
-            for thread, (ran, waited) in self._threads.items():
-                now = self._threads[thread] = times("self", thread)
-                waited = now[1] - waited
-                starved = waited > max(_WAITED_NS, _WAITED_PART * (now[0] - ran))
-                _schedule(thread, self._policy(starved=starved))
 
-    def _policy(self, *, starved: bool) -> int:
-        if not _returns():
-            return os.SCHED_BATCH
-        if self._hurried:
-            return os.SCHED_OTHER
-        return os.SCHED_BATCH if starved else os.SCHED_IDLE
-
-
-def _schedule(thread: int, policy: int) -> None:
-    """What the caller has made of itself (a realtime policy, say) is not touched."""
-    with suppress(OSError):
-        if os.sched_getscheduler(thread) in (os.SCHED_OTHER, os.SCHED_BATCH, os.SCHED_IDLE):
-            os.sched_setscheduler(thread, policy, os.sched_param(0))
+def _check(result: int) -> None:
+    if result < 0:
+        raise KernelError(f"threads in the background: {error_text(result)}", "free -m")
 
 
 def _place(thread: int, processors: set[int]) -> None:

@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -16,17 +17,37 @@ from ..errors import DeniedError, KernelError, SnapError, TargetError
 from .errnames import error_name
 
 _CAP_SYS_PTRACE = 19
+_PF_EXITING = 0x00000004
 _PF_KTHREAD = 0x00200000
+_ENDING_SECONDS = 0.5
 
 
 def fail(tid: int, request: str, number: int) -> NoReturn:
     """The error for a request that should not have failed."""
-    if number == errno.ESRCH and not os.path.exists(f"/proc/{tid}"):
+    if number == errno.ESRCH and _ends(tid):
         raise TargetError(f"thread {tid} has ended ({request})", f"ps -p {tid}")
     raise KernelError(
         f"{request} for thread {tid}: {error_name(number)}",
         f"cat /proc/{tid}/status",
     )
+
+
+def _ends(tid: int) -> bool:
+    """Whether a thread has ended or is about to: between the signal that kills it and the flag that
+    says so, nothing of it tells."""
+    until = time.monotonic() + _ENDING_SECONDS
+    while time.monotonic() < until:
+        fields = status(tid)
+        if not fields or fields["State"].startswith(("Z", "X")) or _flags(tid) & _PF_EXITING:
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def _flags(tid: int) -> int:
+    """PF_* of linux/sched.h (proc_pid_stat(5), field 9); 0 when there is no such thread."""
+    fields = _text(f"/proc/{tid}/stat").rpartition(")")[2].split()
+    return int(fields[6]) if len(fields) > 6 else 0
 
 
 def stuck(tids: Sequence[int], timeout: float) -> str:
@@ -86,8 +107,7 @@ def _lasting(tid: int, fields: dict[str, str]) -> SnapError | None:
     if tracer:
         name = status(tracer).get("Name", "?")
         return TargetError(f"{label} is traced by {tracer} ({name}) already", f"ps -p {tracer}")
-    stat = _text(f"/proc/{tid}/stat").rpartition(")")[2].split()
-    if len(stat) > 6 and int(stat[6]) & _PF_KTHREAD:
+    if _flags(tid) & _PF_KTHREAD:
         return TargetError(f"{label} is a kernel thread: it has no memory of its own", "ps -ef")
     ended = fields.get("State", "").startswith(("Z", "X"))
     if ended and int(fields.get("Threads", 1)) <= 1:

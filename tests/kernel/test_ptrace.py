@@ -190,6 +190,25 @@ def test_exitkill(options: int) -> None:
             wait_until(lambda: sleeps(pid), "it runs on")
 
 
+def test_one_that_is_killed_has_ended() -> None:
+    """Also between the signal and its end, when the kernel still shows it."""
+    for _ in range(50):
+        with child(SLEEPER) as pid:
+            tracee = stopped(pid)
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(TargetError, match=f"thread {pid} has ended"):
+                while True:
+                    tracee.registers()
+
+
+def test_a_request_that_is_refused_is_no_end(sleeper: int) -> None:
+    tracee = stopped(sleeper)
+    tracee.cont()
+    with pytest.raises(KernelError, match="ESRCH"):
+        tracee.registers()
+    assert sleeps(sleeper)
+
+
 # What cannot be traced
 
 

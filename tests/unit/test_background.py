@@ -67,15 +67,35 @@ def test_they_run_after_all_others_but_not_while_somebody_waits() -> None:
 
 
 @pytest.mark.usefixtures("returns")
-def test_who_is_starved_is_an_ordinary_thread_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_starved_is_an_ordinary_thread_for_a_while() -> None:
+    """Also while it holds the interpreter lock, so that nothing of Python's could see to it."""
+    group, processor = Background(), {max(os.sched_getaffinity(0))}
+    ended = threading.Event()
+
+    def work() -> None:
+        with group:
+            os.sched_setaffinity(0, processor)
+            while not ended.is_set():
+                hash(bytes(range(256)) * 400_000)  # 0.1 s without letting go of it
+
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        os.sched_setaffinity(other.pid, processor)
+        worker = Worker("work", work)
+        try:
+            wait_until(lambda: policy_of(worker.native_id) == os.SCHED_OTHER, "it being helped")
+            wait_until(lambda: policy_of(worker.native_id) == os.SCHED_IDLE, "it yielding again")
+        finally:
+            ended.set()
+            worker.join()
+            other.kill()
+
+
+def test_one_after_another(returns: None) -> None:
+    """The last one that leaves ends who looks after them; the next one starts it again."""
     group = Background()
-    times = iter([(0, 0), (1_000_000, 90_000_000), (50_000_000, 130_000_000)])
-    monkeypatch.setattr(background, "times", lambda pid, thread: next(times))
-    with Inside(group) as thread:
-        group.balance()
-        assert policy_of(thread) == os.SCHED_BATCH
-        group.balance()
-        assert policy_of(thread) == os.SCHED_IDLE
+    for _ in range(100):
+        with Inside(group) as first, Inside(group) as second:
+            assert policy_of(first) == policy_of(second) == os.SCHED_IDLE
 
 
 def test_where_there_is_no_way_back_they_stay_ordinary(monkeypatch: pytest.MonkeyPatch) -> None:
