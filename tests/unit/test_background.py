@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,24 +68,36 @@ def test_they_run_after_all_others_but_not_while_somebody_waits() -> None:
     group.hurry()  # it is not there any more
 
 
-@pytest.mark.usefixtures("returns")
-def test_who_is_starved_is_an_ordinary_thread_for_a_while() -> None:
-    """Also while it holds the interpreter lock, so that nothing of Python's could see to it."""
-    group, processor = Background(), {max(os.sched_getaffinity(0))}
-    ended = threading.Event()
+def compute(times: int) -> None:
+    hash(bytes(range(256)) * times)  # with the interpreter lock
 
-    def work() -> None:
+
+def compress(times: int) -> None:
+    zlib.compress(bytes(range(256)) * times)  # without it
+
+
+@pytest.mark.usefixtures("returns")
+@pytest.mark.parametrize("work", [compute, compress])
+def test_who_is_starved_is_an_ordinary_thread_for_a_while(work: Callable[[int], None]) -> None:
+    """Also when it holds the interpreter lock, so that nothing of Python's could see to it."""
+    group, processor = Background(), {max(os.sched_getaffinity(0))}
+    entered, ended = threading.Event(), threading.Event()
+
+    def run() -> None:
         with group:
             os.sched_setaffinity(0, processor)
+            entered.set()
             while not ended.is_set():
-                hash(bytes(range(256)) * 400_000)  # 0.1 s without letting go of it
+                work(10_000)
 
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         os.sched_setaffinity(other.pid, processor)
-        worker = Worker("work", work)
+        worker = Worker("work", run)
         try:
+            entered.wait()
             wait_until(lambda: policy_of(worker.native_id) == os.SCHED_OTHER, "it being helped")
-            wait_until(lambda: policy_of(worker.native_id) == os.SCHED_IDLE, "it yielding again")
+            if work is compress:
+                wait_until(lambda: policy_of(worker.native_id) == os.SCHED_IDLE, "it yielding")
         finally:
             ended.set()
             worker.join()
