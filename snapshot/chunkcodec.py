@@ -4,9 +4,16 @@ docs/image-format.md says the same in words. A value is a header and a payload:
 
     present   u16   bit i: the page at i * 4 KiB belongs to the image
     nonzero   u16   bit i: its bytes are in the payload (a subset of present); else they are zeros
-    codec     u8    0: the payload is those pages as they are; 1: one zstd frame of them
+    codec     u8    0: the payload is those pages as they are; 1: one zstd frame of them; 2: a delta
     reserved  3 bytes, 0
-    digest    16 bytes: BLAKE3 of the pages of the payload, keyed with the bitmaps
+    digest    16 bytes: BLAKE3 of the nonzero pages, keyed with the bitmaps
+
+The payload of a delta is a header and the pages that are its own, the other nonzero ones are those
+of another value, its base, which is no delta:
+
+    own       u16   bit i: the page is in this payload (a subset of nonzero)
+    codec     u8    0 or 1, of the own pages
+    reserved  5 bytes, 0
 
 All integers big endian. The pages are in ascending order.
 """
@@ -26,9 +33,15 @@ from .kernel._native import ffi, lib
 from .units import ALL_PAGES, CHUNK, PAGE, PAGES_PER_CHUNK
 
 HEADER = struct.Struct(">HHB3x16s")
+DELTA_HEADER = struct.Struct(">HB5x")
 MAX_BYTES = HEADER.size + CHUNK
 _RESERVED = slice(5, 8)
-RAW, ZSTD = 0, 1
+_DELTA_RESERVED = slice(3, 8)
+_CODEC = 4
+RAW, ZSTD, DELTA = 0, 1, 2
+MOST_OWN = PAGES_PER_CHUNK // 2
+"""Pages of a delta: a chunk of which more are other than those of its base is stored whole, so that
+it does not keep two values in the store for long, and is a base itself."""
 DIGEST_BYTES = 16
 LEVEL = -2
 """zstd level: 15 % faster than -1 for 7 % more bytes, which pays for hashing and writing; those
@@ -71,8 +84,10 @@ class Content(NamedTuple):
     present: int
     nonzero: int
     digest: bytes
-    payload: Bytes  # the nonzero pages in order
+    payload: Bytes  # the nonzero pages in order; of a delta its own
     noise: bool  # not worth the attempt to compress it
+    own: int | None = None
+    """A delta: bit i: the page is in the payload; the other nonzero ones are those of its base."""
 
 
 def examine(present: int, data: memoryview) -> Content:
@@ -99,13 +114,27 @@ def patched(chunk: Chunk, present: int, patch: int, data: memoryview) -> Content
     return examine(present, memoryview(merged))
 
 
-def encode(contents: Sequence[Content]) -> list[bytes]:
-    """The values of many chunks at once: zstd with the GIL released for all of them together."""
-    full = [content.payload for content in contents if content.payload and not content.noise]
+def against(content: Content, base: Chunk) -> Content | None:
+    """The same as a delta against `base`; None when it is to be stored whole."""
+    data = content.payload
+    if content.nonzero != ALL_PAGES:
+        data = _spread(content.nonzero, bytes(data))
+    differ = lib.snap_differing(ffi.from_buffer(data), ffi.from_buffer(base.data))
+    own = differ & content.nonzero
+    if own.bit_count() > MOST_OWN:
+        return None
+    payload = b"".join([data[where] for page, where in enumerate(_PAGES) if own >> page & 1])
+    return content._replace(payload=payload, own=own)
+
+
+def encode(contents: Sequence[Content], *, raw: bool = False) -> list[bytes]:
+    """The values of many chunks at once: zstd with the GIL released for all of them together.
+    `raw`: pages as they are."""
+    full = [one.payload for one in contents if one.payload and not one.noise and not raw]
     frames = iter(_contexts.compressor.multi_compress_to_buffer(full) if full else ())
     return [
-        _raw(content) if content.noise or not content.payload else _packed(content, next(frames))
-        for content in contents
+        _raw(one) if raw or one.noise or not one.payload else _packed(one, next(frames))
+        for one in contents
     ]
 
 
@@ -121,13 +150,45 @@ def pages_of(value: Bytes) -> int:
     return present
 
 
-def decode(value: Bytes) -> tuple[Chunk, bytes]:
-    """The chunk and its digest, verified. DamagedError when the value is not what was written."""
+def is_delta(value: Bytes) -> bool:
+    """Whether it takes another value, its base, to decode it."""
+    return len(value) > _CODEC and value[_CODEC] == DELTA
+
+
+def decode(value: Bytes, base: Bytes | None = None) -> tuple[Chunk, bytes]:
+    """The chunk and its digest, verified. DamagedError when the value is not what was written.
+    `base`: of a delta, the value that it was made against."""
     present, nonzero, codec, digest = _header(value)
-    payload = _payload(codec, value[HEADER.size :], nonzero.bit_count() * PAGE)
+    if codec == DELTA:
+        payload = _merged(nonzero, value[HEADER.size :], base)
+    else:
+        payload = _payload(codec, value[HEADER.size :], nonzero.bit_count() * PAGE)
     if _digest(present, nonzero, payload) != digest:
         raise DamagedError("the content does not match its checksum")
     return Chunk(present, _spread(nonzero, payload), nonzero), digest
+
+
+def base_of(value: Bytes) -> Chunk:
+    """What a value that is no delta holds, to be compared with or patched. What is made of it has a
+    digest of its own, so that of the value is not compared."""
+    present, nonzero, codec, _ = _header(value)
+    payload = _payload(codec, value[HEADER.size :], nonzero.bit_count() * PAGE)
+    return Chunk(present, _spread(nonzero, payload), nonzero)
+
+
+def _merged(nonzero: int, stored: Bytes, base: Bytes | None) -> bytes:
+    """The nonzero pages of a delta."""
+    if base is None:
+        raise DamagedError("a delta without its base")
+    if len(stored) < DELTA_HEADER.size:
+        raise DamagedError(f"a delta of {len(stored)} bytes")
+    own, codec = DELTA_HEADER.unpack_from(stored)
+    if stored[_DELTA_RESERVED] != bytes(5) or own & ~nonzero or codec == DELTA:
+        raise DamagedError(f"a delta of the pages {own:#06x} among {nonzero:#06x}, codec {codec}")
+    payload = _payload(codec, stored[DELTA_HEADER.size :], own.bit_count() * PAGE)
+    pages = [base_of(base).data, _spread(own, payload)]
+    return b"".join([pages[own >> i & 1][_PAGES[i]] for i in range(PAGES_PER_CHUNK)
+                     if nonzero >> i & 1])  # fmt: skip
 
 
 def _digest(present: int, nonzero: int, payload: Bytes) -> bytes:
@@ -139,13 +200,19 @@ def _packed(content: Content, frame: Any) -> bytes:
     """`frame` is a zstandard.BufferSegment."""
     if len(frame) >= len(content.payload):
         return _raw(content)
-    head = HEADER.pack(content.present, content.nonzero, ZSTD, content.digest)
-    return b"".join((head, frame))
+    return _value(content, ZSTD, frame)
 
 
 def _raw(content: Content) -> bytes:
-    head = HEADER.pack(content.present, content.nonzero, RAW, content.digest)
-    return b"".join((head, content.payload))
+    return _value(content, RAW, content.payload)
+
+
+def _value(content: Content, codec: int, payload: Any) -> bytes:
+    present, nonzero, digest, _, _, own = content
+    if own is None:
+        return b"".join((HEADER.pack(present, nonzero, codec, digest), payload))
+    heads = HEADER.pack(present, nonzero, DELTA, digest), DELTA_HEADER.pack(own, codec)
+    return b"".join((*heads, payload))
 
 
 def _header(value: Bytes) -> tuple[int, int, int, bytes]:

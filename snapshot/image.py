@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -18,13 +19,13 @@ import zstandard
 
 from . import chunkcodec, index, plausible, workingset
 from . import manifest as manifests
-from .chunkcodec import Chunk
+from .chunkcodec import Bytes, Chunk
 from .environment import Environment, Transaction, open_environment
 from .errors import DamagedError, StoreError
 from .lease import Lease
 from .manifest import OBJECT_SPACE, Manifest, Mapping, Process, Thread
 from .mappedfile import FileReader
-from .records import NUMBER, ImageRecord, SpaceSummary, digest
+from .records import BASES, NUMBER, ImageRecord, SpaceSummary, base_address, digest
 from .units import CHUNK, PAGE, align_down
 
 __all__ = ["Chunk", "Damage", "Image"]
@@ -195,6 +196,8 @@ class Image:
             yield Damage(self.name, None, None, error.message)
         total = sum(summary.chunks for summary in self._record.spaces)
         done = 0
+        with suppress(DamagedError):  # which is found again below
+            self._space(BASES)
         for summary in self._record.spaces:
             for damage in self._verify_space(summary):
                 if damage:
@@ -216,6 +219,9 @@ class Image:
         if found.summary() != summary:
             reason = f"the index has {len(found)} chunks of {summary.chunks}, or changed ones"
             yield Damage(self.name, space, None, reason)
+        if space == BASES:  # whoever decodes a delta decodes its base
+            yield from (None for _ in range(len(found)))
+            return
         entries = list(found.entries())
         parts = [entries[at : at + _STREAM] for at in range(0, len(entries), _STREAM)]
         from concurrent.futures import ThreadPoolExecutor  # a restore needs none
@@ -270,22 +276,34 @@ class Image:
             if found.summary() != summary and (summary or len(found)):
                 raise self._damaged(f"the index of space {space} does not match its checksum")
             self._spaces[space] = found
+            if BASES in self._summaries:  # `_decode` is inside a transaction
+                self._space(BASES)
         return found
 
     def _decode(self, transaction: Transaction, space: int, entry: index.Entry) -> Chunk:
-        value = transaction.get(
-            NUMBER.pack(entry.sequence), db=self._environment.databases["chunks"]
-        )
         try:
+            value = self._value(transaction, entry)
             if value is None:
                 raise DamagedError("the chunk is missing")
-            chunk, found = chunkcodec.decode(value)
+            base = self._base(transaction, entry) if chunkcodec.is_delta(value) else None
+            chunk, found = chunkcodec.decode(value, base)
             if found != entry.digest:
                 raise DamagedError("another chunk is in its place")
         except DamagedError as error:
             where = f"space {space}, {entry.address:#x} (chunk {entry.sequence})"
             raise self._damaged(f"{where}: {error.message}") from None
         return chunk
+
+    def _value(self, transaction: Transaction, entry: index.Entry) -> Bytes | None:
+        found: Bytes | None = transaction.get(
+            NUMBER.pack(entry.sequence), db=self._environment.databases["chunks"]
+        )
+        return found
+
+    def _base(self, transaction: Transaction, delta: index.Entry) -> Bytes | None:
+        bases = self._spaces.get(BASES)
+        entry = None if bases is None else bases.find(base_address(delta.sequence))
+        return None if entry is None else self._value(transaction, entry)
 
     def _read_mapping(self, process: Process, mapping: Mapping, start: int, end: int) -> bytes:
         """[start, end), which lies in `mapping`."""

@@ -48,6 +48,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     now: bool
     guard: Literal["auto", "always", "never"]
     pace: str | None
+    raw: bool
 
 
 class Reply(msgspec.Struct, forbid_unknown_fields=True):
@@ -67,6 +68,7 @@ def take_self(
     now: bool,
     guard: Literal["auto", "always", "never"],
     pace: str | None,
+    raw: bool,
     hooks: HookMapping | None,
 ) -> Image:
     """The image of the calling process; `snapshot.take` calls this for the own pid."""
@@ -81,7 +83,7 @@ def take_self(
     # A restored process must know the name too, so it is chosen here and not by the helper.
     joined = Hooks(hooks, installed=False)
     where = str(store_path(store).absolute())
-    request = Request(pid, where, name or default_name(pid), memory, now, guard, pace)
+    request = Request(pid, where, name or default_name(pid), memory, now, guard, pace, raw)
     try:
         joined.run("before-freeze", pid=pid, image=request.name)
         reply = _ask(request)
@@ -185,6 +187,7 @@ def _help(request: Request) -> Reply:
             now=request.now,
             guard=request.guard,
             pace=paces.parse(request.pace),
+            raw=request.raw,
             hooks=Hooks(),
         ).close()
     except SnapError as error:

@@ -14,16 +14,28 @@ from blake3 import blake3
 from .chunkcodec import DIGEST_BYTES, Bytes
 from .errors import DamagedError
 from .manifest import Record
+from .units import CHUNK
 
-FORMAT = b"livesnap store 1"
+FORMAT = b"livesnap store 2"
+WITHOUT_DELTAS = b"livesnap store 1"
+"""The same but for deltas. It is read, and becomes one of the newer format with the next take."""
 FORMAT_KEY, NEXT_SEQUENCE_KEY, NEXT_IMAGE_KEY = b"format", b"next sequence", b"next image"
 
 NUMBER = struct.Struct(">Q")
 """An image's number, a chunk's sequence number: counted up, never used twice."""
 INDEX_KEY = struct.Struct(">QIQ")  # image number, space, chunk address
 INDEX_VALUE = struct.Struct(f">Q{DIGEST_BYTES}s")  # sequence number, digest of the content
+BASES = 1 << 31
+"""A space of no process and no object: the bases of the deltas among an image's chunks. It keeps
+them in the store for as long as the image is there."""
 INDEX_ENTRY = struct.Struct(f">QQ{DIGEST_BYTES}s")
 """Chunk address and index value: what the digest of a space is made of."""
+
+
+def base_address(delta: int) -> int:
+    """Where BASES has the base of the delta with this sequence number (below 2 ** 47)."""
+    return delta * CHUNK
+
 
 _YEAR_9999 = 253_402_300_800
 MAX_RECORD = 4 * 1024 * 1024

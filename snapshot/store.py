@@ -27,11 +27,13 @@ from .environment import (
 from .errors import DamagedError, StoreError
 from .image import Image
 from .records import (
+    BASES,
     FORMAT,
     FORMAT_KEY,
     NEXT_IMAGE_KEY,
     NEXT_SEQUENCE_KEY,
     NUMBER,
+    WITHOUT_DELTAS,
     ImageRecord,
     ProcessIdentity,
     TakeRecord,
@@ -41,7 +43,7 @@ from .records import (
 from .units import mib
 
 if TYPE_CHECKING:
-    from .writer import ImageWriter
+    from .writer import Earlier, ImageWriter
 
 __all__ = ["ImageInfo", "ProcessIdentity", "Store"]
 
@@ -105,10 +107,12 @@ class Store:
         name: str,
         like: ProcessIdentity | None = None,
         around: AbstractContextManager[None] | None = None,
+        *,
+        raw: bool = False,
     ) -> ImageWriter:
         """A new image, after removing what dead takes left. `like` names its process: chunks equal
         to those of its newest image, at the same address, are shared with that. The thread that
-        writes to the disk lives inside `around`.
+        writes to the disk lives inside `around`. `raw`: what is stored is not compressed.
 
         StoreError when an image of the name exists or is being taken.
         """
@@ -116,6 +120,8 @@ class Store:
 
         check_name(name)
         sweep.clear_dead(self._environment)
+        # Before the number of the first chunk: what it shares has smaller ones.
+        earlier = self._newest(like) if like else None
         held: list[lease.Lease] = []
 
         def work(transaction: Transaction) -> tuple[int, int]:
@@ -134,11 +140,18 @@ class Store:
             record = TakeRecord(name=name, pid=os.getpid(), first_sequence=sequence)
             transaction.put(key, seal(key, record), db=databases["takes"])
             transaction.put(NEXT_IMAGE_KEY, NUMBER.pack(number + 1), db=meta)
+            transaction.put(FORMAT_KEY, FORMAT, db=meta)
             return number, sequence
 
-        number, sequence = self._environment.write(work)
-        earlier = self._newest(like) if like else None
-        return ImageWriter(self._environment, name, number, sequence, held[0], earlier, around)
+        try:
+            number, sequence = self._environment.write(work)
+        except BaseException:
+            if earlier:
+                earlier.lease.release()
+            raise
+        return ImageWriter(
+            self._environment, name, number, sequence, held[0], earlier, around, raw=raw
+        )
 
     def images(self) -> list[ImageInfo]:
         """All images, the oldest first."""
@@ -281,8 +294,10 @@ class Store:
                 "snap list",
             )
 
-    def _newest(self, like: ProcessIdentity) -> tuple[int, lease.Lease] | None:
-        """The newest image of the process that can be held, with its lease."""
+    def _newest(self, like: ProcessIdentity) -> Earlier | None:
+        """The newest image of the process that can be held."""
+        from .writer import Earlier
+
         records = []
         with self._environment.read() as transaction:
             for key, value in transaction.cursor(self._environment.databases["images"]):
@@ -291,14 +306,15 @@ class Store:
                 except DamagedError:
                     continue  # sharing is a saving, not a duty
                 if record.identity == like:
-                    records.append((record.taken_at, bytes(key).decode(), record.number))
-        for _, name, number in sorted(records, reverse=True):
+                    deltas = any(one.space == BASES for one in record.spaces)
+                    records.append((record.taken_at, bytes(key).decode(), record.number, deltas))
+        for _, name, number, deltas in sorted(records, reverse=True):
             held = lease.acquire(self.path, number, alone=False)
             if held is None:
                 continue
             try:
                 if self._record(name).number == number:
-                    return number, held
+                    return Earlier(number, held, deltas)
             except (StoreError, DamagedError):
                 pass
             held.release()
@@ -321,7 +337,7 @@ class Store:
             found = None if value is None else bytes(value)
         if found is None or not found.startswith(FORMAT.rpartition(b" ")[0]):
             raise no_store(self.path, foreign=True)
-        if found != FORMAT:
+        if found not in (FORMAT, WITHOUT_DELTAS):
             raise StoreError(
                 f"{self.path} is a {found.decode(errors='replace')}; this snap reads "
                 f"{FORMAT.decode()}",

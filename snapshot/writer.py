@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import NamedTuple
 
 import zstandard
@@ -20,11 +20,13 @@ from .known import Known
 from .lease import Lease
 from .manifest import Manifest
 from .records import (
+    BASES,
     INDEX_KEY,
     INDEX_VALUE,
     NEXT_SEQUENCE_KEY,
     NUMBER,
     ImageRecord,
+    base_address,
     digest,
     seal,
 )
@@ -54,6 +56,15 @@ class RawChunk(NamedTuple):
     """Only these of the pages are in `data`; the others are those of the chunk put before."""
 
 
+class Earlier(NamedTuple):
+    """An image of the same process, which has what its successor shares with it."""
+
+    number: int
+    lease: Lease
+    deltas: bool
+    """Some of its chunks are."""
+
+
 class _Pending(NamedTuple):
     """A chunk on its way: what the index says of it now, and what it will say."""
 
@@ -62,6 +73,7 @@ class _Pending(NamedTuple):
     sequence: int | None  # of an equal chunk of an earlier image
     value: bytes | None  # what goes into `chunks` otherwise
     digest: bytes | None  # of the content; None: the chunk is taken out
+    base: bytes | None  # index value of the chunk that it is a delta against
 
 
 class _Old(NamedTuple):
@@ -69,14 +81,36 @@ class _Old(NamedTuple):
 
     where: bytes  # index value
     value: bytes
+    base: bytes | None  # the value that it is a delta against
     own: bool  # not shared with an earlier image
+
+
+class _Match(NamedTuple):
+    """The chunk that the earlier image has at the address of another."""
+
+    sequence: int
+    digest: bytes
+    base: bytes | None  # index value of the chunk that it is a delta against
+
+
+class _Choice(NamedTuple):
+    """How a chunk gets into the image."""
+
+    fresh: Content | None  # what is stored for it, a delta where few pages differ from its match
+    sequence: int | None  # its match, where it is equal
+    base: bytes | None  # as in _Pending
+
+
+def _base_key(number: int, delta: int) -> bytes:
+    """Where the index of an image has the base of the delta with this sequence number."""
+    return INDEX_KEY.pack(number, BASES, base_address(delta))
 
 
 def _on_disk(entry: _Pending) -> int:
     """About the bytes that LMDB takes for a chunk and its index entry: larger values have pages of
     their own."""
     size = len(entry.value or b"")
-    return 100 + (size if size < _INLINE else align_up(size + 16, PAGE))
+    return 100 + (60 if entry.base else 0) + (size if size < _INLINE else align_up(size + 16, PAGE))
 
 
 class ImageWriter:
@@ -90,8 +124,10 @@ class ImageWriter:
         number: int,
         first_sequence: int,
         lease: Lease,
-        earlier: tuple[int, Lease] | None,
+        earlier: Earlier | None,
         around: AbstractContextManager[None] | None = None,
+        *,
+        raw: bool = False,
     ) -> None:
         self.name = name
         self.number = number
@@ -103,6 +139,7 @@ class ImageWriter:
         self._first_sequence = first_sequence
         self._lease = lease
         self._earlier = earlier
+        self._raw = raw
         self._counting = threading.Lock()
         self._known = Known()
         self._unwritten: set[bytes] = set()  # keys that were put and are not in the index yet
@@ -143,16 +180,17 @@ class ImageWriter:
             self._examined(chunk, olds.get(key)) if chunk.pages else None
             for key, chunk in group.items()
         ]
-        same = self._same(group, contents)
-        fresh = [one for one, at in zip(contents, same, strict=True) if one and at is None]
-        values = iter(chunkcodec.encode(fresh))
+        choices = self._choices(group, contents)
+        fresh = [choice.fresh for choice in choices if choice.fresh]
+        values = iter(chunkcodec.encode(fresh, raw=self._raw))
         ready = []
         pages = stored = 0
-        for key, content, at in zip(group, contents, same, strict=True):
-            value = next(values) if content and at is None else None
+        for key, content, choice in zip(group, contents, choices, strict=True):
+            value = next(values) if choice.fresh else None
             old = olds.get(key)
+            its_digest = content and content.digest
             ready.append(
-                _Pending(key, old and old.where, at, value, content and content.digest)
+                _Pending(key, old and old.where, choice.sequence, value, its_digest, choice.base)
             )
             pages += content.present.bit_count() if content else 0
             stored += len(value or b"")
@@ -171,7 +209,7 @@ class ImageWriter:
             return chunkcodec.examine(chunk.pages, chunk.data)
         if old is None:
             raise ValueError(f"a patch of nothing at {chunk.address:#x}")
-        patched, _ = chunkcodec.decode(old.value)
+        patched, _ = chunkcodec.decode(old.value, old.base)
         return chunkcodec.patched(patched, chunk.pages, chunk.patch, chunk.data)
 
     def _olds(self, group: dict[bytes, RawChunk]) -> dict[bytes, _Old]:
@@ -196,28 +234,62 @@ class ImageWriter:
                     raise DamagedError(
                         f"chunk {sequence} of the unfinished image {self.name} is lost"
                     )
-                olds[key] = _Old(where, value, sequence >= self._first_sequence)
+                base = None
+                if chunkcodec.is_delta(value):
+                    named = transaction.get(_base_key(self.number, sequence), db=databases["index"])
+                    base = named and transaction.get(named[: NUMBER.size], db=databases["chunks"])
+                olds[key] = _Old(where, value, base, sequence >= self._first_sequence)
         return olds
 
-    def _same(
-        self, group: dict[bytes, RawChunk], contents: list[Content | None]
-    ) -> list[int | None]:
-        """For each the sequence number of an equal chunk of the earlier image, at its address."""
+    def _choices(
+        self, group: dict[bytes, RawChunk], contents: Sequence[Content | None]
+    ) -> list[_Choice]:
         if self._earlier is None:
-            return [None] * len(contents)
-        number = self._earlier[0]
-        keys = [INDEX_KEY.pack(number, one.space, one.address) for one in group.values()]
+            return [_Choice(content, None, None) for content in contents]
+        matches = self._matches(self._earlier, group.values())
+        with self._environment.read() as transaction:
+            return [
+                self._choose(transaction, content, match)
+                for content, match in zip(contents, matches, strict=True)
+            ]
+
+    def _matches(self, earlier: Earlier, chunks: Iterable[RawChunk]) -> list[_Match | None]:
+        """For each what the earlier image has at its address."""
+        keys = [INDEX_KEY.pack(earlier.number, one.space, one.address) for one in chunks]
+        bases: dict[bytes, bytes] = {}
         with self._environment.read(buffers=False) as transaction:
             cursor = transaction.cursor(self._environment.databases["index"])
-            found = dict(cursor.getmulti(keys))
-        same: list[int | None] = []
-        for key, content in zip(keys, contents, strict=True):
-            sequence = None
-            if content and key in found:
-                at, its_digest = INDEX_VALUE.unpack(found[key])
-                sequence = at if its_digest == content.digest else None
-            same.append(sequence)
-        return same
+            found = {key: INDEX_VALUE.unpack(value) for key, value in cursor.getmulti(keys)}
+            if earlier.deltas:
+                deltas = [_base_key(earlier.number, sequence) for sequence, _ in found.values()]
+                bases = dict(cursor.getmulti(deltas))
+        matches: list[_Match | None] = []
+        for key in keys:
+            sequence, its_digest = found.get(key, (0, b""))
+            base = bases.get(_base_key(earlier.number, sequence))
+            matches.append(_Match(sequence, its_digest, base) if its_digest else None)
+        return matches
+
+    def _choose(
+        self, transaction: Transaction, content: Content | None, match: _Match | None
+    ) -> _Choice:
+        if content is None or match is None:
+            return _Choice(content, None, None)
+        if match.digest == content.digest:
+            return _Choice(None, match.sequence, match.base)
+        base = match.base or INDEX_VALUE.pack(match.sequence, match.digest)
+        delta = self._delta(transaction, content, base)
+        return _Choice(delta, None, base) if delta else _Choice(content, None, None)
+
+    def _delta(self, transaction: Transaction, content: Content, base: bytes) -> Content | None:
+        """None: most of it is new, or what it would be a delta against is damaged."""
+        chunks = self._environment.databases["chunks"]
+        value = transaction.get(base[: NUMBER.size], db=chunks)
+        if value is None or not content.payload:
+            return None
+        with suppress(DamagedError):
+            return chunkcodec.against(content, chunkcodec.base_of(value))
+        return None
 
     def _write(self, parts: list[list[_Pending]]) -> None:
         """Chunks and their index entries, in one transaction."""
@@ -244,6 +316,8 @@ class ImageWriter:
                 values.append((NUMBER.pack(at), entry.value))
                 sequence += 1
             entries.append((entry.key, INDEX_VALUE.pack(at, entry.digest)))
+            if entry.base is not None:
+                entries.append((_base_key(self.number, at), entry.base))
         entries.sort()  # neighbours share a page
         transaction.cursor(databases["index"]).putmulti(entries)
         if values:
@@ -252,9 +326,12 @@ class ImageWriter:
 
     def _discard(self, transaction: Transaction, index_value: bytes) -> None:
         """The chunk of an earlier put, unless it belongs to an earlier image."""
+        databases = self._environment.databases
         sequence = INDEX_VALUE.unpack(index_value)[0]
+        if self._earlier:
+            transaction.delete(_base_key(self.number, sequence), db=databases["index"])
         if sequence >= self._first_sequence:
-            transaction.delete(NUMBER.pack(sequence), db=self._environment.databases["chunks"])
+            transaction.delete(NUMBER.pack(sequence), db=databases["chunks"])
 
     def commit(self, manifest: Manifest) -> None:
         """Makes the image visible: the one commit point. Durable when it returns.
@@ -312,7 +389,7 @@ class ImageWriter:
         self._open = False
         self._lease.release()
         if self._earlier:
-            self._earlier[1].release()
+            self._earlier.lease.release()
         # The last reference closes the file, and the handoff, which holds us, would keep one.
         del self._environment
 

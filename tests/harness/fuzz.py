@@ -95,7 +95,8 @@ def corpus() -> list[bytes]:
     random = Random(0)
     record = msgspec.msgpack.encode({"name": "a", "pid": 1, "first_sequence": 1})
     return [bytes([0]) + hostile.seed_fields(), bytes([1]) + record, bytes([2]) + record,
-            bytes([3]) + hostile.chunk(random), bytes([4]) + bytes(64)]  # fmt: skip
+            bytes([3]) + hostile.chunk(random), bytes([4]) + bytes(64),
+            bytes([5, 0, 3, 0, 1]) + bytes(6) + bytes(PAGE)]  # fmt: skip
 
 
 def _atheris(directory: Path, cases: int, seed: int) -> None:

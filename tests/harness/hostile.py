@@ -33,12 +33,14 @@ from snapshot.lease import Lease
 from snapshot.manifest import Descriptor, Manifest, MappedFile, OpenFile, Record, SharedObject
 from snapshot.ranges import Ranges
 from snapshot.records import (
+    BASES,
     INDEX_ENTRY,
     INDEX_KEY,
     INDEX_VALUE,
     NUMBER,
     ImageRecord,
     TakeRecord,
+    base_address,
     digest,
     unseal,
 )
@@ -220,6 +222,16 @@ def read_chunk(data: bytes) -> None:
     assert len(chunk.data) == CHUNK
 
 
+def read_delta(data: bytes) -> None:
+    """The bytes as the payload of a delta against a sound chunk, whose checksum is right."""
+    base = sealed_chunk(0b111, 0b011, chunkcodec.RAW, b"a" * 2 * PAGE, b"a" * 2 * PAGE)
+    present = int.from_bytes(data[:2], "big")
+    content = b"a" * present.bit_count() * PAGE
+    value = sealed_chunk(present, present, chunkcodec.DELTA, data[2:], content)
+    chunk, _ = chunkcodec.decode(value, base)
+    assert len(chunk.data) == CHUNK
+
+
 def read_index(data: bytes) -> None:
     size = INDEX_ENTRY.size  # in order, each address once: keys of a tree that was checked
     entries = {data[at : at + 8]: data[at : at + size] for at in range(0, len(data) - size, size)}
@@ -231,7 +243,14 @@ def read_index(data: bytes) -> None:
 
 
 Reader = Callable[[bytes], None]
-READERS: tuple[Reader, ...] = (read_manifest, read_record, read_state, read_chunk, read_index)
+READERS: tuple[Reader, ...] = (
+    read_manifest,
+    read_record,
+    read_state,
+    read_chunk,
+    read_index,
+    read_delta,
+)
 
 
 def read_any(data: bytes) -> None:
@@ -319,8 +338,16 @@ def hostile_store(random: Random) -> Image:
             address = random.choice([one for one in NASTY if isinstance(one, int) and one >= 0])
         chunks[NUMBER.pack(sequence)] = value = chunk(random, sound)
         entries[INDEX_KEY.pack(1, 0, address)] = INDEX_VALUE.pack(sequence, value[8:24])
-    space = b"".join(key[12:] + entries[key] for key in sorted(entries))
-    summary = {"space": 0, "chunks": len(entries), "digest": digest(space)}
+    for delta in list(chunks):
+        if random.random() < 0.9:  # some are deltas; their bases are anything
+            base = random.choice(sorted(chunks))
+            key = INDEX_KEY.pack(1, BASES, base_address(NUMBER.unpack(delta)[0]))
+            entries[key] = base + chunks[base][8:24]
+    summaries = []
+    for number in (0, BASES):
+        inside = [key for key in sorted(entries) if key[8:12] == number.to_bytes(4, "big")]
+        found = digest(b"".join(key[12:] + entries[key] for key in inside))
+        summaries.append({"space": number, "chunks": len(inside), "digest": found})
     record: Any = {
         "number": 1,
         "pid": 100,
@@ -330,7 +357,7 @@ def hostile_store(random: Random) -> Image:
         "taken_at": 1.0,
         "saved_bytes": 1,
         "stored_bytes": 1,
-        "spaces": [summary],
+        "spaces": summaries,
         "manifest": digest(data),
         "manifest_bytes": len(frame),
     }
@@ -348,6 +375,10 @@ def chunk(random: Random, sound: bool = False) -> bytes:
     payload = zstandard.compress(content, 1)
     if sound:
         return sealed_chunk(present, present, chunkcodec.ZSTD, payload, content)
+    if random.random() < 0.3:
+        own = random.choice((0, present, random.randrange(1 << 16)))
+        head = chunkcodec.DELTA_HEADER.pack(own, random.choice((0, 1, 1, 2)))
+        return sealed_chunk(present, present, chunkcodec.DELTA, head + payload, content)
     match random.randrange(8):
         case 0:  # a bomb: it says what belongs and gives more, or says more
             payload = zstandard.compress(bytes(random.choice((1 << 16, 1 << 24))), 1)

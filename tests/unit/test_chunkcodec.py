@@ -8,11 +8,19 @@ from random import Random
 
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from snapshot import chunkcodec
-from snapshot.chunkcodec import HEADER, RAW, ZSTD, Chunk
+from snapshot.chunkcodec import (
+    DELTA,
+    DELTA_HEADER,
+    HEADER,
+    MOST_OWN,
+    RAW,
+    ZSTD,
+    Chunk,
+)
 from snapshot.errors import DamagedError
 from snapshot.units import ALL_PAGES, CHUNK, PAGE, PAGES_PER_CHUNK
 
@@ -103,6 +111,82 @@ def test_a_bomb_is_not_unpacked(said: bool) -> None:
     value = HEADER.pack(1, 1, ZSTD, bytes(16)) + frame
     with pytest.raises(DamagedError, match=r"bytes where 4096 belong|not a zstd frame"):
         chunkcodec.decode(value)
+
+
+@st.composite
+def related(draw: st.DrawFn) -> tuple[bytes, int, bytes, int]:
+    """A chunk, and one that has some of its pages."""
+    base, other = draw(chunks), draw(chunks)
+    changed = draw(bitmaps) & draw(bitmaps)
+    pages = [(base, other)[changed >> i & 1][i * PAGE :][:PAGE] for i in range(PAGES_PER_CHUNK)]
+    return base, draw(bitmaps), b"".join(pages), draw(bitmaps)
+
+
+def delta_of(data: bytes, present: int, base: bytes) -> bytes | None:
+    content = chunkcodec.examine(present, memoryview(data))
+    delta = chunkcodec.against(content, chunkcodec.base_of(base))
+    return chunkcodec.encode([delta])[0] if delta else None
+
+
+@unhurried
+@given(related())
+def test_deltas(some: tuple[bytes, int, bytes, int]) -> None:
+    """The same chunk with the same digest, in few bytes where few pages differ."""
+    base_data, base_present, data, present = some
+    base = value_of(base_data, base_present)
+    before, after = masked(base_data, base_present), masked(data, present)
+    differ = sum(
+        before[at : at + PAGE] != after[at : at + PAGE] != bytes(PAGE)
+        for at in range(0, CHUNK, PAGE)
+    )
+    value = delta_of(data, present, base)
+    assert (value is None) == (differ > MOST_OWN)
+    if value is None:
+        return
+    assert chunkcodec.is_delta(value)
+    assert not chunkcodec.is_delta(base)
+    assert len(value) <= HEADER.size + DELTA_HEADER.size + differ * PAGE
+    assert chunkcodec.decode(value, base) == chunkcodec.decode(value_of(data, present))
+    assert chunkcodec.pages_of(value) == present
+
+
+@unhurried
+@given(related(), st.data())
+def test_any_flipped_bit_of_a_delta_or_its_base_is_noticed(
+    some: tuple[bytes, int, bytes, int], draw: st.DataObject
+) -> None:
+    base = value_of(*some[:2])
+    value = delta_of(*some[2:], base)
+    assume(value is not None)
+    assert value is not None
+    both = [bytearray(value), bytearray(base)]
+    one = both[draw.draw(st.integers(0, 1))]
+    at = draw.draw(st.integers(0, len(one) - 1))
+    one[at] ^= 1 << draw.draw(st.integers(0, 7))
+    try:
+        chunk, _ = chunkcodec.decode(bytes(both[0]), bytes(both[1]))
+    except DamagedError:
+        return
+    assert (chunk.data, chunk.present) == (masked(*some[2:]), some[3])
+
+
+def test_a_delta_takes_a_base_that_is_none() -> None:
+    """None at all, a delta, or another chunk."""
+    data = bytes(PAGE) + b"\xaa" * (CHUNK - PAGE)
+    base = value_of(b"\xaa" * CHUNK)
+    value = delta_of(b"\xbb" * PAGE + data[PAGE:], ALL_PAGES, base)
+    assert value
+    for wrong, reason in (
+        (None, "without its base"),
+        (value, "unknown codec 2"),
+        (value_of(data[:-1] + b"\0"), "does not match"),
+        (b"", "a chunk of 0 bytes"),
+    ):
+        with pytest.raises(DamagedError, match=reason):
+            chunkcodec.decode(value, wrong)
+    for stored in (b"\0", DELTA_HEADER.pack(1, DELTA), DELTA_HEADER.pack(2, RAW) + bytes(PAGE)):
+        with pytest.raises(DamagedError, match="a delta of"):
+            chunkcodec.decode(HEADER.pack(1, 1, DELTA, bytes(16)) + stored, base)
 
 
 def test_zeros_have_no_payload() -> None:

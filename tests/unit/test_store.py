@@ -18,9 +18,9 @@ import pytest
 from snapshot import lease
 from snapshot.environment import Transaction
 from snapshot.errors import DamagedError, StoreError
-from snapshot.records import NUMBER, seal
+from snapshot.records import BASES, FORMAT_KEY, INDEX_KEY, NUMBER, base_address, seal
 from snapshot.store import ProcessIdentity, Store
-from snapshot.units import CHUNK, MIB
+from snapshot.units import CHUNK, MIB, PAGE
 from snapshot.writer import ImageWriter, RawChunk
 from tests.unit import images
 from tests.unit.images import BASE, manifest, raw
@@ -111,6 +111,176 @@ def test_equal_chunks_of_the_same_process_are_shared(store: Store) -> None:
     assert take(store, "other", first, ProcessIdentity("boot", 101, 5)).stored_bytes > 20 * CHUNK
     for name in ("first", "second", "other"):
         check(store, name, second if name == "second" else first)
+
+
+def with_page(data: bytes, page: int, content: bytes) -> bytes:
+    return data[: page * PAGE] + content.ljust(PAGE, b"\0") + data[(page + 1) * PAGE :]
+
+
+def test_pages_that_changed_are_stored_alone(store: Store) -> None:
+    """Whoever of the two is removed first: what the other needs stays, and nothing else."""
+    first = noise(1)
+    second = {at: with_page(data, at % 16, b"changed") for at, data in first.items()}
+    third = {at: with_page(data, at % 7, b"and more") for at, data in second.items()}
+    take(store, "first", first)
+    for name, content in (("second", second), ("third", third)):
+        assert take(store, name, content, SELF).stored_bytes < 20 * 200
+    assert entries(store)["chunks"] == 60
+    store.remove("second")
+    store.collect()
+    assert entries(store)["chunks"] == 40
+    store.remove("first")
+    store.collect()
+    check(store, "third", third)
+    assert entries(store)["chunks"] == 40
+    store.remove("third")
+    store.collect()
+    assert entries(store)["index"] == entries(store)["chunks"] == 0
+    clean(store)
+
+
+def test_raw_chunks(store: Store) -> None:
+    """As they are, but for zeros; what is shared, or the base of a delta, may be compressed."""
+    text = {at: (b"%d text " % at * CHUNK)[: CHUNK - PAGE] + bytes(PAGE) for at in range(20)}
+    with store.begin("raw", raw=True) as writer:
+        writer.put([raw(data, BASE + at * CHUNK) for at, data in text.items()])
+        assert writer.stored_bytes == 20 * (24 + CHUNK - PAGE)
+        writer.commit(manifest("raw", PROCESS))
+    check(store, "raw", text)
+    assert take(store, "packed", text).stored_bytes < CHUNK
+    changed = {**text, 3: with_page(text[3], 3, b"x"), 4: b"y" * CHUNK}
+    with store.begin("mixed", SELF, raw=True) as writer:
+        writer.put([raw(data, BASE + at * CHUNK) for at, data in changed.items()])
+        assert writer.stored_bytes == 24 + 8 + PAGE + 24 + CHUNK
+        writer.commit(manifest("mixed", PROCESS, taken_at=2.0))
+    check(store, "mixed", changed)
+
+
+def test_a_delta_is_shared_with_its_base(store: Store) -> None:
+    first = noise(1)
+    second = {at: with_page(data, 3, b"changed") for at, data in first.items()}
+    take(store, "first", first)
+    take(store, "second", second, SELF)
+    assert take(store, "third", second, SELF).stored_bytes == 0
+    for name in ("first", "second"):
+        store.remove(name)
+    store.collect()
+    check(store, "third", second)
+    assert entries(store)["chunks"] == 40
+    assert entries(store)["index"] == 40
+
+
+def test_what_changed_more_and_more_is_stored_whole_again(store: Store) -> None:
+    """And is what the next one is compared with."""
+    data = {0: noise(1, 1)[0]}
+    take(store, "image-0", data)
+    sizes = []
+    for number in range(1, 13):
+        data = {0: with_page(data[0], number, Random(number).randbytes(PAGE))}
+        sizes.append(take(store, f"image-{number}", data, SELF).stored_bytes)
+        store.remove(f"image-{number - 1}")
+        store.collect()
+        check(store, f"image-{number}", data)
+    pages = [size // PAGE for size in sizes]
+    assert pages == [1, 2, 3, 4, 5, 6, 7, 8, 16, 1, 2, 3]
+    assert entries(store)["chunks"] == 2
+
+
+def test_putting_a_delta_again(store: Store) -> None:
+    """Each put leaves what it would have left alone, and the index has no base of what is gone."""
+    chunk = noise(1, 1)[0]
+    take(store, "first", {0: chunk})
+    changed = with_page(chunk, 5, b"x")
+    with store.begin("second", SELF) as writer:
+        writer.put([raw(changed)])
+        stored = writer.stored_bytes
+        assert stored < 200
+        patch = memoryview(with_page(bytes(CHUNK), 9, b"y"))
+        writer.put([RawChunk(0, BASE, 0xFFFF, patch, 1 << 9)])
+        assert stored < writer.stored_bytes < 200
+        for data, indexed, chunks in (
+            (with_page(with_page(chunk, 5, b"x"), 9, b"y"), 2, 2),
+            (noise(2, 1)[0], 1, 2),  # whole
+            (chunk, 1, 1),  # shared
+            (changed, 2, 2),
+            (b"", 0, 1),
+            (changed, 2, 2),
+        ):
+            gone = not data
+            writer.put([raw(data)] if data else [RawChunk(0, BASE, 0, memoryview(b""))])
+            writer.put([raw(b"", BASE + CHUNK)])  # what was put before is written by now
+            writer.put([RawChunk(0, BASE + CHUNK, 0, memoryview(b""))])
+            writer._handoff.drain()
+            assert entries(store)["index"] == 1 + indexed, gone
+            assert entries(store)["chunks"] == chunks
+        writer.commit(manifest("second", PROCESS, taken_at=2.0))
+    check(store, "second", {0: changed})
+    take(store, "third", {0: changed}, SELF)
+    with store.begin("fourth", SELF) as writer:  # a delta of another image, patched
+        writer.put([raw(changed)])
+        assert writer.stored_bytes == 0
+        writer.put([RawChunk(0, BASE, 0xFFFF, patch, 1 << 9)])
+        writer.commit(manifest("fourth", PROCESS, taken_at=3.0))
+    check(store, "fourth", {0: with_page(changed, 9, b"y")})
+    check(store, "third", {0: changed})
+
+
+def test_a_take_with_deltas_that_is_given_up(store: Store) -> None:
+    first = noise(1)
+    take(store, "first", first)
+    with store.begin("second", SELF) as writer:
+        writer.put([raw(with_page(data, 1, b"x"), BASE + at * CHUNK) for at, data in first.items()])
+    clean(store)
+    assert entries(store)["index"] == entries(store)["chunks"] == 20
+    check(store, "first", first)
+
+
+@pytest.mark.parametrize("what", ["base", "entry"])
+def test_a_base_that_is_lost(store: Store, what: str) -> None:
+    """One error, or one thing that verify finds, for each that needs it; the others are read."""
+    first = noise(1, 3)
+    take(store, "first", first)
+    take(store, "second", {at: with_page(data, 1, b"x") for at, data in first.items()}, SELF)
+
+    def work(transaction: Transaction) -> None:
+        databases = store._environment.databases
+        if what == "base":
+            transaction.delete(NUMBER.pack(2), db=databases["chunks"])
+        else:
+            key = INDEX_KEY.pack(store._record("second").number, BASES, base_address(5))
+            assert transaction.delete(key, db=databases["index"])
+
+    store._environment.write(work)
+    with store.image("second") as image:
+        found = [(one.space, one.address) for one in image.verify()]
+        if what == "base":
+            assert found == [(0, BASE + CHUNK)]
+            assert image.read(BASE, CHUNK) == with_page(first[0], 1, b"x")
+        else:
+            assert (BASES, None) in found
+        with pytest.raises(DamagedError):
+            image.read(BASE + CHUNK, 1)
+
+
+def test_a_store_of_a_time_without_deltas(store: Store) -> None:
+    """It is read as it is, and only a take makes it one that an older snap refuses."""
+
+    def format_is(value: bytes) -> bool:
+        with store._environment.read() as transaction:
+            got: bytes = transaction.get(FORMAT_KEY, db=store._environment.databases["meta"])
+            return bytes(got) == value
+
+    take(store, "first", noise(1))
+    store._environment.write(
+        lambda transaction: transaction.put(
+            FORMAT_KEY, b"livesnap store 1", db=store._environment.databases["meta"]
+        )
+    )
+    with Store.open(store.path) as again:
+        check(again, "first", noise(1))
+        assert format_is(b"livesnap store 1")
+        take(again, "second", noise(1), SELF)
+    assert format_is(b"livesnap store 2")
 
 
 @pytest.mark.parametrize("removed", [("first",), ("second",), ("first", "second"), ("third",)])
@@ -534,8 +704,8 @@ def test_an_lmdb_of_somebody_else(tmp_path: Path) -> None:
 def test_a_store_of_a_later_format(store: Store) -> None:
     environment = store._environment
     meta = environment.databases["meta"]
-    environment.write(lambda t: t.put(b"format", b"livesnap store 2", db=meta))
-    with pytest.raises(StoreError, match="is a livesnap store 2; this snap reads livesnap store 1"):
+    environment.write(lambda t: t.put(b"format", b"livesnap store 3", db=meta))
+    with pytest.raises(StoreError, match="is a livesnap store 3; this snap reads livesnap store 2"):
         Store.open(store.path)
 
 

@@ -41,3 +41,12 @@ uint32_t snap_content(const char *data, uint32_t present)
             filled |= 1u << page;
     return filled && is_noise(data, filled) ? filled | SNAP_NOISE : filled;
 }
+
+uint32_t snap_differing(const char *a, const char *b)
+{
+    uint32_t differ = 0;
+    for (uint32_t page = 0; page < PAGES; page++)
+        if (memcmp(a + page * PAGE, b + page * PAGE, PAGE))
+            differ |= 1u << page;
+    return differ;
+}

@@ -11,4 +11,7 @@
  * noise is taken for noise too: that costs space.) */
 uint32_t snap_content(const char *data, uint32_t present);
 
+/* Bit i: the 4 KiB at i * 4096 of the 64 KiB at a are other than those at b. */
+uint32_t snap_differing(const char *a, const char *b);
+
 #endif
