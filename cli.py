@@ -150,9 +150,6 @@ def take(
             "--pace", metavar="RATE", help="Of copying: bytes a second, or % of a processor."
         ),
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Do not compress: larger, and comes back faster.")
-    ] = False,
     attempts: Annotated[
         int, typer.Option("--attempts", metavar="N", min=1, help="Instants tried at most.")
     ] = 3,
@@ -182,7 +179,6 @@ def take(
             guard=guard.value,
             stall=stall,
             pace=speed,
-            raw=raw,
             attempts=attempts,
         )
     with image:

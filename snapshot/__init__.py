@@ -42,7 +42,6 @@ def take(
     now: bool = False,
     guard: Literal["auto", "always", "never"] = "auto",
     pace: str | None = None,
-    raw: bool = False,
     hooks: HookMapping | None = None,
     progress: ProgressCallback | None = None,
 ) -> Image:
@@ -54,8 +53,7 @@ def take(
     "auto"); or so the first time ("always"); or TakeError is raised ("never").
 
     `memory` bounds the staging buffer, in bytes. `pace` limits copying, to bytes a second ("100M")
-    or to a share of a processor ("50%"); what the process waits for is copied at once. `raw`: pages
-    are not compressed, for a faster return (see `snap take --raw`). `hooks` maps
+    or to a share of a processor ("50%"); what the process waits for is copied at once. `hooks` maps
     stages (docs/cli-contract.md) to callables that get a HookContext; `progress` is called now and
     then from the taking thread.
     The image cannot be removed while it is open: close it, or use it in a `with` statement.
@@ -73,9 +71,8 @@ def take(
         from .inprocess import take_self
 
         return take_self(
-            name=name, store=store, memory=memory, now=now, guard=guard, pace=pace, raw=raw,
-            hooks=hooks,
-        )  # fmt: skip
+            name=name, store=store, memory=memory, now=now, guard=guard, pace=pace, hooks=hooks
+        )
     from .hooks import TAKE_STAGES
     from .take import take as run
 
@@ -89,7 +86,6 @@ def take(
         now=now,
         guard=guard,
         pace=speed,
-        raw=raw,
         hooks=joined,
         progress=progress,
     )

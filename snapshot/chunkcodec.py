@@ -127,14 +127,13 @@ def against(content: Content, base: Chunk) -> Content | None:
     return content._replace(payload=payload, own=own)
 
 
-def encode(contents: Sequence[Content], *, raw: bool = False) -> list[bytes]:
-    """The values of many chunks at once: zstd with the GIL released for all of them together.
-    `raw`: pages as they are."""
-    full = [one.payload for one in contents if one.payload and not one.noise and not raw]
+def encode(contents: Sequence[Content]) -> list[bytes]:
+    """The values of many chunks at once: zstd with the GIL released for all of them together."""
+    full = [content.payload for content in contents if content.payload and not content.noise]
     frames = iter(_contexts.compressor.multi_compress_to_buffer(full) if full else ())
     return [
-        _raw(one) if raw or one.noise or not one.payload else _packed(one, next(frames))
-        for one in contents
+        _raw(content) if content.noise or not content.payload else _packed(content, next(frames))
+        for content in contents
     ]
 
 

@@ -48,7 +48,6 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     now: bool
     guard: Literal["auto", "always", "never"]
     pace: str | None
-    raw: bool
 
 
 class Reply(msgspec.Struct, forbid_unknown_fields=True):
@@ -68,7 +67,6 @@ def take_self(
     now: bool,
     guard: Literal["auto", "always", "never"],
     pace: str | None,
-    raw: bool,
     hooks: HookMapping | None,
 ) -> Image:
     """The image of the calling process; `snapshot.take` calls this for the own pid."""
@@ -83,7 +81,7 @@ def take_self(
     # A restored process must know the name too, so it is chosen here and not by the helper.
     joined = Hooks(hooks, installed=False)
     where = str(store_path(store).absolute())
-    request = Request(pid, where, name or default_name(pid), memory, now, guard, pace, raw)
+    request = Request(pid, where, name or default_name(pid), memory, now, guard, pace)
     try:
         joined.run("before-freeze", pid=pid, image=request.name)
         reply = _ask(request)
@@ -187,7 +185,6 @@ def _help(request: Request) -> Reply:
             now=request.now,
             guard=request.guard,
             pace=paces.parse(request.pace),
-            raw=request.raw,
             hooks=Hooks(),
         ).close()
     except SnapError as error:

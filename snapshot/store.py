@@ -107,12 +107,10 @@ class Store:
         name: str,
         like: ProcessIdentity | None = None,
         around: AbstractContextManager[None] | None = None,
-        *,
-        raw: bool = False,
     ) -> ImageWriter:
         """A new image, after removing what dead takes left. `like` names its process: chunks equal
         to those of its newest image, at the same address, are shared with that. The thread that
-        writes to the disk lives inside `around`. `raw`: what is stored is not compressed.
+        writes to the disk lives inside `around`.
 
         StoreError when an image of the name exists or is being taken.
         """
@@ -149,9 +147,7 @@ class Store:
             if earlier:
                 earlier.lease.release()
             raise
-        return ImageWriter(
-            self._environment, name, number, sequence, held[0], earlier, around, raw=raw
-        )
+        return ImageWriter(self._environment, name, number, sequence, held[0], earlier, around)
 
     def images(self) -> list[ImageInfo]:
         """All images, the oldest first."""

@@ -67,7 +67,6 @@ class _Take:
     now: bool
     stall: float
     pace: Pace
-    raw: bool
     clock: Stopwatch = field(default_factory=Stopwatch)
     reasons: list[str] = field(default_factory=list)
     stops_us: list[int] = field(default_factory=list)
@@ -108,7 +107,6 @@ def take(
     guard: Guard = "auto",
     stall: float = STALL,
     pace: Pace = ANY,
-    raw: bool = False,
     attempts: int = ATTEMPTS,
 ) -> Image:
     """Take an image of the running process `pid` and return it, committed.
@@ -134,7 +132,7 @@ def take(
         check_name(name)
         staging = Staging(memory, store.path)
         stack.callback(staging.close)
-        job = _Take(pid, name, store, staging, hooks, progress, now, stall, pace, raw)
+        job = _Take(pid, name, store, staging, hooks, progress, now, stall, pace)
         with _reported(job):
             hooks.run("before-freeze", pid=pid, image=name)
             if guard == "never":
@@ -176,7 +174,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
     identity = ProcessIdentity(procfs.boot_id(), job.pid, origin.start_ticks)
     background = Background()
     with ExitStack() as stack:
-        writer = stack.enter_context(job.store.begin(job.name, identity, background, raw=job.raw))
+        writer = stack.enter_context(job.store.begin(job.name, identity, background))
         watchdog = stack.enter_context(Watchdog(job.pid, job.stall))
         exits = stack.enter_context(Exits(job.pid, job.stall, RESTARTED))
         tracer = stack.enter_context(Tracer(exits, job.pid))
@@ -289,7 +287,9 @@ def _pause(
         with clock.stage("settle"):
             direct_io = ahead.direct_io or table.direct_io
             cover = not procfs.mergeable(job.pid)
-            unsaved = pump.settle(most, copies=not direct_io, cover=cover, meanwhile=table.ask)
+            unsaved = pump.settle(
+                most, copies=not direct_io, cover=cover, meanwhile=table.ask
+            )
         taken_at = time.time()
         faults.point("settled")
         with clock.stage("hooks"):

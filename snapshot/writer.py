@@ -126,8 +126,6 @@ class ImageWriter:
         lease: Lease,
         earlier: Earlier | None,
         around: AbstractContextManager[None] | None = None,
-        *,
-        raw: bool = False,
     ) -> None:
         self.name = name
         self.number = number
@@ -139,7 +137,6 @@ class ImageWriter:
         self._first_sequence = first_sequence
         self._lease = lease
         self._earlier = earlier
-        self._raw = raw
         self._counting = threading.Lock()
         self._known = Known()
         self._unwritten: set[bytes] = set()  # keys that were put and are not in the index yet
@@ -181,8 +178,7 @@ class ImageWriter:
             for key, chunk in group.items()
         ]
         choices = self._choices(group, contents)
-        fresh = [choice.fresh for choice in choices if choice.fresh]
-        values = iter(chunkcodec.encode(fresh, raw=self._raw))
+        values = iter(chunkcodec.encode([one.fresh for one in choices if one.fresh]))
         ready = []
         pages = stored = 0
         for key, content, choice in zip(group, contents, choices, strict=True):

@@ -26,10 +26,8 @@ COUNT = 10_000
 SECONDS = 3.5
 """From the end of the command on."""
 LONGEST_SECONDS = 120
-RAW = "lazy, raw"
-MODES = ("lazy", "lazy, again", RAW, "eager")
-"""`again`: what the restore of that image before waited for comes first. `raw`: of an image taken
-with --raw, which another revision may not know."""
+MODES = ("lazy", "lazy, again", "eager")
+"""`again`: what the restore of that image before waited for comes first."""
 LATE_US = 1000
 ROUNDS = {1024: 2, 4096: 1}
 """Up to so many MiB of data."""
@@ -44,42 +42,34 @@ def run(bench: Bench) -> None:
     for mib in bench.sizes([1024, 4096], [128]):
         machine.warm(2 * mib)
         for way in bench.snaps:
-            with bench.directory() as place, bench.snap(way) as snap, bench.snap(way) as raw:
-                _ours(bench, snap, raw if way == OURS else None, place, mib, way)
+            with bench.directory() as place, bench.snap(way) as snap:
+                _ours(bench, snap, place, mib, way)
         if bench.peers and not criu.why_not():
             with bench.directory() as place:
                 _criu(bench, place, mib)
 
 
-def _ours(bench: Bench, snap: Snap, raw: Snap | None, place: Path, mib: int, way: str) -> None:
-    """Two stores, for images of one process share what they can."""
-    stores = dict.fromkeys(MODES, snap)
+def _ours(bench: Bench, snap: Snap, place: Path, mib: int, way: str) -> None:
     rounds = bench.rounds(ROUNDS, mib)
     server = Redis(place)
     try:
         keys = fill(place, server.socket_path, mib)
         for number_ in range(rounds):  # one for each, for none knows at first what comes first
             snap("take", server.pid, "--name", f"image-{number_}")
-            if raw:
-                raw("take", server.pid, "--name", f"image-{number_}", "--raw")
     finally:
         server.kill()
-    if raw:
-        stores[RAW] = raw
-    else:
-        del stores[RAW]
     # "Again" has to come after "lazy": the only two whose order is kept.
-    for number_, mode in itertools.product(range(rounds), stores):
+    for number_, mode in itertools.product(range(rounds), MODES):
         bench.say(f"replies: {size(mib)}, {mode}, {way}")
         machine.warm(mib + 512)
         client = _client(place, server, keys)
         try:
-            ran = stores[mode]("restore", f"image-{number_}", f"--{mode.partition(',')[0]}")
+            ran = snap("restore", f"image-{number_}", f"--{mode.partition(',')[0]}")
             row = {"seconds": ran.seconds, "ready_us": ran.answer["ready_us"]}
             row |= _felt(client, ran.began)
         finally:
             client.kill()
-            stores[mode].end()
+            snap.end()
         bench.emit(CASE, way, mib=mib, mode=mode, round=number_, **row)
 
 

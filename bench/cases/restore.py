@@ -28,17 +28,11 @@ MISSING_NS = 2000
 AFTER_SECONDS = 0.3
 STEADY_SECONDS = 60
 LARGEST_EAGER_MIB = 4096
-LAZY, AGAIN, RAW, EAGER = "lazy", "lazy, again", "lazy, raw", "eager"
+LAZY, AGAIN, EAGER = "lazy", "lazy, again", "eager"
 FIRST = ("--lazy",)
 """Nothing is noted before it: it is what comes first the next time."""
-MODES = {
-    LAZY: ("--lazy", "--no-working-set"),
-    AGAIN: ("--lazy",),
-    RAW: ("--lazy", "--no-working-set"),
-    EAGER: ("--eager",),
-}
-"""`again`: what an earlier restore of the image waited for comes first. `raw`: of an image taken
-with --raw, which another revision may not know."""
+MODES = {LAZY: ("--lazy", "--no-working-set"), AGAIN: ("--lazy",), EAGER: ("--eager",)}
+"""`again`: what an earlier restore of the image waited for comes first."""
 ROUNDS = {64: 4, 1024: 2}
 STARTS = {
     "python": ["-c", "pass"],
@@ -58,10 +52,9 @@ def run(bench: Bench) -> None:
             with (
                 bench.directory() as place,
                 bench.snap(way) as snap,
-                bench.snap(way) as raw,
                 pages.running(place / "pages", mib) as target,
             ):
-                _rounds(bench, snap, raw if way == OURS else None, target, way)
+                _rounds(bench, snap, target, way)
 
 
 def _wall(words: list[str]) -> float:
@@ -70,31 +63,24 @@ def _wall(words: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def _rounds(bench: Bench, snap: Snap, raw: Snap | None, target: Pages, way: str) -> None:
-    """Two stores, for images of one process share what they can."""
+def _rounds(bench: Bench, snap: Snap, target: Pages, way: str) -> None:
     target.tell("clock", 1)
     target.tell("touch", TOUCHES)
     target.tell("mark")
     row = taken(snap("take", target.pid, "--name", "one"))
-    stores = dict.fromkeys(MODES, snap)
-    if raw:
-        stores[RAW] = raw
-        raw("take", target.pid, "--name", "one", "--raw")
-    else:
-        del stores[RAW]
     target.kill()
     rounds = bench.rounds(ROUNDS, target.mib)
-    for number_, mode in in_turn(rounds, list(stores)):
+    for number_, mode in in_turn(rounds, list(MODES)):
         if mode == EAGER and target.mib > LARGEST_EAGER_MIB:
             continue
         bench.say(f"restore: {size(target.mib)}, {mode}, {way}")
         machine.warm(target.mib + 256)
         try:
             options = FIRST if mode == LAZY and number_ == 0 else MODES[mode]
-            measured = _one(stores[mode], target, options, row["saved_bytes"])
+            measured = _one(snap, target, options, row["saved_bytes"])
         finally:
             target.kill()
-            stores[mode].end()
+            snap.end()
         bench.emit(CASE, way, mib=target.mib, mode=mode, round=number_, **measured)
 
 

@@ -139,23 +139,6 @@ def test_pages_that_changed_are_stored_alone(store: Store) -> None:
     clean(store)
 
 
-def test_raw_chunks(store: Store) -> None:
-    """As they are, but for zeros; what is shared, or the base of a delta, may be compressed."""
-    text = {at: (b"%d text " % at * CHUNK)[: CHUNK - PAGE] + bytes(PAGE) for at in range(20)}
-    with store.begin("raw", raw=True) as writer:
-        writer.put([raw(data, BASE + at * CHUNK) for at, data in text.items()])
-        assert writer.stored_bytes == 20 * (24 + CHUNK - PAGE)
-        writer.commit(manifest("raw", PROCESS))
-    check(store, "raw", text)
-    assert take(store, "packed", text).stored_bytes < CHUNK
-    changed = {**text, 3: with_page(text[3], 3, b"x"), 4: b"y" * CHUNK}
-    with store.begin("mixed", SELF, raw=True) as writer:
-        writer.put([raw(data, BASE + at * CHUNK) for at, data in changed.items()])
-        assert writer.stored_bytes == 24 + 8 + PAGE + 24 + CHUNK
-        writer.commit(manifest("mixed", PROCESS, taken_at=2.0))
-    check(store, "mixed", changed)
-
-
 def test_a_delta_is_shared_with_its_base(store: Store) -> None:
     first = noise(1)
     second = {at: with_page(data, 3, b"changed") for at, data in first.items()}
