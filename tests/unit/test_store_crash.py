@@ -18,14 +18,20 @@ import pytest
 from snapshot.store import Store
 from snapshot.units import CHUNK, MIB
 from tests.unit.images import BASE, manifest, raw
-from tests.unit.test_store import PROCESS, SELF, check, clean, noise, take
+from tests.unit.test_store import PROCESS, SELF, check, clean, noise, take, with_page
 
 FIRST = noise(1, 12)
-SECOND = {**FIRST, **noise(2, 4), 20: b"z" * CHUNK}
+SECOND = {
+    **FIRST,
+    **noise(2, 4),
+    **{at: with_page(FIRST[at], at, b"changed") for at in (5, 6, 7)},
+    20: b"z" * CHUNK,
+}
 
 
 def story(path: Path) -> None:
-    """All that a writer does: shares, stores, puts again, commits, removes, sweeps."""
+    """All that a writer does: shares, stores, whole or as deltas, puts again, commits, removes,
+    sweeps."""
     store = Store.open(path)
     writer = store.begin("second", SELF)
     batch = [raw(data, BASE + position * CHUNK) for position, data in SECOND.items()]

@@ -22,7 +22,7 @@ from snapshot.errors import SnapError
 from snapshot.store import Store
 from snapshot.units import CHUNK, PAGE
 from tests.unit.images import BASE, manifest, mapping, process, raw
-from tests.unit.test_store import SELF
+from tests.unit.test_store import SELF, with_page
 
 COUNT = 60
 RIGHT, DAMAGED, WRONG, OTHER = range(4)
@@ -34,18 +34,27 @@ def content(number: int) -> bytes:
     return random.randbytes(CHUNK) if number % 10 == 0 else random.randbytes(16) * (CHUNK // 16)
 
 
-EXPECTED = b"".join(content(number) for number in range(COUNT))
+def later(number: int) -> bytes:
+    """The same, but for a page of every third."""
+    data = content(number)
+    return data if number % 3 else with_page(data, number % 16, b"later")
+
+
+EXPECTED = [content(number) for number in range(COUNT)]
+LATER = [later(number) for number in range(COUNT)]
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three images: one alone, two that share; and free pages of one that was removed."""
+    """Four images: one alone, two that share, one with deltas against these; and free pages of one
+    that was removed."""
     path = tmp_path_factory.mktemp("damage") / "store"
     with Store.open(path, create=True) as store:
-        chunks = [raw(content(number), BASE + number * CHUNK) for number in range(COUNT)]
-        for name in ("gone", "alone", "one", "same"):
-            writer = store.begin(name, SELF if name == "same" else None)
-            writer.put(chunks)
+        for name in ("gone", "alone", "one", "same", "later"):
+            writer = store.begin(name, SELF if name in ("same", "later") else None)
+            contents = enumerate(LATER if name == "later" else EXPECTED)
+            writer.put([raw(data, BASE + number * CHUNK) for number, data in contents])
+            assert name != "later" or 0 < writer.stored_bytes < COUNT // 3 * 200, "only deltas"
             writer.commit(manifest(name, process(mapping(size=COUNT * CHUNK)), taken_at=1.0))
         store.remove("gone")
         store.collect()
@@ -64,11 +73,12 @@ def read_all(path: Path) -> int:
                 continue
             try:
                 with store.image(info.image) as image:
-                    if info.image == "same" and list(image.verify()):
+                    if info.image in ("same", "later") and list(image.verify()):
                         outcome = DAMAGED
+                    expected = LATER if info.image == "later" else EXPECTED
                     for number in range(COUNT):
                         data = image.read(BASE + number * CHUNK, CHUNK)
-                        if data != EXPECTED[number * CHUNK : (number + 1) * CHUNK]:
+                        if data != expected[number]:
                             return WRONG
             except SnapError:
                 outcome = DAMAGED
