@@ -43,13 +43,13 @@ def life(place: tuple[Path, Image], command: str, kills: int, random_name: str) 
             return not missing(lazy.pid)
 
         # Before the command too: "all" has all pages in before long.
-        found = kill_some(random, random.randrange(1, kills + 1), done.exists, complete)
+        found = kill_some(random, lazy.pid, random.randrange(1, kills + 1), done.exists, complete)
         lazy.command(command)
-        found += kill_some(random, kills - sum(found.values()), done.exists, complete)
+        found += kill_some(random, lazy.pid, kills - sum(found.values()), done.exists, complete)
         while command == "all" and sum(found.values()) < kills:
             assert lazy.answer(60) == "ok"
             lazy.command("all")
-            found += kill_some(random, kills - sum(found.values()), done.exists, complete)
+            found += kill_some(random, lazy.pid, kills - sum(found.values()), done.exists, complete)
             if complete():
                 break  # all pages are in
         said = lazy.answer(60)
