@@ -96,7 +96,7 @@ def examine(present: int, data: memoryview) -> Content:
     nonzero = found & ALL_PAGES
     payload: Bytes = data
     if nonzero != ALL_PAGES:
-        payload = b"".join([data[_PAGES[i]] for i in range(PAGES_PER_CHUNK) if nonzero >> i & 1])
+        payload = _gathered(nonzero, data)
     noise = found != nonzero
     return Content(present, nonzero, _digest(present, nonzero, payload), payload, noise)
 
@@ -107,11 +107,7 @@ def patched(chunk: Chunk, present: int, patch: int, data: memoryview) -> Content
     ValueError when `chunk` lacks one of them."""
     if present & ~patch & ~chunk.present:
         raise ValueError(f"pages {present & ~patch & ~chunk.present:#06x} are nowhere")
-    merged = bytearray(chunk.data)
-    for page, where in enumerate(_PAGES):
-        if patch >> page & 1:
-            merged[where] = data[where]
-    return examine(present, memoryview(merged))
+    return examine(present, memoryview(_overlaid(chunk.data, patch, data)))
 
 
 def against(content: Content, base: Chunk) -> Content | None:
@@ -123,8 +119,7 @@ def against(content: Content, base: Chunk) -> Content | None:
     own = differ & content.nonzero
     if own.bit_count() > MOST_OWN:
         return None
-    payload = b"".join([data[where] for page, where in enumerate(_PAGES) if own >> page & 1])
-    return content._replace(payload=payload, own=own)
+    return content._replace(payload=_gathered(own, data), own=own)
 
 
 def encode(contents: Sequence[Content]) -> list[bytes]:
@@ -167,9 +162,8 @@ def decode(value: Bytes, base: Bytes | None = None) -> tuple[Chunk, bytes]:
     return Chunk(present, _spread(nonzero, payload), nonzero), digest
 
 
-def base_of(value: Bytes) -> Chunk:
-    """What a value that is no delta holds, to be compared with or patched. What is made of it has a
-    digest of its own, so that of the value is not compared."""
+def decode_base(value: Bytes) -> Chunk:
+    """What a value that is no delta holds, unverified: what is made of it has its own digest."""
     present, nonzero, codec, _ = _header(value)
     payload = _payload(codec, value[HEADER.size :], nonzero.bit_count() * PAGE)
     return Chunk(present, _spread(nonzero, payload), nonzero)
@@ -185,9 +179,7 @@ def _merged(nonzero: int, stored: Bytes, base: Bytes | None) -> bytes:
     if stored[_DELTA_RESERVED] != bytes(5) or own & ~nonzero or codec == DELTA:
         raise DamagedError(f"a delta of the pages {own:#06x} among {nonzero:#06x}, codec {codec}")
     payload = _payload(codec, stored[DELTA_HEADER.size :], own.bit_count() * PAGE)
-    pages = [base_of(base).data, _spread(own, payload)]
-    return b"".join([pages[own >> i & 1][_PAGES[i]] for i in range(PAGES_PER_CHUNK)
-                     if nonzero >> i & 1])  # fmt: skip
+    return _gathered(nonzero, _overlaid(decode_base(base).data, own, _spread(own, payload)))
 
 
 def _digest(present: int, nonzero: int, payload: Bytes) -> bytes:
@@ -242,6 +234,20 @@ def _payload(codec: int, stored: Bytes, size: int) -> bytes:
     if len(payload) != size:
         raise DamagedError(f"{len(payload)} bytes of pages where {size} belong")
     return payload
+
+
+def _overlaid(under: bytes, pages: int, over: Bytes) -> bytearray:
+    """`under` with those pages of `over`; all three of CHUNK bytes."""
+    data = bytearray(under)
+    for page, where in enumerate(_PAGES):
+        if pages >> page & 1:
+            data[where] = over[where]
+    return data
+
+
+def _gathered(pages: int, data: Bytes) -> bytes:
+    """Those pages of CHUNK bytes, one after the other: what `_spread` undoes."""
+    return b"".join([data[where] for page, where in enumerate(_PAGES) if pages >> page & 1])
 
 
 def _spread(nonzero: int, payload: bytes) -> bytes:

@@ -220,7 +220,7 @@ class Image:
             reason = f"the index has {len(found)} chunks of {summary.chunks}, or changed ones"
             yield Damage(self.name, space, None, reason)
         if space == BASES:  # whoever decodes a delta decodes its base
-            yield from (None for _ in range(len(found)))
+            yield from [None] * len(found)
             return
         entries = list(found.entries())
         parts = [entries[at : at + _STREAM] for at in range(0, len(entries), _STREAM)]

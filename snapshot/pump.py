@@ -45,7 +45,7 @@ NEXT_MS = 200
 AWAIT_MS = 100
 BEAT_SECONDS = 0.1
 MANY_FAULTS = 100
-"""Between two calls of `balance`: the target waits for us, and feels what else we do."""
+"""Between two calls of `make_way`: the target waits for us, and feels what else we do."""
 EMPTY = memoryview(b"")
 VERIFY = "SNAP_VERIFY" in os.environ
 """For tests: at T0 what need not be looked at is looked at all the same."""
@@ -160,7 +160,7 @@ class Pump(Closing):
         self.pid = pid
         self._background = background
         self._busy = Busy(pid)
-        self._faults = 0  # until the last `balance`
+        self._faults = 0  # until the last `make_way`
         self.staging = staging
         self._fds: list[int] = []
         pagemap = self._open(f"/proc/{pid}/pagemap")
@@ -203,7 +203,7 @@ class Pump(Closing):
         self.storing.open()
         self._background.calm()
 
-    def balance(self) -> None:
+    def make_way(self) -> None:
         """Ten times a second: while writers wait for us nothing runs where they do."""
         busy = self._busy.processors()
         faults, before = self._raw().faults, self._faults

@@ -324,7 +324,7 @@ def _await_stored(job: _Take, ahead: Ahead) -> None:
 
 
 def _report(job: _Take, pump: Pump, phase: str) -> None:
-    pump.balance()
+    pump.make_way()
     if job.progress is not None:
         now = pump.counters()
         whole = max(now.wanted_bytes, now.saved_bytes)

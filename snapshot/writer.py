@@ -284,7 +284,7 @@ class ImageWriter:
         if value is None or not content.payload:
             return None
         with suppress(DamagedError):
-            return chunkcodec.against(content, chunkcodec.base_of(value))
+            return chunkcodec.against(content, chunkcodec.decode_base(value))
         return None
 
     def _write(self, parts: list[list[_Pending]]) -> None:

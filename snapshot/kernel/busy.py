@@ -40,7 +40,7 @@ class Busy:
         return frozenset(found)
 
 
-def times(pid: int | str, thread: int) -> tuple[int, int]:
+def times(pid: int, thread: int) -> tuple[int, int]:
     """How long a thread has run, and been ready and not run, in ns. Zeros where the kernel does not
     tell (CONFIG_SCHED_INFO)."""
     with suppress(OSError, ValueError):

@@ -124,7 +124,7 @@ def related(draw: st.DrawFn) -> tuple[bytes, int, bytes, int]:
 
 def delta_of(data: bytes, present: int, base: bytes) -> bytes | None:
     content = chunkcodec.examine(present, memoryview(data))
-    delta = chunkcodec.against(content, chunkcodec.base_of(base))
+    delta = chunkcodec.against(content, chunkcodec.decode_base(base))
     return chunkcodec.encode([delta])[0] if delta else None
 
 

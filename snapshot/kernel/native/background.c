@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "background.h"
 
+#include "vector_internal.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -33,8 +35,7 @@ struct snap_background {
     bool watched; /* `watcher` is one */
     int starved; /* for so many looks they are helped */
     bool hurried;
-    struct member *members;
-    int count, room;
+    VECTOR(struct member) members;
 };
 
 int snap_background_new(int returns, snap_background **made)
@@ -57,7 +58,7 @@ void snap_background_free(snap_background *b)
 {
     pthread_cond_destroy(&b->ends);
     pthread_mutex_destroy(&b->lock);
-    free(b->members);
+    free(b->members.at);
     free(b);
 }
 
@@ -82,7 +83,7 @@ static int policy_of(const snap_background *b, const struct member *m)
 
 static void schedule_all(snap_background *b)
 {
-    for (struct member *m = b->members; m < b->members + b->count; m++)
+    for (struct member *m = b->members.at; m < b->members.at + b->members.count; m++)
         schedule(m, policy_of(b, m));
 }
 
@@ -115,7 +116,7 @@ static void *watch(void *background)
         if (pthread_cond_timedwait(&b->ends, &b->lock, &next) != ETIMEDOUT)
             continue;
         b->starved -= b->starved > 0;
-        for (struct member *m = b->members; m < b->members + b->count; m++)
+        for (struct member *m = b->members.at; m < b->members.at + b->members.count; m++)
             if (is_starved(m))
                 b->starved = HELPED_LOOKS;
         schedule_all(b);
@@ -142,22 +143,17 @@ int snap_background_enter(snap_background *b)
     own.times = open(path, O_RDONLY | O_CLOEXEC);
     is_starved(&own); /* up to now does not count */
     pthread_mutex_lock(&b->lock);
-    if (b->count == b->room) {
-        int room = 2 * b->room + 4;
-        struct member *more = realloc(b->members, (size_t)room * sizeof *more);
-        if (!more) {
-            pthread_mutex_unlock(&b->lock);
-            if (own.times >= 0)
-                close(own.times);
-            return -ENOMEM;
-        }
-        b->members = more;
-        b->room = room;
+    struct member *m = VECTOR_PUSH(&b->members);
+    if (!m) {
+        pthread_mutex_unlock(&b->lock);
+        if (own.times >= 0)
+            close(own.times);
+        return -ENOMEM;
     }
-    b->members[b->count++] = own;
+    *m = own;
     if (!b->watched)
         b->watched = start_watcher(b);
-    schedule(&b->members[b->count - 1], policy_of(b, &own));
+    schedule(m, policy_of(b, m));
     pthread_mutex_unlock(&b->lock);
     return 0;
 }
@@ -166,15 +162,15 @@ void snap_background_leave(snap_background *b)
 {
     int tid = gettid();
     pthread_mutex_lock(&b->lock);
-    for (struct member *m = b->members; m < b->members + b->count; m++)
+    for (struct member *m = b->members.at; m < b->members.at + b->members.count; m++)
         if (m->tid == tid) {
             schedule(m, SCHED_OTHER);
             if (m->times >= 0)
                 close(m->times);
-            *m = b->members[--b->count]; /* from here on its number may be another's */
+            *m = b->members.at[--b->members.count]; /* from here on its number may be another's */
             break;
         }
-    bool ends = b->watched && !b->count;
+    bool ends = b->watched && !b->members.count;
     pthread_t watcher = b->watcher;
     if (ends) {
         b->watched = false;

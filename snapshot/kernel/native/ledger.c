@@ -6,19 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-int snap_grow(void **at, size_t *capacity, size_t count, size_t size)
-{
-    if (count < *capacity)
-        return 0;
-    size_t wider = *capacity ? *capacity * 2 : 64;
-    void *moved = realloc(*at, wider * size);
-    if (!moved)
-        return -ENOMEM;
-    *at = moved;
-    *capacity = wider;
-    return 0;
-}
-
 static int by_space(const void *left, const void *right)
 {
     const snap_window *l = &((const window *)left)->is, *r = &((const window *)right)->is;

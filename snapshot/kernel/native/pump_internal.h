@@ -4,6 +4,7 @@
 #define SNAP_PUMP_INTERNAL_H
 
 #include "pump.h"
+#include "vector_internal.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -109,13 +110,6 @@ typedef struct {
     uint16_t bare; /* of them, those that are not protected */
     uint16_t mask; /* pages that were looked at */
 } seen;
-
-/* A growing array: at, count, capacity. */
-#define VECTOR(type) \
-    struct {         \
-        type *at;    \
-        size_t count, capacity; \
-    }
 
 typedef VECTOR(range) ranges;
 typedef VECTOR(place) places;
@@ -225,11 +219,6 @@ struct snap_pump {
     bool ended;
     snap_pump_counters counters;
 };
-
-/* The address of one more element, or NULL when there is no memory. */
-#define VECTOR_PUSH(v) \
-    (snap_grow((void **)&(v)->at, &(v)->capacity, (v)->count, sizeof *(v)->at) ? NULL : &(v)->at[(v)->count++])
-int snap_grow(void **at, size_t *capacity, size_t count, size_t size);
 
 /* ledger.c */
 /* Sorts the windows; after every change of one. */
