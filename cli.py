@@ -110,6 +110,14 @@ class Guards(StrEnum):
     never = "never"
 
 
+class Writers(StrEnum):
+    """What a first write ahead of T0 does."""
+
+    auto = "auto"
+    wait = "wait"
+    pass_ = "pass"
+
+
 ImageArgument = Annotated[str, typer.Argument(metavar="IMAGE", show_default=False)]
 
 
@@ -138,6 +146,14 @@ def take(
             help="Copy what is left while it stands still: when memory was lost, always, never.",
         ),
     ] = Guards.auto,
+    writers: Annotated[
+        Writers,
+        typer.Option(
+            "--writers",
+            metavar="auto|wait|pass",
+            help="A first write waits for its page, or for nobody (what is left is copied then).",
+        ),
+    ] = Writers.auto,
     stall: Annotated[
         float,
         typer.Option(
@@ -177,6 +193,7 @@ def take(
             progress=report,
             now=now,
             guard=guard.value,
+            writers=writers.value,
             stall=stall,
             pace=speed,
             attempts=attempts,

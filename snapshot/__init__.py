@@ -41,6 +41,7 @@ def take(
     memory: int = 192 * MIB,
     now: bool = False,
     guard: Literal["auto", "always", "never"] = "auto",
+    writers: Literal["auto", "wait", "pass"] = "auto",
     pace: str | None = None,
     hooks: HookMapping | None = None,
     progress: ProgressCallback | None = None,
@@ -51,6 +52,10 @@ def take(
     `now` it is at once. What is left can be lost if the process unmaps it before it is saved: then
     another moment is tried and what is left then copied while the process stands still (`guard`
     "auto"); or so the first time ("always"); or TakeError is raised ("never").
+
+    `writers`: whether who writes to a page that is not copied yet waits for that ("wait"); or for
+    nobody, and what was written is copied again until little is left ("pass"; TakeError when he is
+    too fast); or what of the two is right for the process ("auto").
 
     `memory` bounds the staging buffer, in bytes. `pace` limits copying, to bytes a second ("100M")
     or to a share of a processor ("50%"); what the process waits for is copied at once. `hooks` maps
@@ -71,7 +76,14 @@ def take(
         from .inprocess import take_self
 
         return take_self(
-            name=name, store=store, memory=memory, now=now, guard=guard, pace=pace, hooks=hooks
+            name=name,
+            store=store,
+            memory=memory,
+            now=now,
+            guard=guard,
+            writers=writers,
+            pace=pace,
+            hooks=hooks,
         )
     from .hooks import TAKE_STAGES
     from .take import take as run
@@ -85,6 +97,7 @@ def take(
         memory=memory,
         now=now,
         guard=guard,
+        writers=writers,
         pace=speed,
         hooks=joined,
         progress=progress,

@@ -7,6 +7,7 @@ little is left or it stops shrinking. Then the target is stopped: what is left i
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,10 +17,10 @@ from .errors import DeniedError
 from .examine import Examination
 from .kernel import procfs
 from .maps import Line
-from .pump import LostError, Pump, Round
+from .pump import LostError, OutrunError, Pump, Round
 from .resources import descriptors
 from .resources.memfd import SharedMemory
-from .units import CHUNK, KIB, MIB, PAGE, align_up
+from .units import CHUNK, KIB, MIB, PAGE, align_up, mib
 
 REMAINDER = 512 * KIB
 """Bytes that may be copied while the target stands still: some 0.1 ms. More is armed and copied
@@ -32,6 +33,16 @@ FEWEST_CHUNKS = 16 * CHUNK
 ROUNDS = 12
 LAST_ROUNDS = 5
 LAST_ARMS = 8
+LOOKS = 4
+LOOK_SECONDS = 0.005
+"""About what lies between the last round and T0."""
+MOST_WRITTEN = 1 * MIB
+"""Bytes that are written in that time; more of them wait, and are not let through."""
+MOST_LEFT = 2 * MIB
+MOST_PASSED = 8 * MIB
+"""Bytes that are copied in the pause where writers pass: some 4 ms. It is mostly far less."""
+if "SNAP_PASS" in os.environ:  # for tests: writers pass, however fast they are
+    MOST_WRITTEN = MOST_LEFT = MOST_PASSED = EVERYTHING
 SHRINKS = 0.7
 """A round that would copy more than this part of the one before gains nothing on the writers."""
 
@@ -57,7 +68,11 @@ class Ahead:
 
     def copy(self, report: Callable[[], None], *, patient: bool) -> None:
         """All rounds. `report` is called ten times a second. If they are not `patient`, and writers
-        undo most of it, memory is only protected, and copied once, after T0."""
+        undo most of it, memory is only protected, and copied once, after T0. Where writers wait for
+        nobody: raises OutrunError."""
+        if self.pump.passes:
+            self._copy_passing(report)
+            return
         while self.rounds < ROUNDS:
             faults.point("round-begun")
             done = self._round(report, patient)
@@ -72,10 +87,33 @@ class Ahead:
             if self._dirty <= FEW or self._dirty > done.copied * SHRINKS:
                 return
 
+    def _copy_passing(self, report: Callable[[], None]) -> None:
+        """One round at the pace of the store; in the others nothing is stored, so they are short
+        and few."""
+        self.pump.written(report)
+        for _ in range(LOOKS):
+            since = time.monotonic()
+            time.sleep(LOOK_SECONDS)  # a sample: how fast do they write?
+            written = self.pump.written(report)
+            if written * LOOK_SECONDS > MOST_WRITTEN * (time.monotonic() - since):
+                raise OutrunError(f"{mib(written)} were written in {LOOK_SECONDS * 1000:.0f} ms")
+        faults.point("round-begun")
+        self._round(report, patient=True)
+        faults.point("round-ended")
+        self._gain(report)
+
+    def _gain(self, report: Callable[[], None]) -> None:
+        left = _while_it_shrinks(
+            (self._last_round(report).copied for _ in range(ROUNDS)), FEWEST
+        )
+        self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
+        if left > MOST_LEFT or self.direct_io:
+            raise OutrunError(f"{mib(left)} are written again while they are copied")
+
     def protect(self, report: Callable[[], None]) -> None:
         """Where much is left, or nothing may be copied ahead, it is only protected: writers are
         held up by their own faults."""
-        if not self._copies:
+        if not self._copies and not self.pump.passes:
             self.pump.arm(report)
 
     @property
@@ -85,7 +123,11 @@ class Ahead:
     def last_rounds(self, report: Callable[[], None]) -> None:
         """While the storing threads rest: what was written meanwhile, again and again, as long as
         that is getting less. Each is a short one, as nothing competes with it; nobody makes room in
-        staging now. What is then still too much to be copied in the pause is only protected."""
+        staging now. What is then still too much to be copied in the pause is only protected; where
+        writers wait for nobody OutrunError is raised."""
+        if self.pump.passes:
+            self._gain(report)
+            return
         if self._copies and self._left_by_copying(report) <= REMAINDER:
             return
         # What one of them takes, and the pause, depends on chunks, however little of each changed.

@@ -47,6 +47,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     memory: int
     now: bool
     guard: Literal["auto", "always", "never"]
+    writers: Literal["auto", "wait", "pass"]
     pace: str | None
 
 
@@ -66,6 +67,7 @@ def take_self(
     memory: int,
     now: bool,
     guard: Literal["auto", "always", "never"],
+    writers: Literal["auto", "wait", "pass"],
     pace: str | None,
     hooks: HookMapping | None,
 ) -> Image:
@@ -81,7 +83,7 @@ def take_self(
     # A restored process must know the name too, so it is chosen here and not by the helper.
     joined = Hooks(hooks, installed=False)
     where = str(store_path(store).absolute())
-    request = Request(pid, where, name or default_name(pid), memory, now, guard, pace)
+    request = Request(pid, where, name or default_name(pid), memory, now, guard, writers, pace)
     try:
         joined.run("before-freeze", pid=pid, image=request.name)
         reply = _ask(request)
@@ -184,6 +186,7 @@ def _help(request: Request) -> Reply:
             memory=request.memory,
             now=request.now,
             guard=request.guard,
+            writers=request.writers,
             pace=paces.parse(request.pace),
             hooks=Hooks(),
         ).close()

@@ -201,6 +201,7 @@ class TakeStats(Record, frozen=True):
     ahead_bytes: int = 0  # copied in them; what was copied twice counts twice
     remainder_bytes: int = 0  # what had no good copy when T0 came
     guarded: bool = False  # the remainder was copied in the pause, whatever its size
+    writers: str = "wait"  # for their page to be saved, or "pass"
     saved_bytes: int = 0
     stored_bytes: int = 0
     faults: int = 0

@@ -87,12 +87,14 @@ class Counters(NamedTuple):
 class Round(NamedTuple):
     """What a round ahead of T0 did, in bytes. `next`: pages of which is known that they were
     written meanwhile, and `next_chunks` the chunks that they are in, each of which costs the store
-    as much as it did the first time. `outrun`: it was given up, writers were faster."""
+    as much as it did the first time. `outrun`: it was given up, writers were faster. `written`:
+    where writers wait for nobody, pages that had been written since the last look."""
 
     copied: int
     next: int
     next_chunks: int
     outrun: bool
+    written: int
 
 
 class LostError(TakeError):
@@ -104,6 +106,13 @@ class LostError(TakeError):
     def __init__(self, reason: str, *, final: bool = False) -> None:
         super().__init__(reason, "snap take PID")
         self.final = final
+
+
+class OutrunError(TakeError):
+    """Writers that wait for nobody are too fast for what has to be copied in the pause."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, "snap take PID --writers wait")
 
 
 class Staging:
@@ -183,6 +192,8 @@ class Pump(Closing):
         self._runner: Worker | None = None
         self._storers: list[Worker] = []
         self.storing = Gate()
+        self.passes = False
+        """Writers wait for nobody: WriteProtection.passes."""
         self.t0_ticks = 0
         """T0 as the start of a process is counted (proc_pid_stat(5), starttime)."""
         self._result = 0
@@ -234,6 +245,11 @@ class Pump(Closing):
         """The same, whatever the pace: T0 waits for it."""
         return self._round(lib.snap_pump_order_last_round, report)
 
+    def written(self, report: Callable[[], None]) -> int:
+        """Where writers wait for nobody: protect what is not -> bytes that were written since the
+        last look."""
+        return self._round(lib.snap_pump_order_written, report).written
+
     def arm(self, report: Callable[[], None]) -> Round:
         """Protect what is not. What is not copied yet, or not any more, is saved after T0."""
         return self._round(lib.snap_pump_order_arm, report)
@@ -242,7 +258,9 @@ class Pump(Closing):
         self._order(order)
         done = self._await(report)
         chunks = done.next_chunks * CHUNK
-        return Round(done.copied_bytes, done.next_bytes, chunks, bool(done.outrun))
+        return Round(
+            done.copied_bytes, done.next_bytes, chunks, bool(done.outrun), done.written_bytes
+        )
 
     def _order(self, order: Callable[[Any], int]) -> None:
         self._answered(order(self._pump), "order to the fault thread")
@@ -291,6 +309,9 @@ class Pump(Closing):
         lib.snap_pump_clears(self._pump, protection.clear_child_tid)
         if protection.empties:
             lib.snap_pump_cover(self._pump, VERIFY)
+        if protection.passes:
+            lib.snap_pump_pass(self._pump)
+        self.passes = protection.passes
 
     def order_hold(self) -> None:
         """The fault thread shall answer what waits, and stand still until `release` or `go`."""
@@ -324,7 +345,8 @@ class Pump(Closing):
         what of it cannot be armed, and arms the rest. `copies`: whether those of before count;
         `cover`: whether nothing can have taken protection off without an event, so that not all
         need be looked at. `meanwhile` is called while the fault thread does it. -> whether anything
-        is unsaved now."""
+        is unsaved now. Where writers wait for nobody all is copied now; OutrunError: that is more
+        than `most`."""
         what = f"copying memory of process {self.pid}"
         trust = lib.SNAP_TRUST_COPIES * copies | lib.SNAP_TRUST_COVER * cover
         self._order(lambda pump: lib.snap_pump_order_settle(pump, most, trust))
@@ -332,6 +354,8 @@ class Pump(Closing):
             meanwhile()
         finally:
             result = lib.snap_pump_await_settled(self._pump)
+        if result == -errno.E2BIG:
+            raise OutrunError(f"{mib(self._raw().remainder_bytes)} had been written again at T0")
         unsaved = self._answered(result, what, "snap check") > 0
         if VERIFY and (missed := self._raw().missed_pages):
             raise SnapError(f"{missed} pages have changed and nothing told of it")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from . import examine, faults
-from .ahead import EVERYTHING, REMAINDER, Ahead
+from .ahead import EVERYTHING, MOST_PASSED, REMAINDER, Ahead
 from .errors import TakeError
 from .freeze import RESTARTED, Frozen, freeze
 from .hooks import Hooks
@@ -34,7 +34,7 @@ from .kernel.room import find_room
 from .kernel.watchdog import Watchdog
 from .manifest import Host, Manifest, Process, TakeStats
 from .pace import ANY, Pace
-from .pump import MEMORY, LostError, Pump, Staging
+from .pump import MEMORY, LostError, OutrunError, Pump, Staging
 from .records import ProcessIdentity
 from .regions import Plan
 from .resources import descriptors, preflight
@@ -44,7 +44,7 @@ from .store import Store, check_name
 from .tracer import Tracer
 from .units import PAGE
 from .writer import ImageWriter
-from .wrprotect import WriteProtection
+from .wrprotect import WriteProtection, can_pass
 
 ATTEMPTS = 3
 STALL = 10.0
@@ -52,6 +52,10 @@ GATE_SECONDS = 0.05
 PROGRESS_SECONDS = 0.1
 
 log = logging.getLogger("snap")
+
+
+Guard = Literal["auto", "always", "never"]
+Writers = Literal["auto", "wait", "pass"]
 
 
 @dataclass(slots=True)
@@ -67,6 +71,9 @@ class _Take:
     now: bool
     stall: float
     pace: Pace
+    writers: Writers
+    outrun: str = ""
+    """Why writers cannot be let through."""
     clock: Stopwatch = field(default_factory=Stopwatch)
     reasons: list[str] = field(default_factory=list)
     stops_us: list[int] = field(default_factory=list)
@@ -92,9 +99,6 @@ class _Instant:
     stages_us: dict[str, int]
 
 
-Guard = Literal["auto", "always", "never"]
-
-
 def take(
     pid: int,
     *,
@@ -105,6 +109,7 @@ def take(
     progress: ProgressCallback | None = None,
     now: bool = False,
     guard: Guard = "auto",
+    writers: Writers = "auto",
     stall: float = STALL,
     pace: Pace = ANY,
     attempts: int = ATTEMPTS,
@@ -115,7 +120,10 @@ def take(
     is copied ahead, and T0 is when little is left to be copied. What is left may be lost, if the
     target unmaps it before it is saved. `guard`: "always" copies it while the target stands still,
     so that nothing can be lost; "auto" does so when another T0 has to be tried, at most `attempts`
-    times in all; "never" raises TakeError instead. `stall`: seconds that the target waits at most
+    times in all; "never" raises TakeError instead. `writers`: what a first write does. "pass": it
+    waits for nobody; what was written is copied again until little is left, and that in the pause,
+    after which nothing can be lost, or TakeError is raised. "wait": for its page to be saved.
+    "auto" lets pass who is slow enough for that. `stall`: seconds that the target waits at most
     for a store that makes no progress, or at its end for what is unsaved (TakeError), or for this
     process, which is ended when it stands still for so long. `pace` limits what is copied that
     nobody waits for; memory stays protected, and can be lost, for longer then.
@@ -132,7 +140,9 @@ def take(
         check_name(name)
         staging = Staging(memory, store.path)
         stack.callback(staging.close)
-        job = _Take(pid, name, store, staging, hooks, progress, now, stall, pace)
+        if now and writers == "pass":
+            raise ValueError("writers that pass have nothing protected at once: no `now`")
+        job = _Take(pid, name, store, staging, hooks, progress, now, stall, pace, writers)
         with _reported(job):
             hooks.run("before-freeze", pid=pid, image=name)
             if guard == "never":
@@ -165,7 +175,8 @@ def _reported(job: _Take) -> Iterator[None]:
 
 
 def _attempt(job: _Take, *, guarded: bool) -> bool:
-    """One T0. False when its memory could not all be saved but another T0 may do."""
+    """One T0. False when its memory could not all be saved but another T0 may do, or writers are
+    not to be let through any more."""
     before = examine.examine(job.pid)
     examine.refuse(job.pid, before.plan)
     foreign = preflight.namespaces(job.pid)
@@ -190,11 +201,14 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
         pump.start()
         # A device writes past the page tables to memory that it was given before.
         copying = (bool(job.reasons) or not job.now) and not descriptors.direct_io(job.pid)
+        passes = _passes(job, before.plan, copying)
         try:
             faults.point("begun")
             with freeze(job.pid, room=find_room(Tracee(job.pid, 0))) as first:
                 faults.point("first-stop")
-                protection = after_pump.enter_context(WriteProtection.create(first, forks=shares))
+                protection = after_pump.enter_context(
+                    WriteProtection.create(first, forks=shares, passes=passes)
+                )
                 faults.point("created")
                 first.close_remote()
                 faults.point("clean")
@@ -209,7 +223,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
             ahead.look_for_others(forks=protection.forks)
             if copying:
                 ahead.copy(lambda: _report(job, pump, "copying ahead"), patient=guarded)
-            most = EVERYTHING if guarded else REMAINDER
+            most = MOST_PASSED if protection.passes else EVERYTHING if guarded else REMAINDER
             instant = _instant(job, ahead, first, most, tracer)
             faults.point("resumed")
             job.hooks.run("resumed", pid=job.pid, image=job.name)
@@ -217,15 +231,40 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
             waited_for.close()
             _await_stored(job, ahead)
             faults.point("saved")
+        except OutrunError as error:
+            log.info("%d: %s", job.pid, error.message)
+            if job.writers == "pass":
+                raise
+            job.outrun = error.message
+            return False
         except LostError as error:
             log.info("%d: %s", job.pid, error.message)
             if error.final:
                 raise
             job.reasons.append(error.message)
             return False
-        stats = _stats(job, ahead, guarded, instant, writer)
+        stats = _stats(job, ahead, guarded and not protection.passes, instant, writer)
         writer.commit(_manifest(job, instant, stats, foreign))
     return True
+
+
+def _passes(job: _Take, plan: Plan, copying: bool) -> bool:
+    """Whether writers are let through: what is copied ahead can be relied on, nothing is armed of
+    which only a fault tells, and little is copied in the pause whatever it is."""
+    if job.writers == "wait" or job.outrun:
+        return False
+    others = [one for one in plan.windows if one.object is not None or one.whole]
+    armed = any(one.armed for one in others) or any(one.huge for one in plan.windows)
+    allowed = copying and can_pass() and not armed
+    if allowed and sum(one.end - one.start for one in others) <= MOST_PASSED // 2:
+        return True
+    if job.writers == "pass":
+        raise TakeError(
+            f"process {job.pid} has memory (shared, huge pages, or written by a device) whose "
+            "writers have to wait, or CAP_SYS_ADMIN is missing",
+            f"snap take {job.pid}",
+        )
+    return False
 
 
 def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer) -> _Instant:
@@ -238,7 +277,8 @@ def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer)
     with Preparation(job.pid, first.data) as prepared:  # before what has to be the last
         ahead.last_rounds(lambda: _report(job, pump, "protecting"))
         # A thread that goes on, also from one injected call to the next, would wait for its page.
-        pump.open(ahead.touched)
+        if not pump.passes:
+            pump.open(ahead.touched)
         pause = tracer.run(lambda: _pause(job, ahead, first, prepared, most, tracer, clock))
     job.stops_us.append(pause.stopped_us)
     pump.rested()
@@ -349,6 +389,7 @@ def _stats(
         ahead_bytes=done.ahead_bytes,
         remainder_bytes=done.remainder_bytes,
         guarded=guarded,
+        writers="pass" if ahead.pump.passes else "wait",
         saved_bytes=writer.saved_bytes,
         stored_bytes=writer.stored_bytes,
         faults=done.faults,

@@ -39,9 +39,17 @@ class WriteProtection(Closing):
     """A target's userfaultfd, handshake done. `close` (or the end of the process) ends it."""
 
     def __init__(
-        self, uffd: Uffd, *, forks: bool, empties: bool = False, clear_child_tid: int = 0
+        self,
+        uffd: Uffd,
+        *,
+        forks: bool,
+        empties: bool = False,
+        clear_child_tid: int = 0,
+        passes: bool = False,
     ) -> None:
         self.uffd = uffd
+        self.passes = passes
+        """Whether writers wait for nobody, and nothing tells of them (WP_ASYNC)."""
         self.clear_child_tid = clear_child_tid
         """Where the kernel writes when a thread ends, if that is one place for all threads; 0: it
         is beside the robust list of each (native/spare.c)."""
@@ -51,9 +59,12 @@ class WriteProtection(Closing):
         """Whether protecting covers empty pages, so that every first write is told of."""
 
     @classmethod
-    def create(cls, frozen: Frozen, *, forks: bool = False) -> WriteProtection:
+    def create(
+        cls, frozen: Frozen, *, forks: bool = False, passes: bool = False
+    ) -> WriteProtection:
         """Inject the creation into the stopped target; nothing of it stays there. `forks`: it shall
-        tell of children, if that is allowed (CAP_SYS_PTRACE).
+        tell of children, if that is allowed (CAP_SYS_PTRACE). `passes`: writers shall wait for
+        nobody, where `can_pass`.
 
         Raises DeniedError when neither userfaultfd(2) nor /dev/userfaultfd is allowed,
         UnsupportedError when the kernel lacks one of NEEDED.
@@ -71,22 +82,34 @@ class WriteProtection(Closing):
             )
         uffd = Uffd(made)
         try:
-            empties = bool(lib.snap_pagemap_tells())
-            forks = _handshake(uffd, forks, empties)
+            empties = _tells()
+            forks = _handshake(uffd, forks, empties, passes)
             clear = 0 if lib.snap_pump_has_robust_list(frozen.pid) else _clear_child_tid(frozen)
         except BaseException:
             uffd.close()
             raise
-        return cls(uffd, forks=forks, empties=empties, clear_child_tid=clear)
+        return cls(uffd, forks=forks, empties=empties, clear_child_tid=clear, passes=passes)
 
     def close(self) -> None:
         self.uffd.close()
 
 
-def _handshake(uffd: Uffd, forks: bool, empties: bool) -> bool:
+def _tells() -> bool:
+    """Whether pagemap shows which pages are empty (CAP_SYS_ADMIN)."""
+    return bool(lib.snap_pagemap_tells())
+
+
+def can_pass() -> bool:
+    """Whether writers can be let through, and be found afterwards: the kernel can, if it has
+    PAGEMAP_SCAN (Linux 6.7)."""
+    return _tells()
+
+
+def _handshake(uffd: Uffd, forks: bool, empties: bool, passes: bool) -> bool:
     """-> whether it tells of forks."""
     needed = sum(FEATURES[name] for name in NEEDED)
     needed |= FEATURES["WP_UNPOPULATED"] if empties else 0
+    needed |= FEATURES["WP_ASYNC"] if passes else 0  # Linux 6.7, like PAGEMAP_SCAN
     if forks:
         with suppress(DeniedError):
             uffd.api(needed | FEATURES["EVENT_FORK"])

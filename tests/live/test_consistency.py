@@ -95,7 +95,9 @@ def test_a_chunk_that_is_copied_whole_needs_its_good_pages_too(spawn: Spawn, sto
     let through at a fault, and still belongs to what is copied then."""
     writer = spawn("writer", kind="anon", mib=192, threads=2, sparse=1, rate=20_000)
     for number in range(2):
-        memory, image = take_with_oracle(writer.pid, store, f"image-{number}", pace="64M")
+        memory, image = take_with_oracle(
+            writer.pid, store, f"image-{number}", pace="64M", writers="wait"
+        )
         with image:
             assert oracle.compare(memory, image, writer.pid) == []
             stats = image.manifest.stats
@@ -109,14 +111,14 @@ def test_memory_that_is_written_everywhere_is_copied_once(spawn: Spawn, store: P
     """A first round that writers undo is given up, and what it lacks is saved after T0; not so when
     the remainder is to be copied in the pause."""
     writer = spawn("writer", kind="anon", mib=192, threads=2, sparse=1)
-    memory, image = take_with_oracle(writer.pid, store, "once", pace="64M")
+    memory, image = take_with_oracle(writer.pid, store, "once", pace="64M", writers="wait")
     with image:
         assert oracle.compare(memory, image, writer.pid) == []
         stats = image.manifest.stats
     assert (stats.attempts, stats.rounds, stats.remainder_bytes > 64 << 20) == (1, 1, True)
     assert stats.ahead_bytes < stats.saved_bytes // 2
     memory, image = take_with_oracle(
-        writer.pid, store, "patient", pace="64M", guard="always"
+        writer.pid, store, "patient", pace="64M", guard="always", writers="wait"
     )
     with image:
         assert oracle.compare(memory, image, writer.pid) == []

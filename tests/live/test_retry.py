@@ -84,8 +84,12 @@ def take_and_unmap(victim: subprocess.Popen[str], store: Path, **options: Any) -
     return stats
 
 
-def test_what_was_copied_ahead_cannot_be_lost(victim: subprocess.Popen[str], store: Path) -> None:
-    stats = take_and_unmap(victim, store)
+@pytest.mark.parametrize("writers", ["wait", "pass"])
+def test_what_was_copied_ahead_cannot_be_lost(
+    victim: subprocess.Popen[str], store: Path, writers: str
+) -> None:
+    stats = take_and_unmap(victim, store, writers=writers)
+    assert stats.writers == writers
     assert stats.attempts == 1
     assert stats.rounds >= 1
     assert stats.remainder_bytes < 2 << 20
@@ -95,7 +99,7 @@ def test_t0_at_once_loses_it_and_another_is_tried(
     victim: subprocess.Popen[str], store: Path
 ) -> None:
     """The second copies ahead, and what is left while the target stands still."""
-    stats = take_and_unmap(victim, store, now=True)
+    stats = take_and_unmap(victim, store, now=True, writers="wait")
     assert stats.attempts == 2
     assert stats.guarded
     assert stats.rounds >= 1

@@ -97,11 +97,10 @@ static int next_slice(snap_pump *p, slice *s, bool *found)
 
 /* The copy of a chunk is not good any more: not for the pages `bare` or, of what can be written past its
  * mapping, for all. */
-static void soil(const slice *s, chunk *c, uint16_t bare)
+static void soil(snap_pump *p, const slice *s, chunk *c, uint16_t bare)
 {
     bool all = s->w.object >= 0 || s->w.huge;
-    c->bare = all ? UINT16_MAX : c->state == SAVED ? bare : c->bare | bare;
-    c->state = UNSAVED;
+    ledger_soil(p, s->w.space, c, all ? UINT16_MAX : bare);
 }
 
 static bool is_part(const slice *s, const chunk *c)
@@ -148,7 +147,7 @@ static int find_dirty(snap_pump *p, slice *s)
         c->want = (uint16_t)((c->want & ~now->mask) | now->want);
         s->dirty[i] = c->want && (now->bare || c->state != SAVED || c->kept != c->want);
         if (s->dirty[i])
-            soil(s, c, now->bare);
+            soil(p, s, c, now->bare);
         account(p, s->w.space, c);
         s->loose[i] = s->dirty[i] || c->listed;
         s->any_loose = s->any_loose || s->loose[i];
@@ -250,6 +249,22 @@ static int protect(snap_pump *p, slice *s, bool copies)
     }
 }
 
+/* The same where writers wait for nobody: what is covered was protected when it was found written. */
+static int protect_passing(snap_pump *p, slice *s, bool copies)
+{
+    uint64_t until;
+    bool covered = is_covered(p, &s->w, s->start, &until);
+    memset(s->spared, 0, sizeof s->spared);
+    int r = covered ? 0 : written_part(p, &s->w, s->start, s->end, true);
+    if (!r)
+        r = find_dirty(p, s);
+    if (!r && copies && free_places(p) < (s->places < most_places(p) ? s->places : most_places(p)))
+        r = -ENOBUFS;
+    if (!r)
+        strike_off(p, s);
+    return r;
+}
+
 /* Those that were protected but for some pages: for T0, as copies of these are worth nothing. */
 static int note_spared(snap_pump *p, const slice *s)
 {
@@ -263,6 +278,16 @@ static int note_spared(snap_pump *p, const slice *s)
         *slot = (place){address, s->w.space};
     }
     return 0;
+}
+
+static void count_ahead(snap_pump *p, uint16_t pages)
+{
+    uint64_t bytes = (uint64_t)__builtin_popcount(pages) * PAGE;
+    p->round.copied_chunks++;
+    p->round.copied_bytes += bytes;
+    pthread_mutex_lock(&p->lock);
+    p->counters.ahead_bytes += bytes;
+    pthread_mutex_unlock(&p->lock);
 }
 
 static int copy_dirty(snap_pump *p, slice *s)
@@ -281,7 +306,8 @@ static int copy_dirty(snap_pump *p, slice *s)
         s->place[i] = take_place(p, s->copied[i] == c->want ? 0 : s->copied[i], false, false);
         if (s->place[i] == NO_PLACE)
             continue;
-        r = save_to_place(p, s->w.space, address, s->copied[i], s->place[i]);
+        r = copy_as_is(p, s->w.space, address, s->copied[i],
+                       p->staging + (uint64_t)s->place[i] * CHUNK);
         if (r) {
             give_place(p, s->place[i]);
             s->place[i] = NO_PLACE;
@@ -290,6 +316,30 @@ static int copy_dirty(snap_pump *p, slice *s)
         bool any;
         if (!r)
             r = serve(p, &any); /* a writer waits for one chunk at most */
+    }
+    return r;
+}
+
+/* Keeps the pages of which there is no good copy, for after T0. Who writes to one meanwhile is found by the
+ * next look. */
+static int hold_dirty(snap_pump *p, slice *s)
+{
+    int r = 0;
+    for (size_t i = 0; !r && i < s->chunks; i++) {
+        uint64_t address = s->at + i * CHUNK;
+        chunk *c = s->dirty[i] ? ledger_chunk(p, s->w.space, address) : NULL;
+        uint16_t pages = c ? lacking(c) & (uint16_t)~s->seen[i].bare : 0;
+        bool any;
+        if (!pages)
+            continue;
+        r = early_hold(p, s->w.space, address, c, pages);
+        account(p, s->w.space, c);
+        if (r == -EAGAIN) /* unmapped meanwhile */
+            r = list_again(p, s, i);
+        else if (!r)
+            count_ahead(p, pages);
+        if (!r)
+            r = serve(p, &any);
     }
     return r;
 }
@@ -327,23 +377,20 @@ static int keep_copies(snap_pump *p, slice *s)
         const snap_saved saved = {.address = address, .place = s->place[i], .space = s->w.space,
                                   .pages = c->want,
                                   .patch = patch_of(c, s->copied[i])};
-        uint64_t bytes = (uint64_t)__builtin_popcount(s->copied[i]) * PAGE;
+        count_ahead(p, s->copied[i]);
         pthread_mutex_lock(&p->lock);
         int e = enqueue(p, &saved);
         p->counters.sweep_chunks++;
-        p->counters.ahead_bytes += bytes;
         pthread_mutex_unlock(&p->lock);
         if (e)
             return e;
         c->state = SAVED;
         if (after[i].bare) {
-            soil(s, c, after[i].bare);
+            soil(p, s, c, after[i].bare);
             if ((e = list_again(p, s, i)))
                 return e;
         }
         account(p, s->w.space, c);
-        p->round.copied_chunks++;
-        p->round.copied_bytes += bytes;
     }
     return r;
 }
@@ -366,7 +413,8 @@ static int keep_protected(snap_pump *p, slice *s)
 
 static int process(snap_pump *p, slice *s, bool copies)
 {
-    int r = protect(p, s, copies);
+    bool holds = p->passes && p->hurried;
+    int r = p->passes ? protect_passing(p, s, copies && !holds) : protect(p, s, copies);
     if (r == -ENOENT || r == -EAGAIN) /* unmapped meanwhile; for the next round */
         return list_loose(p, s);
     if (r || !s->any_loose)
@@ -378,6 +426,8 @@ static int process(snap_pump *p, slice *s, bool copies)
         return r;
     if (!copies)
         return keep_protected(p, s);
+    if (holds)
+        return (r = hold_dirty(p, s)) == -ENOBUFS ? list_loose(p, s) : r;
     p->disturbed.count = 0;
     p->watching = true;
     r = copy_dirty(p, s);

@@ -211,12 +211,12 @@ const place *work_from(const snap_pump *p, uint32_t space, uint64_t address)
 void account(snap_pump *p, uint32_t space, chunk *c)
 {
     bool good = c->state == SAVED, due = c->want && (!good || c->kept != c->want);
-    uint16_t lacking = good ? (uint16_t)(c->want & ~c->kept) : missing(c);
+    uint16_t none = good ? (uint16_t)(c->want & ~c->kept) : lacking(c);
     p->wanted_pages += (uint64_t)(__builtin_popcount(c->want) - __builtin_popcount(c->counted));
-    p->lacking_pages += (uint64_t)(__builtin_popcount(lacking) - __builtin_popcount(c->lacking));
+    p->lacking_pages += (uint64_t)(__builtin_popcount(none) - __builtin_popcount(c->lacking));
     if (due != c->due)
         count_unsaved(p, space, due ? 1 : -1);
     c->counted = c->want;
-    c->lacking = lacking;
+    c->lacking = none;
     c->due = due;
 }

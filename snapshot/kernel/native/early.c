@@ -1,6 +1,8 @@
-/* After T0: single pages that are saved before the rest of their chunk, because somebody waits to write
- * to them. A chunk is saved by the sweep in its turn, and what was kept of it is put in then. So who
+/* Single pages that are kept before their chunk is saved. After T0: because somebody waits to write to
+ * them. A chunk is saved by the sweep in its turn, and what was kept of it is put in then. So who
  * writes here and there waits for 4 KiB and not for 64, staging holds 4, and every chunk is stored once.
+ * And ahead of T0, where writers wait for nobody: what was written since its chunk was copied. Of that only
+ * the newest is kept, and handed out after T0, so that the store has one patch of a chunk at most.
  *
  * When cells get scarce the sweep goes where they are: in the order of memory it would come to most of them
  * at its end, and they would have to be written to the spill file, which lets nobody go on for as long as
@@ -117,6 +119,61 @@ int save_early(snap_pump *p, uint32_t space, uint64_t at)
     return 0;
 }
 
+/* The cell of this number has the page `bit` of the chunk. */
+static void add(snap_pump *p, chunk *c, uint32_t number, uint16_t bit)
+{
+    early_page *one = &p->early.at[number - 1];
+    one->bit = bit;
+    one->next = c->first_early;
+    c->first_early = number;
+    c->early |= bit;
+}
+
+/* The page at `data`, in a free cell -> its number, 0: there is none, or the disk is full. */
+static uint32_t keep(snap_pump *p, const uint8_t *data)
+{
+    uint32_t number = take_cell(p);
+    if (!number)
+        return 0;
+    int64_t cell = p->early.at[number - 1].cell;
+    if (cell >= 0) {
+        memcpy(p->staging + (uint64_t)cell * PAGE, data, PAGE);
+    } else if (pwrite(p->spill, data, PAGE, spilled_at(cell)) != (ssize_t)PAGE) {
+        give_cell(p, number);
+        return 0;
+    }
+    return number;
+}
+
+int early_hold(snap_pump *p, uint32_t space, uint64_t address, chunk *c, uint16_t pages)
+{
+    int r = copy_as_is(p, space, address, pages, p->bounce);
+    for (unsigned i = 0; !r && i < CHUNK_PAGES; i++) {
+        if (!(pages >> i & 1))
+            continue;
+        uint32_t number = keep(p, p->bounce + i * PAGE);
+        if (!number)
+            return -ENOBUFS;
+        add(p, c, number, (uint16_t)(1u << i));
+    }
+    return r;
+}
+
+void early_drop(snap_pump *p, chunk *c, uint16_t pages)
+{
+    for (uint32_t *link = &c->first_early; *link;) {
+        uint32_t number = *link;
+        early_page *one = &p->early.at[number - 1];
+        if (!(one->bit & pages)) {
+            link = &one->next;
+            continue;
+        }
+        *link = one->next;
+        give_cell(p, number);
+    }
+    c->early &= (uint16_t)~pages;
+}
+
 void early_publish(snap_pump *p, chunk *c, const tentative *t)
 {
     if (c->state != UNSAVED || c->early & t->saved.pages) {
@@ -126,11 +183,7 @@ void early_publish(snap_pump *p, chunk *c, const tentative *t)
     place *where = c->early ? NULL : VECTOR_PUSH(&p->early_chunks);
     if (where) /* without memory it waits for its turn */
         *where = (place){t->saved.address, t->saved.space};
-    early_page *one = &p->early.at[t->early - 1];
-    one->bit = (uint16_t)t->saved.pages;
-    one->next = c->first_early;
-    c->first_early = t->early;
-    c->early |= one->bit;
+    add(p, c, t->early, (uint16_t)t->saved.pages);
 }
 
 void early_forget(snap_pump *p, const tentative *t)
@@ -161,6 +214,43 @@ void early_done(snap_pump *p, chunk *c)
     }
     c->first_early = 0;
     c->early = 0;
+}
+
+/* The missing pages of a chunk, all kept, as a patch of the copy before. */
+static int hand_out(snap_pump *p, uint32_t space, uint64_t address, chunk *c)
+{
+    uint16_t pages = missing(c);
+    int64_t place;
+    while (!free_places(p) || (place = take_place(p, pages == c->want ? 0 : pages, false, false)) == NO_PLACE)
+        if (!wait_for_place(p))
+            return -ECANCELED;
+    int r = early_put(p, c, pages, p->staging + (uint64_t)place * CHUNK);
+    if (r) {
+        give_place(p, place);
+        return r;
+    }
+    const snap_saved saved = {.address = address, .place = place, .space = space, .pages = c->want,
+                              .patch = patch_of(c, pages)};
+    early_done(p, c);
+    c->state = SAVED;
+    count_unsaved(p, space, -1);
+    pthread_mutex_lock(&p->lock);
+    r = enqueue(p, &saved);
+    pthread_mutex_unlock(&p->lock);
+    return r;
+}
+
+int early_hand_out(snap_pump *p)
+{
+    int r = 0;
+    p->hurried = false;
+    for (size_t k = 0; !r && k < p->blocks.count; k++) {
+        block *b = p->blocks.at[k];
+        for (unsigned i = 0; !r && i < BLOCK_CHUNKS; i++)
+            if (b->chunks[i].want && b->chunks[i].state == UNSAVED)
+                r = hand_out(p, b->space, b->start + i * CHUNK, &b->chunks[i]);
+    }
+    return r;
 }
 
 bool early_first(snap_pump *p, place *first)

@@ -187,6 +187,14 @@ int ledger_move(snap_pump *p, uint64_t from, uint64_t to, uint64_t length)
     return ledger_index(p);
 }
 
+void ledger_soil(snap_pump *p, uint32_t space, chunk *c, uint16_t pages)
+{
+    c->bare = c->state == SAVED ? pages : c->bare | pages;
+    c->state = UNSAVED;
+    early_drop(p, c, pages);
+    account(p, space, c);
+}
+
 int ledger_distrust(snap_pump *p, uint64_t start, uint64_t end)
 {
     for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
@@ -201,9 +209,7 @@ int ledger_distrust(snap_pump *p, uint64_t start, uint64_t end)
                 at = (at & ~(BLOCK - 1)) + BLOCK - CHUNK;
                 continue;
             }
-            c->state = UNSAVED;
-            c->bare = UINT16_MAX;
-            account(p, w->space, c);
+            ledger_soil(p, w->space, c, UINT16_MAX);
             int r = list_chunk(p, w->space, at, c);
             if (r)
                 return r;

@@ -10,6 +10,8 @@ struct scan_arg {
     uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
     uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
 };
+#define PM_SCAN_WP_MATCHING 1
+#define PM_SCAN_CHECK_WPASYNC 2
 #define PAGEMAP_SCAN_IOCTL _IOWR('f', 16, struct scan_arg)
 
 #define PAGE_SHIFT 12
@@ -39,6 +41,21 @@ int64_t snap_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t inverte
         .category_inverted = inverted, .category_mask = mask, .category_anyof_mask = anyof,
         .return_mask = SNAP_PAGE_WRITTEN | SNAP_PAGE_FILE | SNAP_PAGE_PRESENT | SNAP_PAGE_SWAPPED |
                        SNAP_PAGE_HUGE,
+    };
+    int64_t found = scan(fd, &arg);
+    if (found >= 0)
+        *next = arg.walk_end;
+    return found;
+}
+
+int64_t snap_pagemap_written(int fd, uint64_t start, uint64_t end, int protect, snap_page_range *out,
+                             uint64_t capacity, uint64_t *next)
+{
+    /* Exactly these masks: the kernel has a fast way for them (pagemap_scan_pmd_entry). */
+    struct scan_arg arg = {
+        .size = sizeof arg, .flags = protect ? PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC : 0,
+        .start = start, .end = end, .vec = (uintptr_t)out, .vec_len = capacity,
+        .category_mask = SNAP_PAGE_WRITTEN, .return_mask = SNAP_PAGE_WRITTEN,
     };
     int64_t found = scan(fd, &arg);
     if (found >= 0)

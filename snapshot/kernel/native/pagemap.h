@@ -24,6 +24,12 @@ typedef struct {
 int64_t snap_pagemap_scan(int fd, uint64_t start, uint64_t end, uint64_t inverted, uint64_t mask,
                           uint64_t anyof, snap_page_range *out, uint64_t capacity, uint64_t *next);
 
+/* The pages of [start, end) that were written since they were protected, or never were, registered with
+ * WP_ASYNC or not; empty ones perhaps among them. `protect`: protects them in the same moment, so that
+ * none is written in between; then -EPERM: some of it is not registered so. Results as above. */
+int64_t snap_pagemap_written(int fd, uint64_t start, uint64_t end, int protect, snap_page_range *out,
+                             uint64_t capacity, uint64_t *next);
+
 /* The first page of [start, end) with such categories: *first is its address, which stays as it is
  * when there is none. Returns 0 or 1, or -errno. */
 int64_t snap_pagemap_first(int fd, uint64_t start, uint64_t end, uint64_t inverted, uint64_t mask,

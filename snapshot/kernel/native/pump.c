@@ -94,6 +94,11 @@ void snap_pump_cover(snap_pump *p, int verify)
     p->verify = verify;
 }
 
+void snap_pump_pass(snap_pump *p)
+{
+    p->passes = true;
+}
+
 void snap_pump_free(snap_pump *p)
 {
     if (!p)
@@ -476,6 +481,11 @@ int snap_pump_order_last_round(snap_pump *p)
     return give_order(p, ORDER_LAST_ROUND);
 }
 
+int snap_pump_order_written(snap_pump *p)
+{
+    return give_order(p, ORDER_WRITTEN);
+}
+
 int snap_pump_order_arm(snap_pump *p)
 {
     return give_order(p, ORDER_ARM);
@@ -614,6 +624,30 @@ static bool outrun(const snap_pump *p, int order)
            p->listed.count > p->round.copied_chunks / 4;
 }
 
+static int look_for_written(snap_pump *p)
+{
+    bool done = false, any;
+    int r = 0;
+    p->written_at = 0;
+    be_urgent(p, false);
+    while (!r && !done) {
+        r = written_step(p, true, &done);
+        if (!r)
+            r = serve(p, &any);
+    }
+    return r;
+}
+
+static int only_look(snap_pump *p)
+{
+    p->round = (snap_pump_round){0};
+    p->armed_ahead = true;
+    int r = look_for_written(p);
+    if (!r)
+        order_done(p);
+    return r;
+}
+
 static int go_round(snap_pump *p, int order)
 {
     bool copies = order != ORDER_ARM;
@@ -624,11 +658,15 @@ static int go_round(snap_pump *p, int order)
         p->next_pages = 0;
         p->armed_ahead = true;
         p->hurried = order == ORDER_LAST_ROUND;
+        int r = p->passes && p->hurried ? look_for_written(p) : 0;
+        if (r)
+            return r;
         begin_work(p);
     }
-    if (rest(p, order != ORDER_ROUND))
+    bool gains = p->passes && p->hurried; /* on the writers, who do not wait for it */
+    if (!gains && rest(p, order != ORDER_ROUND))
         return 0;
-    be_urgent(p, order != ORDER_ROUND);
+    be_urgent(p, order != ORDER_ROUND && !p->passes); /* nobody waits for it then */
     uint64_t began = now_ns(), copied = p->round.copied_bytes;
     int r = ahead_slice(p, copies);
     if (!r && outrun(p, order))
@@ -665,6 +703,8 @@ static int carry_out(snap_pump *p, int order)
     case ORDER_LAST_ROUND:
     case ORDER_ARM:
         return go_round(p, order);
+    case ORDER_WRITTEN:
+        return only_look(p);
     case ORDER_OPEN:
         return open_pages(p);
     case ORDER_HOLD:
@@ -713,7 +753,7 @@ int snap_pump_run(snap_pump *p)
     bool attached = p->uffd >= 0;
     if (!r)
         r = ahead_of_t0(p);
-    if (!r)
+    if (!r && !p->passes)
         r = after_t0(p);
     if (r == -ESRCH && p->after_t0 && finished(p))
         r = 0; /* it has ended, and nothing of it was needed any more */
@@ -727,6 +767,8 @@ int snap_pump_run(snap_pump *p)
     children_go(p, true);
     if (attached)
         close_uffd(p);
+    if (!r && p->passes)
+        r = early_hand_out(p);
     snap_pump_end(p);
     return r;
 }

@@ -90,6 +90,7 @@ typedef struct {
     uint64_t copied_bytes;
     uint64_t next_chunks; /* of which is known that they were written since: work for another round */
     uint64_t next_bytes;  /* of them, those that were let through, and are not protected any more */
+    uint64_t written_bytes; /* where writers pass: written since the last look, found when it began */
     uint32_t outrun;      /* it was given up: writers are too fast for it */
 } snap_pump_round;
 
@@ -112,6 +113,11 @@ void snap_pump_watch(snap_pump *pump, snap_watchdog *watchdog, snap_exits *exits
  * round need not be looked at again at T0 unless a fault or an event tells of it. verify: it is all the
  * same, and the two are compared (missed_pages). */
 void snap_pump_cover(snap_pump *pump, int verify);
+
+/* Before the first release, if `uffd` has WP_ASYNC, and what snap_pump_cover needs: writers wait for nobody,
+ * and nothing is told of them. No shared object, and nothing of hugetlbfs, may be armed. What has no good
+ * copy at T0 is copied then and there, or settle fails with -E2BIG; after it nothing can be lost. */
+void snap_pump_pass(snap_pump *pump);
 
 /* Before the first release: where the kernel writes when any thread of the target ends (set_tid_address(2)),
  * in a C library that has one place for all; known without this is only a place beside the robust list
@@ -144,11 +150,13 @@ void snap_pump_stop(snap_pump *pump);
  * round: protect what is not, copy what has no copy of a time since when it was protected.
  * A round that is not `patient` is given up when writers undo most of what it does.
  * last_round: the same, whatever the pace.
+ * written: where writers pass, only protect what was written, and count it.
  * arm: only protect it, so that T0 finds little to do; it is saved afterwards.
  * open: let through writes to the pages at these addresses, as if somebody had tried them.
  * hold: answer all that waits, then stand still until release or go; plan and settle meanwhile. */
 int snap_pump_order_round(snap_pump *pump, int patient);
 int snap_pump_order_last_round(snap_pump *pump);
+int snap_pump_order_written(snap_pump *pump);
 int snap_pump_order_arm(snap_pump *pump);
 int snap_pump_order_open(snap_pump *pump, const uint64_t *addresses, size_t count);
 int snap_pump_order_hold(snap_pump *pump);

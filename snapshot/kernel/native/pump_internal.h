@@ -35,7 +35,7 @@ typedef struct {
     bool due;         /* what `account` has entered of it: */
     uint16_t counted; /* wanted pages */
     uint16_t lacking; /* of them, those without a copy */
-    uint16_t early;   /* UNSAVED: of its pages, those that are kept already (early.c) */
+    uint16_t early;   /* UNSAVED: its pages that are kept already (early.c) */
     uint32_t first_early; /* the number of the first of them, 0: none */
 } chunk;
 
@@ -43,6 +43,12 @@ typedef struct {
 static inline uint16_t missing(const chunk *c)
 {
     return (uint16_t)(c->want & (c->bare | ~c->kept));
+}
+
+/* Of them: those of which no early page is kept either. */
+static inline uint16_t lacking(const chunk *c)
+{
+    return (uint16_t)(missing(c) & ~c->early);
 }
 
 /* What snap_saved says of a copy of these pages of a chunk: a patch, if they are not all that it wants. */
@@ -114,7 +120,7 @@ typedef struct {
 typedef VECTOR(range) ranges;
 typedef VECTOR(place) places;
 
-enum { NO_ORDER, ORDER_ROUND, ORDER_LAST_ROUND, ORDER_ARM, ORDER_OPEN, ORDER_HOLD };
+enum { NO_ORDER, ORDER_ROUND, ORDER_LAST_ROUND, ORDER_ARM, ORDER_WRITTEN, ORDER_OPEN, ORDER_HOLD };
 
 /* See pace.c; ns of CLOCK_MONOTONIC, or of the processors. */
 typedef struct {
@@ -151,6 +157,7 @@ struct snap_pump {
     VECTOR(range) aliases;      /* mappings of shared objects that are no window, but were told of after
                                    T0; where one ends is not known if it is empty here */
     VECTOR(int) children;       /* their userfaultfds, held until shared memory is saved */
+    bool passes;                /* writers wait for nobody, and only the page tables tell (written.c) */
     bool empties;               /* protecting covers empty pages, and pagemap tells them apart */
     bool verify;                /* at T0 look at everything, and compare */
     int loadavg;                /* /proc/loadavg, -1: not open yet */
@@ -182,6 +189,7 @@ struct snap_pump {
     bool huge_removed;          /* ahead of T0: pages of hugetlbfs were discarded (see settle.c) */
     bool hurried;               /* the last rounds: T0 waits, and there is nobody to make room */
     uint64_t next_pages;        /* see snap_pump_round */
+    uint64_t written_at;        /* of ORDER_WRITTEN, and a round that begins so: the address to go on at */
     bool may_be_urgent, urgent; /* this thread runs before others, when it waits for a fault */
     bool caught_up;             /* see catching_up */
     uint64_t catch_up_until_ns, look_until_ns, look_faults;
@@ -235,7 +243,9 @@ chunk *ledger_make(snap_pump *p, uint32_t space, uint64_t at);
 /* Takes [start, end) out of all windows (unmapped), or moves it (mremap). */
 int ledger_unmap(snap_pump *p, uint64_t start, uint64_t end);
 int ledger_move(snap_pump *p, uint64_t from, uint64_t to, uint64_t length);
-/* Ahead of T0: the copies of all chunks in the run-time range [start, end) are worth nothing. */
+/* Ahead of T0: the copies of these pages of a chunk are worth nothing, */
+void ledger_soil(snap_pump *p, uint32_t space, chunk *c, uint16_t pages);
+/* … or of all chunks in the run-time range [start, end) are worth nothing. */
 int ledger_distrust(snap_pump *p, uint64_t start, uint64_t end);
 /* Whether a mapping of a shared object is in the run-time range [start, end). */
 bool ledger_shared(const snap_pump *p, uint64_t start, uint64_t end);
@@ -294,6 +304,14 @@ int spare_protect(const snap_pump *p, const snap_window *w, uint64_t start, uint
 /* T0: saves the chunks that have any, for they cannot be armed. */
 int spare_save(snap_pump *p);
 
+/* written.c */
+/* Lists the chunks of covered memory that were written since they were protected, or held something then.
+ * `protect`: and protects them anew, so that their copies are to be made after it. A step, from
+ * p->written_at on; *done: it was the last. */
+int written_step(snap_pump *p, bool protect, bool *done);
+/* The same of [start, end) of w, covered or not: what is known of it. */
+int written_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, bool protect);
+
 /* ahead.c */
 /* One slice of a round that copies, or only protects; 1 when the round is over. -ENOBUFS: there is no
  * room for its copies now. */
@@ -332,6 +350,13 @@ int enqueue(snap_pump *p, const snap_saved *saved);
 /* early.c */
 /* Whether a page of a chunk of w can be saved by itself. */
 bool may_be_early(const snap_window *w, const chunk *c);
+/* Where writers wait for nobody: keeps these pages of a chunk as they are now, in place of what was kept of
+ * them. -ENOBUFS: there is no room; -EAGAIN: not all of them can be read. */
+int early_hold(snap_pump *p, uint32_t space, uint64_t address, chunk *c, uint16_t pages);
+/* What is kept of these pages is worth nothing. */
+void early_drop(snap_pump *p, chunk *c, uint16_t pages);
+/* After T0: hands all chunks with pages that are kept to the consumers. */
+int early_hand_out(snap_pump *p);
 /* Saves the page at a space address, tentative; 0 as well if none is needed. -ENOBUFS: there is
  * no room for it; -EAGAIN as for save_chunk. */
 int save_early(snap_pump *p, uint32_t space, uint64_t at);
@@ -355,8 +380,8 @@ bool is_patched(const chunk *c);
 /* After T0: the pages of an UNSAVED chunk that its copy will have. Each has to keep its mark until then, or
  * be saved early, though there be a good copy of it: a chunk that lacks many pages is copied whole. */
 uint16_t pages_to_save(uint32_t space, const chunk *c);
-/* Copies the pages of the chunk at a space address into `place`. */
-int save_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, int64_t place);
+/* The same, protected or not. */
+int copy_as_is(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, uint8_t *out);
 /* Copies an unsaved chunk with wanted pages and keeps it tentative. urgent: may use the reserve of
  * staging, then the spill file, then waits; else -ENOBUFS when staging runs low. -EAGAIN: it is
  * not as it was at T0 just now, an event will tell; -ESRCH: the address space is gone. */
@@ -377,6 +402,8 @@ void save_last(snap_pump *p, uint64_t start, uint64_t end);
 /* Shared objects can be written unseen from now on: the same of all tentative copies of them. */
 void save_last_objects(snap_pump *p);
 uint64_t now_ns(void);
+/* Until a place may have come free; false: it is to stop. */
+bool wait_for_place(snap_pump *p);
 /* Lets a thread run that may be on this processor; sched_yield would not, for who runs before it. */
 void breathe(void);
 /* One more chunk of the space is unsaved, or (-1) one less. */

@@ -50,14 +50,22 @@ void beat(snap_pump *p)
         snap_watchdog_beat(p->watchdog);
 }
 
+bool wait_for_place(snap_pump *p)
+{
+    struct pollfd wake = {.fd = p->wake, .events = POLLIN};
+    beat(p);
+    if (poll(&wake, 1, 100) > 0) {
+        uint64_t count;
+        (void)!read(p->wake, &count, sizeof count);
+    }
+    return !atomic_load(&p->stop);
+}
+
 /* A place whatever it takes: waits for the consumers when staging and spill are full. */
 static int urgent_place(snap_pump *p, uint16_t pages, bool no_spill, int64_t *place)
 {
     uint64_t since = 0;
     while ((*place = take_place(p, pages, true, no_spill)) == NO_PLACE) {
-        if (atomic_load(&p->stop))
-            return -ECANCELED;
-        beat(p);
         if (!since) {
             since = now_ns();
             pthread_mutex_lock(&p->lock);
@@ -67,11 +75,8 @@ static int urgent_place(snap_pump *p, uint16_t pages, bool no_spill, int64_t *pl
         }
         if (now_ns() - since > p->stall_ns)
             return lost(p, 0, 0, SNAP_LOST_STALLED);
-        struct pollfd wake = {.fd = p->wake, .events = POLLIN};
-        if (poll(&wake, 1, 100) > 0) {
-            uint64_t count;
-            (void)!read(p->wake, &count, sizeof count);
-        }
+        if (!wait_for_place(p))
+            return -ECANCELED;
     }
     return 0;
 }
@@ -215,10 +220,10 @@ uint16_t pages_to_save(uint32_t space, const chunk *c)
     return space < OBJECT_SPACE && is_patched(c) ? missing(c) : c->want;
 }
 
-int save_to_place(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, int64_t place)
+int copy_as_is(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, uint8_t *out)
 {
     uint64_t low, high;
-    return copy_chunk(p, space, address, pages, p->staging + (uint64_t)place * CHUNK, false, &low, &high);
+    return copy_chunk(p, space, address, pages, out, false, &low, &high);
 }
 
 /* Copies the pages `want` into a place of its own, which *t describes. */

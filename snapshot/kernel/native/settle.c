@@ -61,6 +61,17 @@ static int list_gaps(snap_pump *p)
     return r;
 }
 
+/* What is covered and was written since: nothing else tells of it. */
+static int list_written(snap_pump *p)
+{
+    bool done = false;
+    int r = 0;
+    p->written_at = 0;
+    while (!r && !done)
+        r = written_step(p, false, &done);
+    return r;
+}
+
 /* ---- looking ------------------------------------------------------------------------------------ */
 
 /* Enters what a window holds in [start, end), run-time addresses of one block. */
@@ -79,8 +90,10 @@ static int look_at(snap_pump *p, const snap_window *w, uint64_t start, uint64_t 
             if (!c)
                 return -ENOMEM;
         }
+        uint16_t bare = w->armed ? found[i].bare : found[i].want;
         c[i].want |= found[i].want;
-        c[i].bare |= w->armed ? found[i].bare : found[i].want;
+        c[i].bare |= bare;
+        early_drop(p, &c[i], bare);
         r = list_chunk(p, w->space, first + i * CHUNK, &c[i]);
     }
     return r;
@@ -138,7 +151,9 @@ static int look_at_listed(snap_pump *p, uint32_t space, uint64_t start, uint64_t
 
 static int look(snap_pump *p, seen *found)
 {
-    int r = list_gaps(p);
+    int r = p->passes ? list_written(p) : 0;
+    if (!r)
+        r = list_gaps(p);
     if (r)
         return r;
     sort_listed(p);
@@ -211,9 +226,10 @@ static int judge(snap_pump *p)
                 return r;
         }
         c->bare = missing(c);
+        early_drop(p, c, (uint16_t)~c->bare);
         c->state = c->want && (c->bare || c->kept != c->want) ? UNSAVED : SAVED;
         account(p, where.space, c);
-        remainder += (uint64_t)__builtin_popcount(c->bare);
+        remainder += (uint64_t)__builtin_popcount(c->bare & ~c->early);
         lacking += (uint64_t)__builtin_popcount(c->lacking);
     }
     p->counters.wanted_bytes = p->wanted_pages * PAGE;
@@ -234,6 +250,36 @@ static int save_all(snap_pump *p)
         block *b = p->blocks.at[k];
         for (unsigned i = 0; !r && i < BLOCK_CHUNKS; i++)
             r = save_now(p, b->space, b->start + i * CHUNK, &b->chunks[i]);
+    }
+    return r;
+}
+
+static int hold(snap_pump *p, uint32_t space, uint64_t address, chunk *c)
+{
+    uint16_t pages = lacking(c);
+    if (!pages)
+        return 0;
+    beat(p);
+    int r = early_hold(p, space, address, c, pages);
+    account(p, space, c);
+    pthread_mutex_lock(&p->lock);
+    p->counters.stopped_bytes += (uint64_t)__builtin_popcount(pages) * PAGE;
+    pthread_mutex_unlock(&p->lock);
+    return r;
+}
+
+/* Where writers wait for nobody. */
+static int hold_all(snap_pump *p)
+{
+    int r = 0;
+    for (size_t i = 0; !r && i < p->listed.count; i++) {
+        const place where = p->listed.at[i];
+        r = hold(p, where.space, where.address, ledger_chunk(p, where.space, where.address));
+    }
+    for (size_t k = 0; !r && p->lacking_pages && k < p->blocks.count; k++) {
+        block *b = p->blocks.at[k];
+        for (unsigned i = 0; !r && i < BLOCK_CHUNKS; i++)
+            r = hold(p, b->space, b->start + i * CHUNK, &b->chunks[i]);
     }
     return r;
 }
@@ -331,9 +377,7 @@ static void distrust_copies(snap_pump *p, bool all)
             continue;
         for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
             chunk *c = &b->chunks[i];
-            c->state = UNSAVED;
-            c->bare = UINT16_MAX;
-            account(p, b->space, c);
+            ledger_soil(p, b->space, c, UINT16_MAX);
         }
     }
 }
@@ -360,6 +404,8 @@ int settle(snap_pump *p, uint64_t most, int trust)
     free(found);
     if (!r)
         r = judge(p);
+    if (!r && p->passes)
+        return p->counters.remainder_bytes <= most ? hold_all(p) : -E2BIG;
     if (!r)
         r = p->counters.remainder_bytes <= most ? save_all(p) : save_unarmed(p);
     if (!r)
