@@ -75,6 +75,7 @@ native-test: build ## the C core under AddressSanitizer and UndefinedBehaviorSan
 		$$out $(NATIVE_ROUNDS) 1 || exit 1; \
 	done
 	@echo "tests/native/pump_test.c, huge pages" && build/native/pump_test $(NATIVE_ROUNDS) 1 wdmh
+	@echo "tests/native/pump_test.c, writers pass" && build/native/pump_test $(NATIVE_ROUNDS) 1 wdmp
 
 dist: build ## wheel and sdist, in dist/
 	@$(BIN)/python -m build -q

@@ -69,7 +69,8 @@ class _Pending(NamedTuple):
     """A chunk on its way: what the index says of it now, and what it will say."""
 
     key: bytes
-    before: bytes | None  # index value of an earlier put of this image
+    drops: tuple[bytes, ...]  # index values of what an earlier put of this image needed, and it not
+    delta: bytes | None  # key of the base of the delta that the earlier put was
     sequence: int | None  # of an equal chunk of an earlier image
     value: bytes | None  # what goes into `chunks` otherwise
     digest: bytes | None  # of the content; None: the chunk is taken out
@@ -81,8 +82,8 @@ class _Old(NamedTuple):
 
     where: bytes  # index value
     value: bytes
-    base: bytes | None  # the value that it is a delta against
-    own: bool  # not shared with an earlier image
+    base: bytes | None  # index value of the chunk that it is a delta against,
+    base_value: bytes | None  # … and that chunk
 
 
 class _Match(NamedTuple):
@@ -96,9 +97,23 @@ class _Match(NamedTuple):
 class _Choice(NamedTuple):
     """How a chunk gets into the image."""
 
-    fresh: Content | None  # what is stored for it, a delta where few pages differ from its match
+    fresh: Content | None  # what is stored for it, a delta where few pages differ from another
     sequence: int | None  # its match, where it is equal
     base: bytes | None  # as in _Pending
+
+
+def _sequence(where: bytes) -> int:
+    """Of the chunk that an index value names."""
+    sequence: int = INDEX_VALUE.unpack(where)[0]
+    return sequence
+
+
+def _patched(chunk: RawChunk, old: _Old | None) -> bytes | None:
+    """Index value of the earlier put that a patch leaves where it is, as a base: to read and to
+    write the whole chunk again takes longer. Not so one that takes no more than a page itself."""
+    if chunk.patch is None or old is None or len(old.base_value or old.value) <= PAGE:
+        return None
+    return old.base or old.where
 
 
 def _base_key(number: int, delta: int) -> bytes:
@@ -177,26 +192,44 @@ class ImageWriter:
             self._examined(chunk, olds.get(key)) if chunk.pages else None
             for key, chunk in group.items()
         ]
-        choices = self._choices(group, contents)
+        choices = self._choices(group, contents, olds)
         values = iter(chunkcodec.encode([one.fresh for one in choices if one.fresh]))
         ready = []
         pages = stored = 0
         for key, content, choice in zip(group, contents, choices, strict=True):
             value = next(values) if choice.fresh else None
             old = olds.get(key)
-            its_digest = content and content.digest
+            drops = self._dropped(old, choice) if old else ()
             ready.append(
-                _Pending(key, old and old.where, choice.sequence, value, its_digest, choice.base)
+                _Pending(
+                    key,
+                    drops,
+                    _base_key(self.number, _sequence(old.where)) if old and old.base else None,
+                    choice.sequence,
+                    value,
+                    content and content.digest,
+                    choice.base,
+                )
             )
             pages += content.present.bit_count() if content else 0
             stored += len(value or b"")
             if old:
                 pages -= chunkcodec.pages_of(old.value).bit_count()
-                stored -= len(old.value) if old.own else 0
+                stored -= len(old.value) if old.where in drops else 0
+                stored -= len(old.base_value or b"") if old.base in drops else 0
         with self._counting:
             self.saved_bytes += pages * PAGE
             self.stored_bytes += stored
         return ready
+
+    def _dropped(self, old: _Old, choice: _Choice) -> tuple[bytes, ...]:
+        """What of an earlier put nothing needs now. What belongs to an earlier image stays."""
+        needed = (old.where, old.base) if old.base else (old.where,)
+        return tuple(
+            one
+            for one in needed
+            if one != choice.base and _sequence(one) >= self._first_sequence
+        )
 
     def _examined(self, chunk: RawChunk, old: _Old | None) -> Content:
         if len(chunk.data) != CHUNK or chunk.address % CHUNK:
@@ -205,7 +238,7 @@ class ImageWriter:
             return chunkcodec.examine(chunk.pages, chunk.data)
         if old is None:
             raise ValueError(f"a patch of nothing at {chunk.address:#x}")
-        patched, _ = chunkcodec.decode(old.value, old.base)
+        patched, _ = chunkcodec.decode(old.value, old.base_value)
         return chunkcodec.patched(patched, chunk.pages, chunk.patch, chunk.data)
 
     def _olds(self, group: dict[bytes, RawChunk]) -> dict[bytes, _Old]:
@@ -230,28 +263,38 @@ class ImageWriter:
                     raise DamagedError(
                         f"chunk {sequence} of the unfinished image {self.name} is lost"
                     )
-                base = None
+                base = base_value = None
                 if chunkcodec.is_delta(value):
-                    named = transaction.get(_base_key(self.number, sequence), db=databases["index"])
-                    base = named and transaction.get(named[: NUMBER.size], db=databases["chunks"])
-                olds[key] = _Old(where, value, base, sequence >= self._first_sequence)
+                    base = transaction.get(_base_key(self.number, sequence), db=databases["index"])
+                    base_value = base and transaction.get(
+                        base[: NUMBER.size], db=databases["chunks"]
+                    )
+                olds[key] = _Old(where, value, base, base_value)
         return olds
 
     def _choices(
-        self, group: dict[bytes, RawChunk], contents: Sequence[Content | None]
+        self,
+        group: dict[bytes, RawChunk],
+        contents: Sequence[Content | None],
+        olds: dict[bytes, _Old],
     ) -> list[_Choice]:
-        if self._earlier is None:
+        if self._earlier is None and not olds:
             return [_Choice(content, None, None) for content in contents]
-        matches = self._matches(self._earlier, group.values())
+        matches = self._matches(self._earlier, group.values()) if self._earlier else {}
         with self._environment.read() as transaction:
             return [
-                self._choose(transaction, content, match)
-                for content, match in zip(contents, matches, strict=True)
+                self._choose(transaction, content, matches.get(key), _patched(chunk, olds.get(key)))
+                for (key, chunk), content in zip(group.items(), contents, strict=True)
             ]
 
-    def _matches(self, earlier: Earlier, chunks: Iterable[RawChunk]) -> list[_Match | None]:
-        """For each what the earlier image has at its address."""
-        keys = [INDEX_KEY.pack(earlier.number, one.space, one.address) for one in chunks]
+    def _matches(self, earlier: Earlier, chunks: Iterable[RawChunk]) -> dict[bytes, _Match]:
+        """What the earlier image has at their addresses, by their keys."""
+        keys = {
+            INDEX_KEY.pack(earlier.number, one.space, one.address): INDEX_KEY.pack(
+                self.number, one.space, one.address
+            )
+            for one in chunks
+        }
         bases: dict[bytes, bytes] = {}
         with self._environment.read(buffers=False) as transaction:
             cursor = transaction.cursor(self._environment.databases["index"])
@@ -259,23 +302,33 @@ class ImageWriter:
             if earlier.deltas:
                 deltas = [_base_key(earlier.number, sequence) for sequence, _ in found.values()]
                 bases = dict(cursor.getmulti(deltas))
-        matches: list[_Match | None] = []
-        for key in keys:
-            sequence, its_digest = found.get(key, (0, b""))
-            base = bases.get(_base_key(earlier.number, sequence))
-            matches.append(_Match(sequence, its_digest, base) if its_digest else None)
-        return matches
+        return {
+            keys[key]: _Match(sequence, its_digest, bases.get(_base_key(earlier.number, sequence)))
+            for key, (sequence, its_digest) in found.items()
+        }
 
     def _choose(
-        self, transaction: Transaction, content: Content | None, match: _Match | None
+        self,
+        transaction: Transaction,
+        content: Content | None,
+        match: _Match | None,
+        patched: bytes | None,
     ) -> _Choice:
-        if content is None or match is None:
-            return _Choice(content, None, None)
-        if match.digest == content.digest:
+        """`patched`: index value of what it may be a delta against."""
+        if content is None:
+            return _Choice(None, None, None)
+        if match and match.digest == content.digest:
             return _Choice(None, match.sequence, match.base)
-        base = match.base or INDEX_VALUE.pack(match.sequence, match.digest)
-        delta = self._delta(transaction, content, base)
-        return _Choice(delta, None, base) if delta else _Choice(content, None, None)
+        bases = []
+        if match:
+            bases.append(match.base or INDEX_VALUE.pack(match.sequence, match.digest))
+        if patched:
+            bases.append(patched)
+        for base in dict.fromkeys(bases):
+            delta = self._delta(transaction, content, base)
+            if delta:
+                return _Choice(delta, None, base)
+        return _Choice(content, None, None)
 
     def _delta(self, transaction: Transaction, content: Content, base: bytes) -> Content | None:
         """None: most of it is new, or what it would be a delta against is damaged."""
@@ -301,8 +354,10 @@ class ImageWriter:
         sequence = NUMBER.unpack(transaction.get(NEXT_SEQUENCE_KEY, db=meta))[0]
         values, entries = [], []
         for entry in itertools.chain.from_iterable(parts):
-            if entry.before is not None:
-                self._discard(transaction, entry.before)
+            for one in entry.drops:
+                transaction.delete(one[: NUMBER.size], db=chunks)
+            if entry.delta is not None:
+                transaction.delete(entry.delta, db=databases["index"])
             if entry.digest is None:
                 transaction.delete(entry.key, db=databases["index"])
                 continue
@@ -319,15 +374,6 @@ class ImageWriter:
         if values:
             transaction.cursor(chunks).putmulti(values, append=True)
             transaction.put(NEXT_SEQUENCE_KEY, NUMBER.pack(sequence), db=meta)
-
-    def _discard(self, transaction: Transaction, index_value: bytes) -> None:
-        """The chunk of an earlier put, unless it belongs to an earlier image."""
-        databases = self._environment.databases
-        sequence = INDEX_VALUE.unpack(index_value)[0]
-        if self._earlier:
-            transaction.delete(_base_key(self.number, sequence), db=databases["index"])
-        if sequence >= self._first_sequence:
-            transaction.delete(NUMBER.pack(sequence), db=databases["chunks"])
 
     def commit(self, manifest: Manifest) -> None:
         """Makes the image visible: the one commit point. Durable when it returns.

@@ -204,7 +204,7 @@ def test_a_file_that_was_open_for_direct_io(
         try:
             assert process.stdout
             assert process.stdout.readline() == "ready\n"
-            memory, image = take_with_oracle(process.pid, store, "image")
+            memory, image = take_with_oracle(process.pid, store, "image", writers="wait")
             with image:
                 assert oracle.compare(memory, image, process.pid) == []
                 assert image.manifest.stats.rounds == 1

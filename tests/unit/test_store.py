@@ -367,6 +367,44 @@ def test_patching_a_chunk(store: Store) -> None:
     assert entries(store)["chunks"] == 1
 
 
+def test_a_patch_leaves_what_it_patches_where_it_is(store: Store) -> None:
+    """As a base, until most of the chunk is another. Of an image without predecessor."""
+    data = noise(3, 1)[0]
+    writer = store.begin("one")
+
+    def patch(first: int, last: int, fill: bytes) -> None:
+        nonlocal data
+        for page in range(first, last):
+            data = with_page(data, page, fill)
+        bits = (1 << last) - (1 << first)
+        writer.put([RawChunk(0, BASE, 0xFFFF, memoryview(data), bits)])
+        writer._handoff.drain()
+
+    writer.put([raw(data)])
+    whole = writer.stored_bytes
+    patch(4, 6, b"x")
+    assert entries(store)["chunks"] == entries(store)["index"] == 2
+    assert whole < writer.stored_bytes < whole + 200
+    patch(5, 11, b"y")  # in place of the patch before
+    assert entries(store)["chunks"] == entries(store)["index"] == 2
+    assert whole < writer.stored_bytes < whole + 200
+    patch(0, 5, b"z")  # 11 pages of it are others by now
+    assert entries(store)["chunks"] == entries(store)["index"] == 1
+    assert writer.stored_bytes < whole
+    patch(15, 16, b"z")
+    assert entries(store)["chunks"] == 2
+    assert writer.saved_bytes == CHUNK
+    writer.commit(manifest("one", PROCESS))
+    check(store, "one", {0: data})
+    other = with_page(data, 14, b"a")
+    take(store, "two", {0: other}, SELF)  # a delta against the same
+    assert entries(store)["chunks"] == 3
+    store.remove("one")
+    store.collect()
+    check(store, "two", {0: other})
+    assert entries(store)["chunks"] == 2
+
+
 @pytest.mark.parametrize("first", [0, 0b0001])
 def test_a_patch_that_does_not_fit(store: Store, first: int) -> None:
     """Of a page that is neither in it nor in what it patches."""

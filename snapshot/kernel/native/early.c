@@ -15,10 +15,12 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #define MOST_EARLY 12     /* pages of a chunk; then all of it is saved */
 #define SCARCE 4          /* when a quarter of what staging may hold is in use */
+#define MOST_AT_ONCE 512  /* pages; half of what the kernel takes (UIO_MAXIOV) */
 #define SWEEP_SLOTS 512   /* 32 MiB: what storing threads have, what waits for them, and a step */
 
 /* ---- cells -------------------------------------------------------------------------------------- */
@@ -157,6 +159,82 @@ int early_hold(snap_pump *p, uint32_t space, uint64_t address, chunk *c, uint16_
         add(p, c, number, (uint16_t)(1u << i));
     }
     return r;
+}
+
+/* Pages on their way into cells, with one call of the kernel for all. */
+typedef struct {
+    struct iovec here[MOST_AT_ONCE], there[MOST_AT_ONCE];
+    struct {
+        place of;
+        uint32_t number;
+        uint16_t bit;
+    } pages[MOST_AT_ONCE];
+    size_t count;
+} batch;
+
+/* One by one where that is not possible: some cannot be read so. */
+static int hold_batch(snap_pump *p, batch *b)
+{
+    ssize_t got = b->count ? process_vm_readv(p->pid, b->here, b->count, b->there, b->count, 0) : 0;
+    int r = 0;
+    for (size_t i = 0; i < b->count; i++) {
+        place of = b->pages[i].of;
+        chunk *c = ledger_chunk(p, of.space, of.address);
+        if (got == (ssize_t)(b->count * PAGE)) {
+            add(p, c, b->pages[i].number, b->pages[i].bit);
+            continue;
+        }
+        give_cell(p, b->pages[i].number);
+        if (!r)
+            r = early_hold(p, of.space, of.address, c, b->pages[i].bit);
+    }
+    b->count = 0;
+    return r;
+}
+
+/* As many of the pages as cells of staging are to be had at once for. -> those that are left */
+static uint16_t collect(snap_pump *p, batch *b, place of, uint16_t pages)
+{
+    uint64_t at[CHUNK_PAGES];
+    if (find_pages(p, of.space, of.address, pages, at))
+        return pages;
+    for (unsigned i = 0; i < CHUNK_PAGES; i++) {
+        if (!(pages >> i & 1))
+            continue;
+        uint32_t number = take_cell(p);
+        int64_t cell = number ? p->early.at[number - 1].cell : -1;
+        if (cell < 0) {
+            if (number)
+                give_cell(p, number);
+            break;
+        }
+        b->here[b->count] = (struct iovec){p->staging + (uint64_t)cell * PAGE, PAGE};
+        b->there[b->count] = (struct iovec){(void *)(uintptr_t)at[i], PAGE};
+        b->pages[b->count].of = of;
+        b->pages[b->count].number = number;
+        b->pages[b->count++].bit = (uint16_t)(1u << i);
+        pages &= (uint16_t)~(1u << i);
+    }
+    return pages;
+}
+
+int early_hold_listed(snap_pump *p)
+{
+    batch b = {.count = 0};
+    int r = 0;
+    for (size_t i = 0; !r && i < p->listed.count; i++) {
+        place of = p->listed.at[i];
+        chunk *c = ledger_chunk(p, of.space, of.address);
+        uint16_t left = c->state == UNSAVED ? lacking(c) : 0;
+        if (left && b.count + CHUNK_PAGES > MOST_AT_ONCE)
+            r = hold_batch(p, &b);
+        if (left && !r)
+            left = collect(p, &b, of, left);
+        if (left && !r)
+            r = early_hold(p, of.space, of.address, c, left);
+        beat(p);
+    }
+    return r ? r : hold_batch(p, &b);
 }
 
 void early_drop(snap_pump *p, chunk *c, uint16_t pages)

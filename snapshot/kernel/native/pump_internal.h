@@ -353,6 +353,8 @@ bool may_be_early(const snap_window *w, const chunk *c);
 /* Where writers wait for nobody: keeps these pages of a chunk as they are now, in place of what was kept of
  * them. -ENOBUFS: there is no room; -EAGAIN: not all of them can be read. */
 int early_hold(snap_pump *p, uint32_t space, uint64_t address, chunk *c, uint16_t pages);
+/* The same of what is lacking of all listed chunks, while the target stands still. */
+int early_hold_listed(snap_pump *p);
 /* What is kept of these pages is worth nothing. */
 void early_drop(snap_pump *p, chunk *c, uint16_t pages);
 /* After T0: hands all chunks with pages that are kept to the consumers. */
@@ -380,7 +382,10 @@ bool is_patched(const chunk *c);
 /* After T0: the pages of an UNSAVED chunk that its copy will have. Each has to keep its mark until then, or
  * be saved early, though there be a good copy of it: a chunk that lacks many pages is copied whole. */
 uint16_t pages_to_save(uint32_t space, const chunk *c);
-/* The same, protected or not. */
+/* Where these pages of a chunk of private memory are: at[i] is the run-time address of the i-th. -EAGAIN:
+ * not all are in windows. */
+int find_pages(const snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, uint64_t *at);
+/* As copy_pages, protected or not. */
 int copy_as_is(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, uint8_t *out);
 /* Copies an unsaved chunk with wanted pages and keeps it tentative. urgent: may use the reserve of
  * staging, then the spill file, then waits; else -ENOBUFS when staging runs low. -EAGAIN: it is

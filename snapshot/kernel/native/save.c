@@ -220,6 +220,23 @@ uint16_t pages_to_save(uint32_t space, const chunk *c)
     return space < OBJECT_SPACE && is_patched(c) ? missing(c) : c->want;
 }
 
+int find_pages(const snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, uint64_t *at)
+{
+    for (size_t k = ledger_first(p, space, address); pages && k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[k].is;
+        if (w->space != space || w->at >= address + CHUNK)
+            break;
+        for (unsigned i = 0; i < CHUNK_PAGES; i++) {
+            uint64_t where = address + i * PAGE;
+            if (!(pages >> i & 1) || where < w->at || where - w->at >= w->end - w->start)
+                continue;
+            at[i] = where - w->at + w->start;
+            pages &= w->object < 0 ? (uint16_t)~(1u << i) : UINT16_MAX;
+        }
+    }
+    return pages ? -EAGAIN : 0;
+}
+
 int copy_as_is(snap_pump *p, uint32_t space, uint64_t address, uint16_t pages, uint8_t *out)
 {
     uint64_t low, high;

@@ -63,13 +63,42 @@ static int fence(snap_pump *p)
     return r == -EAGAIN ? 0 : r == -ESRCH ? r : save_publish(p);
 }
 
+/* Ahead of T0: chunks that are about to lose their protection. */
+static int list_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
+{
+    for (uint64_t at = from; at < to; at += CHUNK) {
+        chunk *c = ledger_make(p, space, at);
+        int r = c ? list_chunk(p, space, at, c) : -ENOMEM;
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
+/* What is let through late: a round may have protected it meanwhile, and struck it off. */
+static int list_range(snap_pump *p, uint64_t start, uint64_t end)
+{
+    int r = 0;
+    for (size_t k = ledger_above(p, start); !r && k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[p->by_start[k]].is;
+        if (w->start >= end)
+            break;
+        uint64_t from = (w->start > start ? w->start : start) - w->start + w->at;
+        uint64_t to = (w->end < end ? w->end : end) - w->start + w->at;
+        r = list_space(p, w->space, from & ~(CHUNK - 1), to);
+    }
+    return r;
+}
+
 static int flush_releases(snap_pump *p)
 {
     size_t n = p->releases.count;
     for (size_t i = 0; i < n; i++) {
         range r = p->releases.at[0];
         memmove(p->releases.at, p->releases.at + 1, --p->releases.count * sizeof r);
-        int e = release(p, r.start, r.end); /* puts it back at the end while EAGAIN */
+        int e = p->after_t0 ? 0 : list_range(p, r.start, r.end);
+        if (!e)
+            e = release(p, r.start, r.end); /* puts it back at the end while EAGAIN */
         if (e)
             return e;
     }
@@ -151,18 +180,6 @@ int save_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
         later = r ? r : later;
     }
     return later;
-}
-
-/* Ahead of T0: chunks that are about to lose their protection. */
-static int list_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
-{
-    for (uint64_t at = from; at < to; at += CHUNK) {
-        chunk *c = ledger_make(p, space, at);
-        int r = c ? list_chunk(p, space, at, c) : -ENOMEM;
-        if (r)
-            return r;
-    }
-    return 0;
 }
 
 /* Ahead of T0: whether only the page of a fault is let through, so that no more of its chunk counts as

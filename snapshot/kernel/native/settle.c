@@ -254,33 +254,39 @@ static int save_all(snap_pump *p)
     return r;
 }
 
-static int hold(snap_pump *p, uint32_t space, uint64_t address, chunk *c)
+/* What no look has listed: copies that are not to be trusted. */
+static int hold_others(snap_pump *p)
 {
-    uint16_t pages = lacking(c);
-    if (!pages)
-        return 0;
-    beat(p);
-    int r = early_hold(p, space, address, c, pages);
-    account(p, space, c);
-    pthread_mutex_lock(&p->lock);
-    p->counters.stopped_bytes += (uint64_t)__builtin_popcount(pages) * PAGE;
-    pthread_mutex_unlock(&p->lock);
+    int r = 0;
+    for (size_t k = 0; !r && k < p->blocks.count; k++) {
+        block *b = p->blocks.at[k];
+        for (unsigned i = 0; !r && i < BLOCK_CHUNKS; i++) {
+            chunk *c = &b->chunks[i];
+            if (c->state == UNSAVED && lacking(c)) {
+                beat(p);
+                r = early_hold(p, b->space, b->start + i * CHUNK, c, lacking(c));
+            }
+        }
+    }
     return r;
 }
 
 /* Where writers wait for nobody. */
-static int hold_all(snap_pump *p)
+static int hold_all(snap_pump *p, uint64_t most)
 {
-    int r = 0;
-    for (size_t i = 0; !r && i < p->listed.count; i++) {
+    uint64_t bytes = p->counters.remainder_bytes;
+    if (bytes > most)
+        return -E2BIG;
+    int r = early_hold_listed(p);
+    for (size_t i = 0; i < p->listed.count; i++) {
         const place where = p->listed.at[i];
-        r = hold(p, where.space, where.address, ledger_chunk(p, where.space, where.address));
+        account(p, where.space, ledger_chunk(p, where.space, where.address));
     }
-    for (size_t k = 0; !r && p->lacking_pages && k < p->blocks.count; k++) {
-        block *b = p->blocks.at[k];
-        for (unsigned i = 0; !r && i < BLOCK_CHUNKS; i++)
-            r = hold(p, b->space, b->start + i * CHUNK, &b->chunks[i]);
-    }
+    if (!r && p->lacking_pages)
+        r = hold_others(p);
+    pthread_mutex_lock(&p->lock);
+    p->counters.stopped_bytes += bytes;
+    pthread_mutex_unlock(&p->lock);
     return r;
 }
 
@@ -405,7 +411,7 @@ int settle(snap_pump *p, uint64_t most, int trust)
     if (!r)
         r = judge(p);
     if (!r && p->passes)
-        return p->counters.remainder_bytes <= most ? hold_all(p) : -E2BIG;
+        return hold_all(p, most);
     if (!r)
         r = p->counters.remainder_bytes <= most ? save_all(p) : save_unarmed(p);
     if (!r)

@@ -29,7 +29,8 @@ static int enter(snap_pump *p, const snap_window *w, uint64_t start, uint64_t en
         if (!c && !(c = ledger_make(p, w->space, base)))
             return -ENOMEM;
         unsigned first = (unsigned)((where - base) / PAGE), pages = (unsigned)((next - at) / PAGE);
-        uint16_t lost = c->want & (uint16_t)(((1u << pages) - 1) << first);
+        /* Also what was not there when it was last looked at: it may be back. */
+        uint16_t lost = (uint16_t)(((1u << pages) - 1) << first) & (c->want | c->kept | c->early);
         if (lost)
             ledger_soil(p, w->space, c, lost);
         int r = list_chunk(p, w->space, base, c);
