@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from snapshot.ahead import EVERYTHING
 from tests.harness import hugepages, kernel, processes, redis, victims
 from tests.harness.ledger import Ledger
 
@@ -126,6 +128,17 @@ def store(tmp_path: Path) -> Iterator[Path]:
     """Where a store may be made; removed at once, as pytest keeps its directories for a while."""
     yield tmp_path / "store"
     shutil.rmtree(tmp_path / "store", ignore_errors=True)
+
+
+@pytest.fixture
+def however_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writers can be let through however fast they are: all that is left is copied in the pause."""
+    for module, limit in (
+        ("snapshot.ahead", "MOST_WRITTEN"),
+        ("snapshot.ahead", "MOST_LEFT"),
+        ("snapshot.take", "MOST_PASSED"),
+    ):
+        monkeypatch.setattr(importlib.import_module(module), limit, EVERYTHING)
 
 
 @pytest.fixture

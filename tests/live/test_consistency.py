@@ -7,12 +7,15 @@ memory has an order that only a single instant shows are read from the image as 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from pathlib import Path
 
 import pytest
 
 import snapshot
+from snapshot.ahead import EVERYTHING
+from snapshot.errors import TakeError
 from snapshot.store import Store
 from tests.conftest import Spawn
 from tests.harness import oracle
@@ -44,11 +47,14 @@ def label(options: dict[str, object]) -> str:
     return "-".join(str(value) for value in options.values())
 
 
+@pytest.mark.usefixtures("however_fast")
 @pytest.mark.parametrize("options", WRITERS, ids=label)
 def test_every_byte_of_a_writer(spawn: Spawn, store: Path, options: dict[str, object]) -> None:
+    """Some takes let it through wherever that can be."""
     writer = spawn("writer", **options)
     for number in range(TIMES):
-        assert compared(writer.pid, store, f"image-{number}") == []
+        writers = "auto" if number % 2 else "wait"
+        assert compared(writer.pid, store, f"image-{number}", writers=writers) == []
         writer.healthy()
     writer.verify()
     writer.goes_on()
@@ -226,3 +232,62 @@ def test_two_images_at_once(spawn: Spawn, store: Path) -> None:
         assert list(itertools.chain(*(one.result() for one in work))) == []
     for writer in writers:
         writer.verify()
+
+
+def test_who_writes_little_waits_for_nobody(spawn: Spawn, store: Path) -> None:
+    """What is written in a few ms is little, so he is let through; what he has written again is
+    copied again, and the image says so."""
+    writer = spawn("writer", kind="anon", mib=96, threads=2, sparse=1, rate=2000)
+    for number in range(TIMES):
+        memory, image = take_with_oracle(writer.pid, store, f"image-{number}")
+        with image:
+            assert oracle.compare(memory, image, writer.pid) == []
+            stats = image.manifest.stats
+        assert (stats.writers, stats.attempts, stats.faults) == ("pass", 1, 0)
+        assert stats.rounds > 1
+        assert stats.remainder_bytes < 8 << 20
+    writer.verify()
+    writer.goes_on()
+
+
+def test_who_writes_everything_has_to_wait(spawn: Spawn, store: Path) -> None:
+    writer = spawn("writer", kind="anon", mib=96, threads=2, sparse=1)
+    memory, image = take_with_oracle(writer.pid, store, "image")
+    with image:
+        assert oracle.compare(memory, image, writer.pid) == []
+        stats = image.manifest.stats
+    assert (stats.writers, stats.attempts, stats.retry_reasons) == ("wait", 1, ())
+    with pytest.raises(TakeError, match="were written in 5 ms") as raised:
+        snapshot.take(writer.pid, store=store, name="other", writers="pass")
+    assert "--writers wait" in raised.value.hint
+    with Store.open(store) as opened:
+        assert [info.image for info in opened.images()] == ["image"]
+    writer.verify()
+    writer.goes_on()
+
+
+def test_what_is_written_faster_and_faster(
+    spawn: Spawn, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He is let through at first; then more is left than can be copied while he stands still."""
+    monkeypatch.setattr(importlib.import_module("snapshot.ahead"), "MOST_WRITTEN", EVERYTHING)
+    writer = spawn("writer", kind="anon", mib=96, threads=2, sparse=1)
+    memory, image = take_with_oracle(writer.pid, store, "image")
+    with image:
+        assert oracle.compare(memory, image, writer.pid) == []
+        stats = image.manifest.stats
+    assert (stats.writers, stats.attempts) == ("wait", 1)
+    monkeypatch.setattr(importlib.import_module("snapshot.ahead"), "MOST_LEFT", EVERYTHING)
+    with pytest.raises(TakeError, match="had been written again at T0"):
+        snapshot.take(writer.pid, store=store, name="other", writers="pass")
+    writer.verify()
+    writer.goes_on()
+
+
+def test_whose_writers_cannot_be_let_through(spawn: Spawn, store: Path) -> None:
+    victim = spawn("writer", kind="memfd", mib=8, threads=1, rate=100)
+    with pytest.raises(TakeError, match="have to wait"):
+        snapshot.take(victim.pid, store=store, name="image", writers="pass")
+    with pytest.raises(ValueError, match="now"):
+        snapshot.take(victim.pid, store=store, name="image", writers="pass", now=True)
+    victim.goes_on()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,60 +26,62 @@ from tests.harness.processes import wait_until
 from tests.harness.storms import MORE, Tally, merging, swap, swapped_out
 from tests.harness.takes import take_with_oracle
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.usefixtures("however_fast")]
 
-MODES = [False, True]
+MODES: dict[str, dict[str, Any]] = {
+    "ahead": {"writers": "wait"},
+    "now": {"now": True},
+    "pass": {},  # where they can: however_fast
+}
+WAITING = ["ahead", "now"]
 SMALL = 4 << 20
 
 
-def label(now: bool) -> str:
-    return "now" if now else "ahead"
-
-
-@pytest.mark.parametrize("now", MODES, ids=label)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("what", MORE)
-def test_one_operation(spawn: Spawn, store: Path, what: str, now: bool) -> None:
+def test_one_operation(spawn: Spawn, store: Path, what: str, mode: str) -> None:
     victim = spawn("storm", what=what, mib=1, pause=1)
     tally = Tally()
-    tally.take(victim.pid, store, "image", now=now)
+    tally.take(victim.pid, store, "image", **MODES[mode])
     assert (tally.torn, tally.failed) == ([], 0), str(tally)
     victim.verify()
     victim.goes_on()
 
 
-@pytest.mark.parametrize("now", MODES, ids=label)
+@pytest.mark.parametrize("mode", WAITING)
 @pytest.mark.parametrize("what", ["hugetlb", "mix"])
-def test_huge_pages(huge_pages: None, spawn: Spawn, store: Path, what: str, now: bool) -> None:
+def test_huge_pages(huge_pages: None, spawn: Spawn, store: Path, what: str, mode: str) -> None:
     victim = spawn("storm", what=what, mib=1, threads=3, pause=1, seed=5)
     tally = Tally()
     for number in range(3):
-        tally.take(victim.pid, store, f"image-{number}", now=now)
+        tally.take(victim.pid, store, f"image-{number}", **MODES[mode])
         victim.verify()
     assert (tally.torn, tally.failed) == ([], 0), str(tally)
     victim.goes_on()
     wait_until(lambda: hugepages.used() > 0, "its having huge pages")
 
 
-@pytest.mark.parametrize("now", MODES, ids=label)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", [1, 2])
-def test_mix(spawn: Spawn, store: Path, seed: int, now: bool) -> None:
+def test_mix(spawn: Spawn, store: Path, seed: int, mode: str) -> None:
     victim = spawn("storm", what="mix", mib=1, threads=3, pause=1, seed=seed)
     tally = Tally()
     for number in range(3):
-        tally.take(victim.pid, store, f"image-{number}", now=now)
+        tally.take(victim.pid, store, f"image-{number}", **MODES[mode])
         victim.verify()
     assert (tally.torn, tally.failed) == ([], 0), f"seed {seed}: {tally}"
     victim.goes_on()
 
 
 @pytest.mark.parametrize("guard", ["always", "never"])
-@pytest.mark.parametrize("now", MODES, ids=label)
-def test_mix_with_little_staging(spawn: Spawn, store: Path, now: bool, guard: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_mix_with_little_staging(spawn: Spawn, store: Path, mode: str, guard: str) -> None:
     """`never` fails rather than try again, and then nothing is left; it is never torn."""
     victim = spawn("storm", what="mix", mib=2, threads=3, pause=1, seed=4)
     tally = Tally()
     for number in range(2):
-        tally.take(victim.pid, store, f"image-{number}", now=now, guard=guard, memory=SMALL)
+        options = {**MODES[mode], "guard": guard, "memory": SMALL}
+        tally.take(victim.pid, store, f"image-{number}", **options)
         victim.verify()
     assert tally.torn == [], str(tally)
     assert tally.retried == 0
@@ -88,8 +91,8 @@ def test_mix_with_little_staging(spawn: Spawn, store: Path, now: bool, guard: st
         assert len(opened.images()) == tally.exact_at_once
 
 
-@pytest.mark.parametrize("now", MODES, ids=label)
-def test_swapped_out(spawn: Spawn, store: Path, tmp_path: Path, now: bool) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_swapped_out(spawn: Spawn, store: Path, tmp_path: Path, mode: str) -> None:
     with swap(tmp_path) as reason:
         if reason:
             pytest.skip(f"no swap: {reason}")
@@ -98,7 +101,7 @@ def test_swapped_out(spawn: Spawn, store: Path, tmp_path: Path, now: bool) -> No
         try:
             tally = Tally()
             for number in range(2):
-                tally.take(victim.pid, store, f"image-{number}", now=now)
+                tally.take(victim.pid, store, f"image-{number}", **MODES[mode])
             assert (tally.torn, tally.failed) == ([], 0), str(tally)
             victim.verify()
             assert swapped_out() > before
@@ -106,29 +109,32 @@ def test_swapped_out(spawn: Spawn, store: Path, tmp_path: Path, now: bool) -> No
             victim.kill()  # or swapoff brings all of it back
 
 
-@pytest.mark.parametrize("now", MODES, ids=label)
-def test_merged(spawn: Spawn, store: Path, now: bool) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_merged(spawn: Spawn, store: Path, mode: str) -> None:
     with merging() as reason:
         if reason:
             pytest.skip(reason)
         victim = spawn("storm", what="merge", mib=2, pause=1)
         tally = Tally()
         for number in range(2):
-            tally.take(victim.pid, store, f"image-{number}", now=now)
+            tally.take(victim.pid, store, f"image-{number}", **MODES[mode])
         assert (tally.torn, tally.failed) == ([], 0), str(tally)
         victim.verify()
 
 
 @pytest.mark.parametrize("guard", ["always", "never"])
-@pytest.mark.parametrize("now", MODES, ids=label)
-def test_rounds_that_never_converge(spawn: Spawn, store: Path, now: bool, guard: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_rounds_that_never_converge(spawn: Spawn, store: Path, mode: str, guard: str) -> None:
     """All of it is written all the time: the remainder is nearly everything, and exact."""
     writer = spawn("writer", kind="anon", mib=48, threads=2)
-    memory, image = take_with_oracle(writer.pid, store, "image", now=now, guard=guard, memory=SMALL)
+    memory, image = take_with_oracle(
+        writer.pid, store, "image", **MODES[mode], guard=guard, memory=SMALL
+    )
     with image:
         assert oracle.compare(memory, image, writer.pid) == []
         assert image.manifest.stats.attempts == 1
         assert image.manifest.stats.remainder_bytes > SMALL
+        assert image.manifest.stats.writers == ("pass" if mode == "pass" else "wait")
     writer.verify()
     writer.goes_on()
 
