@@ -220,6 +220,7 @@ class Pump(Closing):
         faults, before = self._raw().faults, self._faults
         self._faults = faults
         self._background.keep_off(busy if faults - before >= MANY_FAULTS else frozenset())
+        self._background.nudge(frozenset() if "NONUDGE" in os.environ else busy)
 
     def store(self, sink: Callable[[Sequence[RawChunk]], None], threads: int) -> None:
         """Start the storing threads. `sink` is called from all of them at once."""

@@ -82,6 +82,11 @@ class Background:
             for thread in (*self._beside, *(() if self._hurried else self._threads)):
                 _place(thread, left)
 
+    def nudge(self, processors: frozenset[int]) -> None:
+        """Until the next call: who runs on these shall not wait for them when he wakes up."""
+        shared = processors & self._processors
+        lib.snap_background_nudge(self._policies, sum(1 << one for one in shared if one < 64))
+
     def hurry(self) -> None:
         """All of them are ordinary threads, and run anywhere, until `calm`."""
         self._hurry(True)

@@ -21,6 +21,8 @@ MORE = [
     *("forks", "vfork", "read", "zero", "twice", "holes", "direct"),
 ]
 """Operations of tests/targets/storm_more.c that stand still when the program does."""
+SHARING = ["remove", "twice", "holes", "direct"]
+"""Those whose writers have to wait."""
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Tally:
     exact_at_once: int = 0
     retried: int = 0
     failed: int = 0
+    passed: int = 0
+    """Takes of writers that were let through, exact or not."""
     torn: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
 
@@ -44,6 +48,7 @@ class Tally:
         with image:
             different = oracle.compare(memory, image, pid)
             reasons = image.manifest.stats.retry_reasons
+            self.passed += image.manifest.stats.writers == "pass"
         self.torn += [f"{name} {options}: {one}" for one in different]
         self.reasons.update(reason.split(" (")[0] for reason in reasons)
         self.retried += bool(reasons) and not different

@@ -23,7 +23,7 @@ from snapshot.store import Store
 from tests.conftest import Spawn
 from tests.harness import hugepages, oracle
 from tests.harness.processes import wait_until
-from tests.harness.storms import MORE, Tally, merging, swap, swapped_out
+from tests.harness.storms import MORE, SHARING, Tally, merging, swap, swapped_out
 from tests.harness.takes import take_with_oracle
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("however_fast")]
@@ -34,16 +34,20 @@ MODES: dict[str, dict[str, Any]] = {
     "pass": {},  # where they can: however_fast
 }
 WAITING = ["ahead", "now"]
+PRIVATE = {"pass": {"private": 1}}
+"""Options of victims whose writers can be let through."""
 SMALL = 4 << 20
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("what", MORE)
 def test_one_operation(spawn: Spawn, store: Path, what: str, mode: str) -> None:
-    victim = spawn("storm", what=what, mib=1, pause=1)
+    private = PRIVATE.get(mode, {}) if what not in SHARING else {}
+    victim = spawn("storm", what=what, mib=1, pause=1, **private)
     tally = Tally()
     tally.take(victim.pid, store, "image", **MODES[mode])
     assert (tally.torn, tally.failed) == ([], 0), str(tally)
+    assert tally.passed == (mode == "pass" and what not in SHARING)
     victim.verify()
     victim.goes_on()
 
@@ -64,7 +68,8 @@ def test_huge_pages(huge_pages: None, spawn: Spawn, store: Path, what: str, mode
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_mix(spawn: Spawn, store: Path, seed: int, mode: str) -> None:
-    victim = spawn("storm", what="mix", mib=1, threads=3, pause=1, seed=seed)
+    own = PRIVATE.get(mode, {})
+    victim = spawn("storm", what="mix", mib=1, threads=3, pause=1, seed=seed, **own)
     tally = Tally()
     for number in range(3):
         tally.take(victim.pid, store, f"image-{number}", **MODES[mode])
@@ -77,7 +82,8 @@ def test_mix(spawn: Spawn, store: Path, seed: int, mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_mix_with_little_staging(spawn: Spawn, store: Path, mode: str, guard: str) -> None:
     """`never` fails rather than try again, and then nothing is left; it is never torn."""
-    victim = spawn("storm", what="mix", mib=2, threads=3, pause=1, seed=4)
+    own = PRIVATE.get(mode, {})
+    victim = spawn("storm", what="mix", mib=2, threads=3, pause=1, seed=4, **own)
     tally = Tally()
     for number in range(2):
         options = {**MODES[mode], "guard": guard, "memory": SMALL}
@@ -97,7 +103,7 @@ def test_swapped_out(spawn: Spawn, store: Path, tmp_path: Path, mode: str) -> No
         if reason:
             pytest.skip(f"no swap: {reason}")
         before = swapped_out()
-        victim = spawn("storm", what="cold", mib=2, pause=1)
+        victim = spawn("storm", what="cold", mib=2, pause=1, **PRIVATE.get(mode, {}))
         try:
             tally = Tally()
             for number in range(2):
@@ -114,7 +120,7 @@ def test_merged(spawn: Spawn, store: Path, mode: str) -> None:
     with merging() as reason:
         if reason:
             pytest.skip(reason)
-        victim = spawn("storm", what="merge", mib=2, pause=1)
+        victim = spawn("storm", what="merge", mib=2, pause=1, **PRIVATE.get(mode, {}))
         tally = Tally()
         for number in range(2):
             tally.take(victim.pid, store, f"image-{number}", **MODES[mode])

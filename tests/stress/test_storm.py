@@ -54,7 +54,10 @@ def test_mix(spawn: Spawn, store: Path, tmp_path: Path, row: str) -> None:
     with swap(tmp_path) as no_swap, merging() as no_merging:
         for seed in range(SEED, SEED + -(-times // PER_VICTIM)):
             mib = 4 if "memory" in options else 1
-            victim = spawn("storm", what="mix", mib=mib, threads=3, pause=2, seed=seed, life=3600)
+            own = {"private": 1} if row.startswith("pass") else {}
+            victim = spawn(
+                "storm", what="mix", mib=mib, threads=3, pause=2, seed=seed, life=3600, **own
+            )
             try:
                 for number in range(min(PER_VICTIM, times - tally.takes)):
                     tally.take(victim.pid, store, f"seed-{seed}-{number}", **options)
@@ -66,3 +69,4 @@ def test_mix(spawn: Spawn, store: Path, tmp_path: Path, row: str) -> None:
                 victim.kill()
             print(f"{row}, seeds {SEED} to {seed}: {tally} {no_swap} {no_merging}", flush=True)
     assert tally.failed <= times // 50, str(tally)
+    assert tally.passed == (tally.takes if row.startswith("pass") else 0)

@@ -11,6 +11,7 @@
  *          mix       one after the other at random, by --seed N (printed); those of storm_more.c too
  *          or the name of one in storm_more.c
  *   --threads N, --mib M (for each thread), --pause MS between rounds
+ *   --private 1: no memory is shared, and none in huge pages
  *   --alone 1: once restored, a child that was there at T0 may be missing
  * Beside it one area of M MiB keeps its words throughout; SIGUSR1 has it checked. */
 #define _GNU_SOURCE
@@ -177,10 +178,10 @@ static void storm_threads(struct lane *l, uint64_t key)
 }
 
 static const struct operation operations[] = {
-    { "munmap", storm_munmap, false }, { "madvise", storm_madvise, false },
-    { "fork", storm_fork, false },     { "mremap", storm_mremap, false },
-    { "protect", storm_protect, false }, { "threads", storm_threads, false },
-    { "brk", storm_brk, false }, /* last: see choose */
+    { "munmap", storm_munmap, MIXED }, { "madvise", storm_madvise, MIXED },
+    { "fork", storm_fork, MIXED },     { "mremap", storm_mremap, MIXED },
+    { "protect", storm_protect, MIXED }, { "threads", storm_threads, MIXED },
+    { "brk", storm_brk, MIXED }, /* last: see choose */
 };
 #define OPERATIONS (sizeof operations / sizeof *operations)
 
@@ -203,7 +204,7 @@ static const struct operation *choose(size_t self, uint64_t random)
     for (;; random = mix(random + 1)) {
         size_t i = random % (first + more_count);
         const struct operation *one = i < first ? &operations[i] : &more_operations[i - first];
-        if (!one->alone)
+        if (one->part == MIXED || (one->part == SHARES && !option("private", 0)))
             return one;
     }
 }

@@ -10,7 +10,7 @@
 struct lane {
     size_t self;
     char *area;              /* private */
-    char *once, *twice;      /* one memfd, mapped twice */
+    char *once, *twice;      /* one memfd, mapped twice; NULL with --private, as are the next two */
     char *shared, *alias;    /* anonymous shared memory, mapped twice */
     int memfd, file, pair[2];
     char direct[64];         /* a file that can be read with O_DIRECT */
@@ -19,10 +19,16 @@ struct lane {
     uint64_t held_key[HELD];
 };
 
+enum part {
+    MIXED,  /* part of any mix */
+    SHARES, /* not of one whose memory is private, in small pages */
+    ALONE,  /* of none */
+};
+
 struct operation {
     const char *name;
     void (*run)(struct lane *, uint64_t key);
-    bool alone; /* not part of the mix */
+    enum part part;
 };
 
 extern const struct operation more_operations[];

@@ -19,12 +19,21 @@
 #define WAITED_NS 25000000
 #define WAITED_PART 4 /* who waited so many times as long as he ran, and for WAITED_NS, is starved */
 #define HELPED_LOOKS 4
+#define NUDGE_NS 500000
+#define MOST_PROCESSORS 64
 
 struct member {
     int tid;
     int times; /* its schedstat; -1: the kernel does not tell (CONFIG_SCHED_INFO) */
     int policy;
     uint64_t ran, waited; /* up to the last look, in ns */
+};
+
+struct nudger {
+    snap_background *background;
+    pthread_t thread;
+    int processor;
+    bool runs;
 };
 
 struct snap_background {
@@ -36,6 +45,8 @@ struct snap_background {
     int starved; /* for so many looks they are helped */
     bool hurried;
     VECTOR(struct member) members;
+    uint64_t nudged; /* processors */
+    struct nudger nudgers[MOST_PROCESSORS];
 };
 
 int snap_background_new(int returns, snap_background **made)
@@ -103,17 +114,23 @@ static bool is_starved(struct member *m)
     return more_waited > WAITED_NS && more_waited > WAITED_PART * more_ran;
 }
 
+/* Caller holds the lock. -> whether the time has passed, and nothing else happened. */
+static bool pass(snap_background *b, long ns)
+{
+    struct timespec next;
+    clock_gettime(CLOCK_MONOTONIC, &next);
+    next.tv_nsec += ns;
+    next.tv_sec += next.tv_nsec / 1000000000;
+    next.tv_nsec %= 1000000000;
+    return pthread_cond_timedwait(&b->ends, &b->lock, &next) == ETIMEDOUT;
+}
+
 static void *watch(void *background)
 {
     snap_background *b = background;
-    struct timespec next;
     pthread_mutex_lock(&b->lock);
     while (b->watched && pthread_equal(b->watcher, pthread_self())) {
-        clock_gettime(CLOCK_MONOTONIC, &next);
-        next.tv_nsec += LOOK_NS;
-        next.tv_sec += next.tv_nsec / 1000000000;
-        next.tv_nsec %= 1000000000;
-        if (pthread_cond_timedwait(&b->ends, &b->lock, &next) != ETIMEDOUT)
+        if (!pass(b, LOOK_NS))
             continue;
         b->starved -= b->starved > 0;
         for (struct member *m = b->members.at; m < b->members.at + b->members.count; m++)
@@ -125,14 +142,68 @@ static void *watch(void *background)
     return NULL;
 }
 
-static bool start_watcher(snap_background *b)
+/* That it wakes up is all that it is for. */
+static void *wake_up(void *nudger)
+{
+    struct nudger *n = nudger;
+    snap_background *b = n->background;
+    struct sched_param first = { .sched_priority = 1 };
+    cpu_set_t there;
+    CPU_ZERO(&there);
+    CPU_SET(n->processor, &there);
+    bool able = !sched_setaffinity(0, sizeof there, &there) && !sched_setscheduler(0, SCHED_FIFO, &first);
+    pthread_mutex_lock(&b->lock);
+    while (n->runs)
+        if (able && b->nudged >> n->processor & 1)
+            pass(b, NUDGE_NS);
+        else
+            pthread_cond_wait(&b->ends, &b->lock);
+    pthread_mutex_unlock(&b->lock);
+    return NULL;
+}
+
+static bool start(pthread_t *thread, void *(*run)(void *), void *with)
 {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* a handler of ours may never run in it */
-    bool started = pthread_create(&b->watcher, NULL, watch, b) == 0;
+    bool started = pthread_create(thread, NULL, run, with) == 0;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return started;
+}
+
+void snap_background_nudge(snap_background *b, uint64_t processors)
+{
+    pthread_mutex_lock(&b->lock);
+    if (!b->members.count)
+        processors = 0;
+    bool changes = b->nudged != processors;
+    b->nudged = processors;
+    for (int i = 0; i < MOST_PROCESSORS; i++) {
+        struct nudger *n = &b->nudgers[i];
+        if (n->runs || !(processors >> i & 1))
+            continue;
+        *n = (struct nudger){ .background = b, .processor = i, .runs = true };
+        n->runs = start(&n->thread, wake_up, n);
+    }
+    if (changes)
+        pthread_cond_broadcast(&b->ends);
+    pthread_mutex_unlock(&b->lock);
+}
+
+/* Caller does not hold the lock. */
+static void end_nudgers(snap_background *b)
+{
+    for (int i = 0; i < MOST_PROCESSORS; i++) {
+        struct nudger *n = &b->nudgers[i];
+        pthread_mutex_lock(&b->lock);
+        bool ran = n->runs;
+        n->runs = false;
+        pthread_cond_broadcast(&b->ends);
+        pthread_mutex_unlock(&b->lock);
+        if (ran)
+            pthread_join(n->thread, NULL);
+    }
 }
 
 int snap_background_enter(snap_background *b)
@@ -152,7 +223,7 @@ int snap_background_enter(snap_background *b)
     }
     *m = own;
     if (!b->watched)
-        b->watched = start_watcher(b);
+        b->watched = start(&b->watcher, watch, b);
     schedule(m, policy_of(b, m));
     pthread_mutex_unlock(&b->lock);
     return 0;
@@ -171,14 +242,18 @@ void snap_background_leave(snap_background *b)
             break;
         }
     bool ends = b->watched && !b->members.count;
+    if (ends)
+        b->nudged = 0;
     pthread_t watcher = b->watcher;
     if (ends) {
         b->watched = false;
         pthread_cond_broadcast(&b->ends);
     }
     pthread_mutex_unlock(&b->lock);
-    if (ends)
+    if (ends) {
         pthread_join(watcher, NULL);
+        end_nudgers(b);
+    }
 }
 
 void snap_background_hurry(snap_background *b, int hurried)
