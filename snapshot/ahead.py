@@ -42,6 +42,7 @@ MOST_LEFT = 2 * MIB
 """… and of those that are let through, that are written while as many are copied."""
 MOST_PASSED = 8 * MIB
 """Bytes that are copied in the pause where writers pass: some 4 ms. It is mostly far less."""
+VAIN = 4
 SHRINKS = 0.7
 """A round that would copy more than this part of the one before gains nothing on the writers."""
 
@@ -102,9 +103,16 @@ class Ahead:
         self._gain(report)
 
     def _gain(self, report: Callable[[], None]) -> None:
-        left = _while_it_shrinks(
-            (self._last_round(report).copied for _ in range(ROUNDS)), FEWEST
-        )
+        """Rounds, until two gain nothing on the writers: one may have had to wait for a
+        processor."""
+        least = left = EVERYTHING
+        vain = 0
+        for _ in range(ROUNDS):
+            left = self._last_round(report).copied
+            vain += left > least * SHRINKS
+            least = min(least, left)
+            if left <= FEWEST or (vain > 1 and left <= MOST_LEFT) or vain > VAIN:
+                break
         self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
         if left > MOST_LEFT or self.direct_io:
             raise OutrunError(f"{mib(left)} are written again while they are copied")

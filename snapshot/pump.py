@@ -215,12 +215,13 @@ class Pump(Closing):
         self._background.calm()
 
     def make_way(self) -> None:
-        """Ten times a second: while writers wait for us nothing runs where they do."""
+        """Ten times a second: while writers wait for us nothing runs where they do, and who of the
+        target wakes up does not wait for those that store."""
         busy = self._busy.processors()
         faults, before = self._raw().faults, self._faults
         self._faults = faults
         self._background.keep_off(busy if faults - before >= MANY_FAULTS else frozenset())
-        self._background.nudge(frozenset() if "NONUDGE" in os.environ else busy)
+        self._background.nudge(busy)
 
     def store(self, sink: Callable[[Sequence[RawChunk]], None], threads: int) -> None:
         """Start the storing threads. `sink` is called from all of them at once."""

@@ -8,7 +8,9 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -46,6 +48,51 @@ class Inside:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         self._worker.join()
+
+
+def nudgers() -> dict[int, frozenset[int]]:
+    """Threads of ours that run before all others: where they may."""
+    found = {}
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with suppress(OSError):
+            if policy_of(thread) == os.SCHED_FIFO:
+                found[thread] = frozenset(os.sched_getaffinity(thread))
+    return found
+
+
+def wakes(thread: int) -> int:
+    """How often it has slept."""
+    fields = dict(
+        line.split(":", 1)
+        for line in Path(f"/proc/self/task/{thread}/status").read_text().splitlines()
+    )
+    return int(fields["voluntary_ctxt_switches"])
+
+
+def test_a_processor_is_nudged_as_long_as_asked(returns: None) -> None:
+    group = Background()
+    with Inside(group):
+        assert nudgers() == {}
+        group.nudge(frozenset({min(os.sched_getaffinity(0)), 4096}))
+        wait_until(lambda: len(nudgers()) == 1, "a thread for it")
+        [(thread, where)] = nudgers().items()
+        assert where == {min(os.sched_getaffinity(0))}
+        before = wakes(thread)
+        wait_until(lambda: wakes(thread) > before + 100, "its waking up")
+        group.nudge(frozenset())
+
+        def rests() -> bool:
+            seen = wakes(thread)
+            Event().wait(0.02)
+            return wakes(thread) == seen
+
+        wait_until(rests, "its rest")
+        group.nudge(frozenset({min(os.sched_getaffinity(0))}))
+        before = wakes(thread)
+        wait_until(lambda: wakes(thread) > before + 100, "its waking up again")
+    assert nudgers() == {}
+    group.nudge(frozenset({min(os.sched_getaffinity(0))}))  # nobody is in it
+    assert nudgers() == {}
 
 
 @pytest.fixture

@@ -65,14 +65,6 @@ int snap_background_new(int returns, snap_background **made)
     return 0;
 }
 
-void snap_background_free(snap_background *b)
-{
-    pthread_cond_destroy(&b->ends);
-    pthread_mutex_destroy(&b->lock);
-    free(b->members.at);
-    free(b);
-}
-
 static void schedule(struct member *m, int policy)
 {
     struct sched_param none = { 0 };
@@ -204,6 +196,15 @@ static void end_nudgers(snap_background *b)
         if (ran)
             pthread_join(n->thread, NULL);
     }
+}
+
+void snap_background_free(snap_background *b)
+{
+    end_nudgers(b);
+    pthread_cond_destroy(&b->ends);
+    pthread_mutex_destroy(&b->lock);
+    free(b->members.at);
+    free(b);
 }
 
 int snap_background_enter(snap_background *b)
