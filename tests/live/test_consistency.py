@@ -257,7 +257,7 @@ def test_who_writes_everything_has_to_wait(spawn: Spawn, store: Path) -> None:
         assert oracle.compare(memory, image, writer.pid) == []
         stats = image.manifest.stats
     assert (stats.writers, stats.attempts, stats.retry_reasons) == ("wait", 1, ())
-    with pytest.raises(TakeError, match="were written in 5 ms") as raised:
+    with pytest.raises(TakeError, match="are written in 5 ms") as raised:
         snapshot.take(writer.pid, store=store, name="other", writers="pass")
     assert "--writers wait" in raised.value.hint
     with Store.open(store) as opened:
