@@ -66,6 +66,19 @@ static uint32_t take_cell(snap_pump *p)
     return number;
 }
 
+void early_ready(snap_pump *p)
+{
+    while (p->early.count - p->early_used < MOST_AT_ONCE && p->cut_slots < most_slots(p)) {
+        int64_t slot = take_place(p, 0, false, true);
+        if (slot == NO_PLACE)
+            return;
+        for (uint64_t at = 0; at < CHUNK; at += PAGE)
+            ((volatile uint8_t *)p->staging)[(uint64_t)slot * CHUNK + at] = 0;
+        p->cut_slots++;
+        cut(p, slot);
+    }
+}
+
 static void give_cell(snap_pump *p, uint32_t number)
 {
     p->early.at[number - 1].next = p->free_early;

@@ -678,6 +678,8 @@ static int go_round(snap_pump *p, int order)
     if (r != 1)
         return r == -ENOBUFS ? 0 : r;
     r = end_work(p);
+    if (gains)
+        early_ready(p);
     p->hurried = false;
     p->round.next_chunks = p->listed.count;
     p->round.next_bytes = p->next_pages * PAGE;

@@ -353,6 +353,8 @@ bool may_be_early(const snap_window *w, const chunk *c);
 /* Where writers wait for nobody: keeps these pages of a chunk as they are now, in place of what was kept of
  * them. -ENOBUFS: there is no room; -EAGAIN: not all of them can be read. */
 int early_hold(snap_pump *p, uint32_t space, uint64_t address, chunk *c, uint16_t pages);
+/* Cells for the next: memory that is touched for the first time costs as much as what it is for. */
+void early_ready(snap_pump *p);
 /* The same of what is lacking of all listed chunks, while the target stands still. */
 int early_hold_listed(snap_pump *p);
 /* What is kept of these pages is worth nothing. */
