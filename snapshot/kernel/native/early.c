@@ -32,6 +32,20 @@ static uint64_t most_slots(const snap_pump *p)
     return p->slots > others + half ? p->slots - others : half;
 }
 
+static free_cells *free_like(snap_pump *p, int64_t cell)
+{
+    return &p->free_early[cell < 0];
+}
+
+static void put_in(snap_pump *p, uint32_t number)
+{
+    early_page *one = &p->early.at[number - 1];
+    free_cells *list = free_like(p, one->cell);
+    one->next = list->first;
+    list->first = number;
+    list->count++;
+}
+
 /* As many as there is memory to remember. */
 static void cut(snap_pump *p, int64_t slot)
 {
@@ -39,28 +53,45 @@ static void cut(snap_pump *p, int64_t slot)
         early_page *one = VECTOR_PUSH(&p->early);
         if (!one)
             return;
-        int64_t cell = slot >= 0 ? slot * CHUNK_PAGES + i : (slot + 1) * CHUNK_PAGES - i - 1;
-        *one = (early_page){.cell = cell, .next = p->free_early};
-        p->free_early = (uint32_t)p->early.count;
+        one->cell = slot >= 0 ? slot * CHUNK_PAGES + i : (slot + 1) * CHUNK_PAGES - i - 1;
+        put_in(p, (uint32_t)p->early.count);
     }
+}
+
+static bool cut_staging(snap_pump *p)
+{
+    int64_t slot = p->cut_slots < most_slots(p) ? take_place(p, 0, false, true) : NO_PLACE;
+    if (slot == NO_PLACE)
+        return false;
+    for (uint64_t at = 0; p->passes && at < CHUNK; at += PAGE) /* not in the pause: it takes longer than the copy */
+        ((volatile uint8_t *)p->staging)[(uint64_t)slot * CHUNK + at] = 0;
+    p->cut_slots++;
+    cut(p, slot);
+    return true;
+}
+
+/* Cells of staging that are left to the pause. */
+static uint64_t left_alone(const snap_pump *p)
+{
+    return p->passes && !p->held ? MOST_AT_ONCE : 0;
 }
 
 /* The number of a free one, 0: none, and nothing that one could be cut from. */
 static uint32_t take_cell(snap_pump *p)
 {
-    if (!p->free_early) {
-        bool in_staging = p->cut_slots < most_slots(p);
-        int64_t slot = in_staging ? take_place(p, 0, false, true) : NO_PLACE;
-        if (slot != NO_PLACE)
-            p->cut_slots++;
-        else
-            slot = take_spill(p);
+    free_cells *list = free_like(p, 0);
+    while (list->count <= left_alone(p) && cut_staging(p))
+        continue;
+    if (list->count <= left_alone(p)) {
+        list = free_like(p, -1);
+        int64_t slot = list->first ? NO_PLACE : take_spill(p);
         if (slot != NO_PLACE)
             cut(p, slot);
     }
-    uint32_t number = p->free_early;
+    uint32_t number = list->first;
     if (number) {
-        p->free_early = p->early.at[number - 1].next;
+        list->first = p->early.at[number - 1].next;
+        list->count--;
         p->early_used++;
     }
     return number;
@@ -68,21 +99,13 @@ static uint32_t take_cell(snap_pump *p)
 
 void early_ready(snap_pump *p)
 {
-    while (p->early.count - p->early_used < MOST_AT_ONCE && p->cut_slots < most_slots(p)) {
-        int64_t slot = take_place(p, 0, false, true);
-        if (slot == NO_PLACE)
-            return;
-        for (uint64_t at = 0; at < CHUNK; at += PAGE)
-            ((volatile uint8_t *)p->staging)[(uint64_t)slot * CHUNK + at] = 0;
-        p->cut_slots++;
-        cut(p, slot);
-    }
+    while (free_like(p, 0)->count < MOST_AT_ONCE && cut_staging(p))
+        continue;
 }
 
 static void give_cell(snap_pump *p, uint32_t number)
 {
-    p->early.at[number - 1].next = p->free_early;
-    p->free_early = number;
+    put_in(p, number);
     p->early_used--;
 }
 

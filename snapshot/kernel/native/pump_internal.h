@@ -86,6 +86,11 @@ typedef struct {
     uint16_t bit; /* which page of its chunk */
 } early_page;
 
+typedef struct {
+    uint32_t first; /* number */
+    uint64_t count;
+} free_cells;
+
 /* A staging slot that patches of several chunks share: each has its pages where they are in the chunk, so
  * those whose pages differ fit into one. */
 typedef struct {
@@ -145,7 +150,7 @@ struct snap_pump {
     uint32_t *by_start;         /* indices of windows, by start */
     VECTOR(tentative) tentative;
     VECTOR(early_page) early;   /* all cells */
-    uint32_t free_early;        /* the number of the first free one */
+    free_cells free_early[2];   /* those of staging, and of the spill file */
     uint64_t cut_slots;         /* of staging, into cells */
     uint64_t early_used;        /* cells */
     places early_chunks;        /* those that got their first early page, in that order */
