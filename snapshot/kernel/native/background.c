@@ -19,7 +19,7 @@
 #define WAITED_NS 25000000
 #define WAITED_PART 4 /* who waited so many times as long as he ran, and for WAITED_NS, is starved */
 #define HELPED_LOOKS 4
-#define NUDGE_NS 500000
+#define NUDGE_NS 1000000
 #define MOST_PROCESSORS 64
 
 struct member {

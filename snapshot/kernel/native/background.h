@@ -20,7 +20,7 @@ void snap_background_hurry(snap_background *background, int hurried);
 /* Bit i: others who matter run on processor i, beside them. SCHED_IDLE is compared within a group of tasks
  * only, and a session is one (sched(7), autogroup): who wakes up in another one waits for the next tick, 4 ms,
  * if his group has had its share. So while there are threads in the background such a processor is woken up
- * every half millisecond by a thread that runs before all others, and chooses anew. Does nothing where that
+ * every millisecond by a thread that runs before all others, and chooses anew. Does nothing where that
  * is not allowed (SCHED_FIFO). */
 void snap_background_nudge(snap_background *background, uint64_t processors);
 /* Nobody is in it any more. */
