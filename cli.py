@@ -183,6 +183,8 @@ def take(
     hooks = _hooks(hook, TAKE_STAGES)
     limit = _parsed(arguments.size, memory, "--memory")
     speed = paces.ANY if pace is None else _parsed(paces.parse, pace, "--pace")
+    if now and writers is Writers.pass_:
+        raise typer.BadParameter("with --now everything has to wait", param_hint="--writers")
     with progress.shown() as report:
         image = run(
             pid,

@@ -122,7 +122,9 @@ class Ahead:
             if left <= FEWEST or (vain > 1 and left <= MOST_LEFT) or vain > VAIN:
                 break
         self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
-        if left > MOST_LEFT or self.direct_io:
+        if self.direct_io:
+            raise OutrunError("a file is open O_DIRECT: a device writes past the page tables")
+        if left > MOST_LEFT:
             raise OutrunError(f"{mib(left)} are written again while they are copied")
 
     def protect(self, report: Callable[[], None]) -> None:

@@ -141,7 +141,7 @@ def take(
         staging = Staging(memory, store.path)
         stack.callback(staging.close)
         if now and writers == "pass":
-            raise ValueError("writers that pass have nothing protected at once: no `now`")
+            raise ValueError("with `now` writers have to wait")
         job = _Take(pid, name, store, staging, hooks, progress, now, stall, pace, writers)
         with _reported(job):
             hooks.run("before-freeze", pid=pid, image=name)

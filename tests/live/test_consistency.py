@@ -288,6 +288,6 @@ def test_whose_writers_cannot_be_let_through(spawn: Spawn, store: Path) -> None:
     victim = spawn("writer", kind="memfd", mib=8, threads=1, rate=100)
     with pytest.raises(TakeError, match="have to wait"):
         snapshot.take(victim.pid, store=store, name="image", writers="pass")
-    with pytest.raises(ValueError, match="now"):
+    with pytest.raises(ValueError, match="`now`"):
         snapshot.take(victim.pid, store=store, name="image", writers="pass", now=True)
     victim.goes_on()

@@ -68,6 +68,17 @@ def test_kernel_thread(snap: Snap) -> None:
     assert snap.names() == []
 
 
+def test_writers_who_cannot_pass(snap: Snap, spawn: Spawn) -> None:
+    victim = spawn("writer", kind="memfd", mib=8, threads=1, rate=100)
+    ran = snap("take", victim.pid, "--writers", "pass", ok=False)
+    one_error(ran, 8, "have to wait")
+    wrong = snap("take", victim.pid, "--writers", "pass", "--now", ok=False)
+    assert (wrong.code, "--writers" in wrong.err) == (2, True)
+    assert snap.names() == []
+    assert snap("take", victim.pid).json["writers"] == "wait"
+    victim.goes_on()
+
+
 def test_zombie(snap: Snap) -> None:
     with subprocess.Popen(["true"]) as zombie:
         wait_until(lambda: processes.state(zombie.pid) == "Z", "a zombie")

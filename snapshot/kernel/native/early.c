@@ -335,6 +335,8 @@ static int hand_out(snap_pump *p, uint32_t space, uint64_t address, chunk *c)
 {
     uint16_t pages = missing(c);
     int64_t place;
+    if (pages & ~c->early)
+        return -EPROTO; /* settle has seen to it that there is none */
     while (!free_places(p) || (place = take_place(p, pages == c->want ? 0 : pages, false, false)) == NO_PLACE)
         if (!wait_for_place(p))
             return -ECANCELED;

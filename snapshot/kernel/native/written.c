@@ -70,7 +70,8 @@ int written_step(snap_pump *p, bool protect, bool *done)
         int r = survey_first(p, &w, start, w.end, &start); /* a reservation is mostly empty */
         if (r)
             return r;
-        end = !protect || w.end - start < PART ? w.end : start + PART;
+        end = protect ? (start | (PART - 1)) + 1 : w.end; /* huge pages are protected whole, and stay so */
+        end = end < w.end ? end : w.end;
         p->written_at = end;
         beat(p);
         return start < end ? written_part(p, &w, start, end, protect) : 0;
