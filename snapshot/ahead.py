@@ -113,14 +113,8 @@ class Ahead:
     def _gain(self, report: Callable[[], None]) -> None:
         """Rounds, until two gain nothing on the writers: one may have had to wait for a
         processor."""
-        least = left = EVERYTHING
-        vain = 0
-        for _ in range(ROUNDS):
-            left = self._last_round(report).copied
-            vain += left > least * SHRINKS
-            least = min(least, left)
-            if left <= FEWEST or (vain > 1 and left <= MOST_LEFT) or vain > VAIN:
-                break
+        rounds = (self._last_round(report).copied for _ in range(ROUNDS))
+        left = _while_it_shrinks(rounds, FEWEST, enough=MOST_LEFT, patience=1)
         self.direct_io = self.direct_io or descriptors.direct_io(self.pump.pid)
         if self.direct_io:
             raise OutrunError("a file is open O_DIRECT: a device writes past the page tables")
@@ -221,14 +215,19 @@ class Ahead:
                 self._objects[number] = _open_object(self.pump.pid, source, self._stack)
 
 
-def _while_it_shrinks(rounds: Iterable[int], few: int) -> int:
+def _while_it_shrinks(
+    rounds: Iterable[int], few: int, *, enough: int = EVERYTHING, patience: int = 0
+) -> int:
     """Rounds, each of which says how much was written meanwhile, as long as that gets less, and is
-    not yet `few` -> how much it was in the last one."""
-    before = left = EVERYTHING
+    not yet `few` -> how much it was in the last one. More than `patience` that gain nothing end it,
+    if it is `enough`; more than VAIN in any case."""
+    least = left = EVERYTHING
+    vain = 0
     for left in rounds:
-        if left <= few or left > before * SHRINKS:
+        vain += left > least * SHRINKS
+        if left <= few or (vain > patience and left <= enough) or vain > VAIN:
             break
-        before = left
+        least = min(least, left)
     return left
 
 

@@ -44,7 +44,7 @@ from .store import Store, check_name
 from .tracer import Tracer
 from .units import PAGE
 from .writer import ImageWriter
-from .wrprotect import WriteProtection, can_pass
+from .wrprotect import WriteProtection, shows_empty_pages
 
 ATTEMPTS = 3
 STALL = 10.0
@@ -72,8 +72,8 @@ class _Take:
     stall: float
     pace: Pace
     writers: Writers
-    outrun: str = ""
-    """Why writers cannot be let through."""
+    outrun: bool = False
+    """Writers were let through, and were too fast."""
     clock: Stopwatch = field(default_factory=Stopwatch)
     reasons: list[str] = field(default_factory=list)
     stops_us: list[int] = field(default_factory=list)
@@ -235,7 +235,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
             log.info("%d: %s", job.pid, error.message)
             if job.writers == "pass":
                 raise
-            job.outrun = error.message
+            job.outrun = True
             return False
         except LostError as error:
             log.info("%d: %s", job.pid, error.message)
@@ -255,7 +255,7 @@ def _passes(job: _Take, plan: Plan, copying: bool) -> bool:
         return False
     others = [one for one in plan.windows if one.object is not None or one.whole]
     armed = any(one.armed for one in others) or any(one.huge for one in plan.windows)
-    allowed = copying and can_pass() and not armed
+    allowed = copying and shows_empty_pages() and not armed
     if allowed and sum(one.end - one.start for one in others) <= MOST_PASSED // 2:
         return True
     if job.writers == "pass":

@@ -12,7 +12,7 @@ import zstandard
 
 from . import chunkcodec, faults, index, sweep
 from . import manifest as manifests
-from .chunkcodec import Content
+from .chunkcodec import Chunk, Content
 from .environment import Environment, Transaction
 from .errors import DamagedError, SnapError, StoreError
 from .handoff import Handoff
@@ -84,6 +84,7 @@ class _Old(NamedTuple):
     value: bytes
     base: bytes | None  # index value of the chunk that it is a delta against,
     base_value: bytes | None  # … and that chunk
+    chunk: Chunk | None  # what it holds, if it is patched now
 
 
 class _Match(NamedTuple):
@@ -108,12 +109,12 @@ def _sequence(where: bytes) -> int:
     return sequence
 
 
-def _patched(chunk: RawChunk, old: _Old | None) -> bytes | None:
-    """Index value of the earlier put that a patch leaves where it is, as a base: to read and to
-    write the whole chunk again takes longer. Not so one that takes no more than a page itself."""
+def _patched(chunk: RawChunk, old: _Old | None) -> _Old | None:
+    """The earlier put that a patch leaves where it is, as a base: to read and to write the whole
+    chunk again takes longer. Not so one that takes no more than a page itself."""
     if chunk.patch is None or old is None or len(old.base_value or old.value) <= PAGE:
         return None
-    return old.base or old.where
+    return old
 
 
 def _base_key(number: int, delta: int) -> bytes:
@@ -236,10 +237,9 @@ class ImageWriter:
             raise ValueError(f"not a chunk: {len(chunk.data)} bytes at {chunk.address:#x}")
         if chunk.patch is None:
             return chunkcodec.examine(chunk.pages, chunk.data)
-        if old is None:
+        if old is None or old.chunk is None:
             raise ValueError(f"a patch of nothing at {chunk.address:#x}")
-        patched, _ = chunkcodec.decode(old.value, old.base_value)
-        return chunkcodec.patched(patched, chunk.pages, chunk.patch, chunk.data)
+        return chunkcodec.patched(old.chunk, chunk.pages, chunk.patch, chunk.data)
 
     def _olds(self, group: dict[bytes, RawChunk]) -> dict[bytes, _Old]:
         """Those of the chunks that this image has been given before, and not lost since. Most were
@@ -269,7 +269,10 @@ class ImageWriter:
                     base_value = base and transaction.get(
                         base[: NUMBER.size], db=databases["chunks"]
                     )
-                olds[key] = _Old(where, value, base, base_value)
+                chunk = None
+                if group[key].patch is not None:
+                    chunk, _ = chunkcodec.decode(value, base_value)
+                olds[key] = _Old(where, value, base, base_value, chunk)
         return olds
 
     def _choices(
@@ -312,33 +315,36 @@ class ImageWriter:
         transaction: Transaction,
         content: Content | None,
         match: _Match | None,
-        patched: bytes | None,
+        patched: _Old | None,
     ) -> _Choice:
-        """`patched`: index value of what it may be a delta against."""
+        """`patched`: the earlier put, if it may be a delta against that, or against its base."""
         if content is None:
             return _Choice(None, None, None)
         if match and match.digest == content.digest:
             return _Choice(None, match.sequence, match.base)
-        bases = []
+        bases: dict[bytes, Chunk | None] = {}
         if match:
-            bases.append(match.base or INDEX_VALUE.pack(match.sequence, match.digest))
+            bases[match.base or INDEX_VALUE.pack(match.sequence, match.digest)] = None
         if patched:
-            bases.append(patched)
-        for base in dict.fromkeys(bases):
-            delta = self._delta(transaction, content, base)
+            bases[patched.base or patched.where] = None if patched.base else patched.chunk
+        for base, chunk in bases.items():
+            delta = self._delta(transaction, content, base, chunk)
             if delta:
                 return _Choice(delta, None, base)
         return _Choice(content, None, None)
 
-    def _delta(self, transaction: Transaction, content: Content, base: bytes) -> Content | None:
-        """None: most of it is new, or what it would be a delta against is damaged."""
-        chunks = self._environment.databases["chunks"]
-        value = transaction.get(base[: NUMBER.size], db=chunks)
-        if value is None or not content.payload:
+    def _delta(
+        self, transaction: Transaction, content: Content, base: bytes, chunk: Chunk | None
+    ) -> Content | None:
+        """`chunk`: what the base holds, if that is known. None: most of it is new, or what it would
+        be a delta against is damaged."""
+        if not content.payload:
             return None
-        with suppress(DamagedError):
-            return chunkcodec.against(content, chunkcodec.decode_base(value))
-        return None
+        if chunk is None:
+            value = transaction.get(base[: NUMBER.size], db=self._environment.databases["chunks"])
+            with suppress(DamagedError):
+                chunk = chunkcodec.decode_base(value) if value is not None else None
+        return chunkcodec.against(content, chunk) if chunk else None
 
     def _write(self, parts: list[list[_Pending]]) -> None:
         """Chunks and their index entries, in one transaction."""

@@ -64,7 +64,7 @@ class WriteProtection(Closing):
     ) -> WriteProtection:
         """Inject the creation into the stopped target; nothing of it stays there. `forks`: it shall
         tell of children, if that is allowed (CAP_SYS_PTRACE). `passes`: writers shall wait for
-        nobody, where `can_pass`.
+        nobody, which takes `shows_empty_pages`.
 
         Raises DeniedError when neither userfaultfd(2) nor /dev/userfaultfd is allowed,
         UnsupportedError when the kernel lacks one of NEEDED.
@@ -82,7 +82,7 @@ class WriteProtection(Closing):
             )
         uffd = Uffd(made)
         try:
-            empties = _tells()
+            empties = shows_empty_pages()
             forks = _handshake(uffd, forks, empties, passes)
             clear = 0 if lib.snap_pump_has_robust_list(frozen.pid) else _clear_child_tid(frozen)
         except BaseException:
@@ -94,15 +94,10 @@ class WriteProtection(Closing):
         self.uffd.close()
 
 
-def _tells() -> bool:
-    """Whether pagemap shows which pages are empty (CAP_SYS_ADMIN)."""
+def shows_empty_pages() -> bool:
+    """Whether pagemap shows which pages are empty (CAP_SYS_ADMIN). Without that writers that were
+    let through cannot be found."""
     return bool(lib.snap_pagemap_tells())
-
-
-def can_pass() -> bool:
-    """Whether writers can be let through, and be found afterwards: the kernel can, if it has
-    PAGEMAP_SCAN (Linux 6.7)."""
-    return _tells()
 
 
 def _handshake(uffd: Uffd, forks: bool, empties: bool, passes: bool) -> bool:

@@ -14,7 +14,7 @@ from threading import Event
 
 import pytest
 
-from snapshot.kernel import awake, background
+from snapshot.kernel import awake, background, procfs
 from snapshot.kernel.background import Background
 from snapshot.kernel.busy import Busy, times
 from snapshot.worker import Worker
@@ -62,11 +62,7 @@ def nudgers() -> dict[int, frozenset[int]]:
 
 def wakes(thread: int) -> int:
     """How often it has slept."""
-    fields = dict(
-        line.split(":", 1)
-        for line in Path(f"/proc/self/task/{thread}/status").read_text().splitlines()
-    )
-    return int(fields["voluntary_ctxt_switches"])
+    return procfs.status(os.getpid(), thread).number("voluntary_ctxt_switches")
 
 
 def test_a_processor_is_nudged_as_long_as_asked(returns: None) -> None:

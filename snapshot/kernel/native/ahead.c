@@ -214,13 +214,19 @@ static bool is_window(snap_pump *p, const snap_window *w)
     return now && now->is.start == w->start && now->is.end == w->end && now->is.space == w->space;
 }
 
+/* For the copies; with little staging there need only be what there can be at most. */
+static bool has_room(snap_pump *p, const slice *s)
+{
+    uint64_t most = most_places(p), places = s->places < most ? s->places : most;
+    return !places || free_places(p) >= places;
+}
+
 /* Finds what is to be protected, and protects it: with no fault served in between, for who has written
  * to what was found protected would be forgotten. The kernel protects nothing while an event is unread.
  * After one was read its caller goes on, and until its next such call we may: a target that makes such
  * calls in a loop leaves only that moment. */
 static int protect(snap_pump *p, slice *s, bool copies)
 {
-    uint64_t most = most_places(p);
     for (int tries = 0;; tries++) {
         bool any;
         int r = find_spared(p, s);
@@ -228,8 +234,7 @@ static int protect(snap_pump *p, slice *s, bool copies)
             r = find_dirty(p, s);
         if (r)
             return r;
-        uint64_t places = s->places < most ? s->places : most;
-        if (copies && places && free_places(p) < places)
+        if (copies && !has_room(p, s))
             return -ENOBUFS;
         if (!s->any_loose)
             return 0;
@@ -258,7 +263,7 @@ static int protect_passing(snap_pump *p, slice *s, bool copies)
     int r = covered ? 0 : written_part(p, &s->w, s->start, s->end, true);
     if (!r)
         r = find_dirty(p, s);
-    if (!r && copies && free_places(p) < (s->places < most_places(p) ? s->places : most_places(p)))
+    if (!r && copies && !has_room(p, s))
         r = -ENOBUFS;
     if (!r)
         strike_off(p, s);
@@ -280,14 +285,13 @@ static int note_spared(snap_pump *p, const slice *s)
     return 0;
 }
 
+/* Caller holds the lock. */
 static void count_ahead(snap_pump *p, uint16_t pages)
 {
     uint64_t bytes = (uint64_t)__builtin_popcount(pages) * PAGE;
     p->round.copied_chunks++;
     p->round.copied_bytes += bytes;
-    pthread_mutex_lock(&p->lock);
     p->counters.ahead_bytes += bytes;
-    pthread_mutex_unlock(&p->lock);
 }
 
 static int copy_dirty(snap_pump *p, slice *s)
@@ -334,10 +338,13 @@ static int hold_dirty(snap_pump *p, slice *s)
             continue;
         r = early_hold(p, s->w.space, address, c, pages);
         account(p, s->w.space, c);
-        if (r == -EAGAIN) /* unmapped meanwhile */
+        if (r == -EAGAIN) { /* unmapped meanwhile */
             r = list_again(p, s, i);
-        else if (!r)
+        } else if (!r) {
+            pthread_mutex_lock(&p->lock);
             count_ahead(p, pages);
+            pthread_mutex_unlock(&p->lock);
+        }
         if (!r)
             r = serve(p, &any);
     }
@@ -377,9 +384,9 @@ static int keep_copies(snap_pump *p, slice *s)
         const snap_saved saved = {.address = address, .place = s->place[i], .space = s->w.space,
                                   .pages = c->want,
                                   .patch = patch_of(c, s->copied[i])};
-        count_ahead(p, s->copied[i]);
         pthread_mutex_lock(&p->lock);
         int e = enqueue(p, &saved);
+        count_ahead(p, s->copied[i]);
         p->counters.sweep_chunks++;
         pthread_mutex_unlock(&p->lock);
         if (e)
@@ -413,8 +420,7 @@ static int keep_protected(snap_pump *p, slice *s)
 
 static int process(snap_pump *p, slice *s, bool copies)
 {
-    bool holds = p->passes && p->hurried;
-    int r = p->passes ? protect_passing(p, s, copies && !holds) : protect(p, s, copies);
+    int r = p->passes ? protect_passing(p, s, copies && !gains(p)) : protect(p, s, copies);
     if (r == -ENOENT || r == -EAGAIN) /* unmapped meanwhile; for the next round */
         return list_loose(p, s);
     if (r || !s->any_loose)
@@ -426,7 +432,7 @@ static int process(snap_pump *p, slice *s, bool copies)
         return r;
     if (!copies)
         return keep_protected(p, s);
-    if (holds)
+    if (gains(p))
         return (r = hold_dirty(p, s)) == -ENOBUFS ? list_loose(p, s) : r;
     p->disturbed.count = 0;
     p->watching = true;

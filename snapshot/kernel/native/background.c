@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "background.h"
 
+#include "deadline_internal.h"
 #include "vector_internal.h"
 
 #include <errno.h>
@@ -15,11 +16,11 @@
 #include <time.h>
 #include <unistd.h>
 
-#define LOOK_NS 50000000
+#define LOOK_MS 50
 #define WAITED_NS 25000000
 #define WAITED_PART 4 /* who waited so many times as long as he ran, and for WAITED_NS, is starved */
 #define HELPED_LOOKS 4
-#define NUDGE_NS 1000000
+#define NUDGE_MS 1
 #define MOST_PROCESSORS 64
 
 struct member {
@@ -107,13 +108,10 @@ static bool is_starved(struct member *m)
 }
 
 /* Caller holds the lock. -> whether the time has passed, and nothing else happened. */
-static bool pass(snap_background *b, long ns)
+static bool pass(snap_background *b, int ms)
 {
     struct timespec next;
-    clock_gettime(CLOCK_MONOTONIC, &next);
-    next.tv_nsec += ns;
-    next.tv_sec += next.tv_nsec / 1000000000;
-    next.tv_nsec %= 1000000000;
+    deadline(&next, ms);
     return pthread_cond_timedwait(&b->ends, &b->lock, &next) == ETIMEDOUT;
 }
 
@@ -122,7 +120,7 @@ static void *watch(void *background)
     snap_background *b = background;
     pthread_mutex_lock(&b->lock);
     while (b->watched && pthread_equal(b->watcher, pthread_self())) {
-        if (!pass(b, LOOK_NS))
+        if (!pass(b, LOOK_MS))
             continue;
         b->starved -= b->starved > 0;
         for (struct member *m = b->members.at; m < b->members.at + b->members.count; m++)
@@ -147,7 +145,7 @@ static void *wake_up(void *nudger)
     pthread_mutex_lock(&b->lock);
     while (n->runs)
         if (able && b->nudged >> n->processor & 1)
-            pass(b, NUDGE_NS);
+            pass(b, NUDGE_MS);
         else
             pthread_cond_wait(&b->ends, &b->lock);
     pthread_mutex_unlock(&b->lock);
@@ -243,10 +241,9 @@ void snap_background_leave(snap_background *b)
             break;
         }
     bool ends = b->watched && !b->members.count;
-    if (ends)
-        b->nudged = 0;
     pthread_t watcher = b->watcher;
     if (ends) {
+        b->nudged = 0;
         b->watched = false;
         pthread_cond_broadcast(&b->ends);
     }

@@ -70,6 +70,13 @@ static bool cut_staging(snap_pump *p)
     return true;
 }
 
+/* So many free cells of staging, if they are to be had. */
+static void make_ready(snap_pump *p, uint64_t count)
+{
+    while (free_like(p, 0)->count < count && cut_staging(p))
+        continue;
+}
+
 /* Cells of staging that are left to the pause. */
 static uint64_t left_alone(const snap_pump *p)
 {
@@ -80,8 +87,7 @@ static uint64_t left_alone(const snap_pump *p)
 static uint32_t take_cell(snap_pump *p)
 {
     free_cells *list = free_like(p, 0);
-    while (list->count <= left_alone(p) && cut_staging(p))
-        continue;
+    make_ready(p, left_alone(p) + 1);
     if (list->count <= left_alone(p)) {
         list = free_like(p, -1);
         int64_t slot = list->first ? NO_PLACE : take_spill(p);
@@ -99,8 +105,7 @@ static uint32_t take_cell(snap_pump *p)
 
 void early_ready(snap_pump *p)
 {
-    while (free_like(p, 0)->count < MOST_AT_ONCE && cut_staging(p))
-        continue;
+    make_ready(p, MOST_AT_ONCE);
 }
 
 static void give_cell(snap_pump *p, uint32_t number)
@@ -118,7 +123,7 @@ static off_t spilled_at(int64_t cell)
 
 bool may_be_early(const snap_window *w, const chunk *c)
 {
-    return !w->huge && w->object < 0 && c && c->want && c->state == UNSAVED &&
+    return !w->huge && w->object < 0 && c && is_unsaved(c) &&
            __builtin_popcount(c->early) < MOST_EARLY;
 }
 
@@ -261,7 +266,7 @@ int early_hold_listed(snap_pump *p)
     for (size_t i = 0; !r && i < p->listed.count; i++) {
         place of = p->listed.at[i];
         chunk *c = ledger_chunk(p, of.space, of.address);
-        uint16_t left = c->state == UNSAVED ? lacking(c) : 0;
+        uint16_t left = is_unsaved(c) ? lacking(c) : 0;
         if (left && b.count + CHUNK_PAGES > MOST_AT_ONCE)
             r = hold_batch(p, &b);
         if (left && !r)
@@ -363,7 +368,7 @@ int early_hand_out(snap_pump *p)
     for (size_t k = 0; !r && k < p->blocks.count; k++) {
         block *b = p->blocks.at[k];
         for (unsigned i = 0; !r && i < BLOCK_CHUNKS; i++)
-            if (b->chunks[i].want && b->chunks[i].state == UNSAVED)
+            if (is_unsaved(&b->chunks[i]))
                 r = hand_out(p, b->space, b->start + i * CHUNK, &b->chunks[i]);
     }
     return r;

@@ -294,7 +294,7 @@ uint64_t ledger_unsaved_objects(const snap_pump *p, uint64_t *where)
     for (size_t k = block_position(p, OBJECT_SPACE, 0); k < p->blocks.count; k++)
         for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
             const chunk *c = &p->blocks.at[k]->chunks[i];
-            if (!c->want || c->state != UNSAVED)
+            if (!is_unsaved(c))
                 continue;
             if (!bytes)
                 *where = p->blocks.at[k]->start + i * CHUNK;

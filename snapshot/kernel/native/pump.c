@@ -232,16 +232,11 @@ static bool next_unsaved(snap_pump *p)
     for (size_t tried = 0; tried <= p->blocks.count; tried++) {
         const block *b = p->blocks.at[p->sweep_block];
         for (; p->sweep_chunk < BLOCK_CHUNKS; p->sweep_chunk++)
-            if (b->chunks[p->sweep_chunk].want && b->chunks[p->sweep_chunk].state == UNSAVED)
+            if (is_unsaved(&b->chunks[p->sweep_chunk]))
                 return true;
         next_block(p);
     }
     return false;
-}
-
-static bool is_unsaved(const chunk *c)
-{
-    return c->want && c->state == UNSAVED;
 }
 
 /* Releases chunks [first, last) but for those that an event made unsaved again meanwhile. */
@@ -626,16 +621,8 @@ static bool outrun(const snap_pump *p, int order)
 
 static int look_for_written(snap_pump *p)
 {
-    bool done = false, any;
-    int r = 0;
-    p->written_at = 0;
     be_urgent(p, false);
-    while (!r && !done) {
-        r = written_step(p, true, &done);
-        if (!r)
-            r = serve(p, &any);
-    }
-    return r;
+    return written_list(p, true);
 }
 
 static int only_look(snap_pump *p)
@@ -658,13 +645,12 @@ static int go_round(snap_pump *p, int order)
         p->next_pages = 0;
         p->armed_ahead = true;
         p->hurried = order == ORDER_LAST_ROUND;
-        int r = p->passes && p->hurried ? look_for_written(p) : 0;
+        int r = gains(p) ? look_for_written(p) : 0;
         if (r)
             return r;
         begin_work(p);
     }
-    bool gains = p->passes && p->hurried; /* on the writers, who do not wait for it */
-    if (!gains && rest(p, order != ORDER_ROUND))
+    if (!gains(p) && rest(p, order != ORDER_ROUND)) /* nobody waits for those */
         return 0;
     be_urgent(p, order != ORDER_ROUND && !p->passes); /* nobody waits for it then */
     uint64_t began = now_ns(), copied = p->round.copied_bytes;
@@ -678,7 +664,7 @@ static int go_round(snap_pump *p, int order)
     if (r != 1)
         return r == -ENOBUFS ? 0 : r;
     r = end_work(p);
-    if (gains)
+    if (gains(p))
         early_ready(p);
     p->hurried = false;
     p->round.next_chunks = p->listed.count;

@@ -1,8 +1,9 @@
-/* Shared by ledger.c, cover.c, survey.c, spare.c, ahead.c, settle.c, pace.c, save.c, queue.c, serve.c, peek.c,
- * children.c and pump.c: the parts of a pump. */
+/* Shared by ledger.c, cover.c, survey.c, spare.c, written.c, ahead.c, settle.c, pace.c, save.c, early.c, queue.c,
+ * serve.c, peek.c, children.c and pump.c: the parts of a pump. */
 #ifndef SNAP_PUMP_INTERNAL_H
 #define SNAP_PUMP_INTERNAL_H
 
+#include "deadline_internal.h"
 #include "pump.h"
 #include "vector_internal.h"
 
@@ -38,6 +39,11 @@ typedef struct {
     uint16_t early;   /* UNSAVED: its pages that are kept already (early.c) */
     uint32_t first_early; /* the number of the first of them, 0: none */
 } chunk;
+
+static inline bool is_unsaved(const chunk *c)
+{
+    return c->want && c->state == UNSAVED;
+}
 
 /* Of an UNSAVED chunk: the pages of which there is no good copy. */
 static inline uint16_t missing(const chunk *c)
@@ -194,7 +200,6 @@ struct snap_pump {
     bool huge_removed;          /* ahead of T0: pages of hugetlbfs were discarded (see settle.c) */
     bool hurried;               /* the last rounds: T0 waits, and there is nobody to make room */
     uint64_t next_pages;        /* see snap_pump_round */
-    uint64_t written_at;        /* of ORDER_WRITTEN, and a round that begins so: the address to go on at */
     bool may_be_urgent, urgent; /* this thread runs before others, when it waits for a fault */
     bool caught_up;             /* see catching_up */
     uint64_t catch_up_until_ns, look_until_ns, look_faults;
@@ -232,6 +237,12 @@ struct snap_pump {
     bool ended;
     snap_pump_counters counters;
 };
+
+/* Whether this round is one of those that gain on writers who wait for nobody: nothing of it is stored yet. */
+static inline bool gains(const snap_pump *p)
+{
+    return p->passes && p->hurried;
+}
 
 /* ledger.c */
 /* Sorts the windows; after every change of one. */
@@ -311,9 +322,8 @@ int spare_save(snap_pump *p);
 
 /* written.c */
 /* Lists the chunks of covered memory that were written since they were protected, or held something then.
- * `protect`: and protects them anew, so that their copies are to be made after it. A step, from
- * p->written_at on; *done: it was the last. */
-int written_step(snap_pump *p, bool protect, bool *done);
+ * `protect`: and protects them anew, so that their copies are to be made after it; serves meanwhile. */
+int written_list(snap_pump *p, bool protect);
 /* The same of [start, end) of w, covered or not: what is known of it. */
 int written_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, bool protect);
 
@@ -339,8 +349,6 @@ int64_t take_place(snap_pump *p, uint16_t pages, bool urgent, bool no_spill);
 /* A slot of the spill file, NO_PLACE if there is no file. */
 int64_t take_spill(snap_pump *p);
 void give_place(snap_pump *p, int64_t place);
-/* For pthread_cond_timedwait. */
-void deadline(struct timespec *until, int timeout_ms);
 /* Staging slots that the not urgent may take; and as many as these could ever be. */
 uint64_t free_places(snap_pump *p);
 uint64_t most_places(const snap_pump *p);

@@ -199,15 +199,6 @@ static void wake(snap_pump *p)
     (void)!write(p->wake, &one, sizeof one);
 }
 
-void deadline(struct timespec *until, int timeout_ms)
-{
-    clock_gettime(CLOCK_MONOTONIC, until);
-    until->tv_sec += timeout_ms / 1000;
-    until->tv_nsec += (timeout_ms % 1000) * 1000000L;
-    until->tv_sec += until->tv_nsec / 1000000000L;
-    until->tv_nsec %= 1000000000L;
-}
-
 int snap_pump_next(snap_pump *p, snap_saved *out, int most, int timeout_ms)
 {
     struct timespec until;

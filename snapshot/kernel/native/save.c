@@ -325,7 +325,7 @@ int save_stopped(snap_pump *p, uint32_t space, uint64_t address)
 
 int save_now(snap_pump *p, uint32_t space, uint64_t address, chunk *c)
 {
-    if (c->state != UNSAVED || !c->want)
+    if (!is_unsaved(c))
         return 0;
     beat(p);
     int r = save_stopped(p, space, address);

@@ -24,10 +24,32 @@ static int release_later(snap_pump *p, uint64_t start, uint64_t end)
     return 0;
 }
 
-/* Lets the target write [start, end) (run-time) again. */
+/* Ahead of T0: chunks that are about to lose their protection. */
+static int list_range(snap_pump *p, uint64_t start, uint64_t end)
+{
+    int r = 0;
+    for (size_t k = ledger_above(p, start); !r && k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[p->by_start[k]].is;
+        if (w->start >= end)
+            break;
+        uint64_t from = (w->start > start ? w->start : start) - w->start + w->at;
+        uint64_t to = (w->end < end ? w->end : end) - w->start + w->at;
+        for (uint64_t at = from & ~(CHUNK - 1); !r && at < to; at += CHUNK) {
+            chunk *c = ledger_make(p, w->space, at);
+            r = c ? list_chunk(p, w->space, at, c) : -ENOMEM;
+        }
+    }
+    return r;
+}
+
+/* Lets the target write [start, end) (run-time) again. Ahead of T0 its chunks are listed each time, also when
+ * it was put off: a round may have protected them meanwhile, and struck them off. */
 static int release(snap_pump *p, uint64_t start, uint64_t end)
 {
-    int r = uffd_writeprotect(p->uffd, start, end - start, 0);
+    int r = p->after_t0 ? 0 : list_range(p, start, end);
+    if (r)
+        return r;
+    r = uffd_writeprotect(p->uffd, start, end - start, 0);
     bool huge = r == -EINVAL && end - start == PAGE;
     if (huge) {
         /* A page of hugetlbfs that no window tells of, moved by a mremap: only all of it. */
@@ -63,42 +85,13 @@ static int fence(snap_pump *p)
     return r == -EAGAIN ? 0 : r == -ESRCH ? r : save_publish(p);
 }
 
-/* Ahead of T0: chunks that are about to lose their protection. */
-static int list_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
-{
-    for (uint64_t at = from; at < to; at += CHUNK) {
-        chunk *c = ledger_make(p, space, at);
-        int r = c ? list_chunk(p, space, at, c) : -ENOMEM;
-        if (r)
-            return r;
-    }
-    return 0;
-}
-
-/* What is let through late: a round may have protected it meanwhile, and struck it off. */
-static int list_range(snap_pump *p, uint64_t start, uint64_t end)
-{
-    int r = 0;
-    for (size_t k = ledger_above(p, start); !r && k < p->windows.count; k++) {
-        const snap_window *w = &p->windows.at[p->by_start[k]].is;
-        if (w->start >= end)
-            break;
-        uint64_t from = (w->start > start ? w->start : start) - w->start + w->at;
-        uint64_t to = (w->end < end ? w->end : end) - w->start + w->at;
-        r = list_space(p, w->space, from & ~(CHUNK - 1), to);
-    }
-    return r;
-}
-
 static int flush_releases(snap_pump *p)
 {
     size_t n = p->releases.count;
     for (size_t i = 0; i < n; i++) {
         range r = p->releases.at[0];
         memmove(p->releases.at, p->releases.at + 1, --p->releases.count * sizeof r);
-        int e = p->after_t0 ? 0 : list_range(p, r.start, r.end);
-        if (!e)
-            e = release(p, r.start, r.end); /* puts it back at the end while EAGAIN */
+        int e = release(p, r.start, r.end); /* puts it back at the end while EAGAIN */
         if (e)
             return e;
     }
@@ -174,7 +167,7 @@ int save_space(snap_pump *p, uint32_t space, uint64_t from, uint64_t to)
             at = (at & ~(BLOCK - 1)) + BLOCK - CHUNK;
             continue;
         }
-        int r = c->want && c->state == UNSAVED ? save_chunk(p, space, at, true) : 0;
+        int r = is_unsaved(c) ? save_chunk(p, space, at, true) : 0;
         if (r && r != -EAGAIN)
             return r;
         later = r ? r : later;
@@ -199,13 +192,12 @@ static bool lets_one_page(snap_pump *p)
 static int serve_fault_ahead(snap_pump *p, const snap_window *w, uint64_t at)
 {
     uint64_t unit = w->huge ? w->huge : CHUNK, from = at & ~(unit - 1);
-    int r = list_space(p, w->space, from, from + unit);
-    if (!r && !w->huge && lets_one_page(p)) {
+    if (!w->huge && lets_one_page(p)) {
         from = at;
         unit = PAGE;
     }
     p->next_pages += unit / PAGE;
-    return r ? r : release_space(p, w->space, from, from + unit);
+    return release_space(p, w->space, from, from + unit);
 }
 
 int open_page(snap_pump *p, uint64_t address)
@@ -213,17 +205,16 @@ int open_page(snap_pump *p, uint64_t address)
     const window *w = ledger_find(p, address);
     if (!w || !w->registered || w->is.huge)
         return 0;
-    uint64_t at = (address - w->is.start + w->is.at) & ~(PAGE - 1), from = at & ~(CHUNK - 1);
-    int r = list_space(p, w->is.space, from, from + CHUNK);
+    uint64_t at = (address - w->is.start + w->is.at) & ~(PAGE - 1);
     p->next_pages++;
-    return r ? r : release_space(p, w->is.space, at, at + PAGE);
+    return release_space(p, w->is.space, at, at + PAGE);
 }
 
 /* Nothing of the chunk is to be saved any more, once what is tentative is published: by a release. */
 static bool is_done(const snap_pump *p, uint32_t space, uint64_t at)
 {
     const chunk *c = ledger_chunk(p, space, at);
-    return c && (!c->want || c->state != UNSAVED);
+    return c && !is_unsaved(c);
 }
 
 /* After T0: grows [*from, *to) by what is saved around it, within the 2 MiB of a huge page. */

@@ -61,17 +61,6 @@ static int list_gaps(snap_pump *p)
     return r;
 }
 
-/* What is covered and was written since: nothing else tells of it. */
-static int list_written(snap_pump *p)
-{
-    bool done = false;
-    int r = 0;
-    p->written_at = 0;
-    while (!r && !done)
-        r = written_step(p, false, &done);
-    return r;
-}
-
 /* ---- looking ------------------------------------------------------------------------------------ */
 
 /* Enters what a window holds in [start, end), run-time addresses of one block. */
@@ -151,7 +140,7 @@ static int look_at_listed(snap_pump *p, uint32_t space, uint64_t start, uint64_t
 
 static int look(snap_pump *p, seen *found)
 {
-    int r = p->passes ? list_written(p) : 0;
+    int r = p->passes ? written_list(p, false) : 0;
     if (!r)
         r = list_gaps(p);
     if (r)
@@ -262,7 +251,7 @@ static int hold_others(snap_pump *p)
         block *b = p->blocks.at[k];
         for (unsigned i = 0; !r && i < BLOCK_CHUNKS; i++) {
             chunk *c = &b->chunks[i];
-            if (c->state == UNSAVED && lacking(c)) {
+            if (is_unsaved(c) && lacking(c)) {
                 beat(p);
                 r = early_hold(p, b->space, b->start + i * CHUNK, c, lacking(c));
             }

@@ -2,6 +2,7 @@
 #include "threads.h"
 
 #include "arch_x86_64.h"
+#include "deadline_internal.h"
 #include "ptrace_internal.h"
 
 #include <errno.h>
@@ -40,10 +41,7 @@ static void *reap_until_finished(void *argument)
     pthread_mutex_lock(&r->lock);
     while (!r->finished) {
         struct timespec until;
-        clock_gettime(CLOCK_MONOTONIC, &until);
-        until.tv_nsec += REAP_AFTER_US * 1000;
-        until.tv_sec += until.tv_nsec / 1000000000;
-        until.tv_nsec %= 1000000000;
+        deadline(&until, REAP_AFTER_US / 1000);
         pthread_cond_timedwait(&r->changed, &r->lock, &until);
         if (!r->finished && r->tids && snap_now_us() - r->since_us >= REAP_AFTER_US)
             look_around(r);

@@ -59,12 +59,12 @@ int written_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_t en
     return 0;
 }
 
-int written_step(snap_pump *p, bool protect, bool *done)
+/* A step of written_list, from *cursor on; *done: it was the last. */
+static int step(snap_pump *p, bool protect, uint64_t *cursor, bool *done)
 {
-    *done = false;
-    for (size_t k = ledger_above(p, p->written_at); k < p->windows.count; k++) {
+    for (size_t k = ledger_above(p, *cursor); k < p->windows.count; k++) {
         const snap_window w = p->windows.at[p->by_start[k]].is;
-        uint64_t start = w.start > p->written_at ? w.start : p->written_at, end;
+        uint64_t start = w.start > *cursor ? w.start : *cursor, end;
         if (!coverable(p, &w))
             continue;
         int r = survey_first(p, &w, start, w.end, &start); /* a reservation is mostly empty */
@@ -72,10 +72,23 @@ int written_step(snap_pump *p, bool protect, bool *done)
             return r;
         end = protect ? (start | (PART - 1)) + 1 : w.end; /* huge pages are protected whole, and stay so */
         end = end < w.end ? end : w.end;
-        p->written_at = end;
+        *cursor = end;
         beat(p);
         return start < end ? written_part(p, &w, start, end, protect) : 0;
     }
     *done = true;
     return 0;
+}
+
+int written_list(snap_pump *p, bool protect)
+{
+    uint64_t cursor = 0;
+    bool done = false, any;
+    int r = 0;
+    while (!r && !done) {
+        r = step(p, protect, &cursor, &done);
+        if (!r && protect)
+            r = serve(p, &any);
+    }
+    return r;
 }
