@@ -315,6 +315,12 @@ class Pump(Closing):
             lib.snap_pump_pass(self._pump)
         self.passes = protection.passes
 
+    def order_look(self) -> None:
+        """Where writers wait for nobody: the fault thread shall look at what they have written.
+        This is T0 for them: what is written from here on is so on behalf of the caller."""
+        if self.passes:
+            self._order(lib.snap_pump_order_look)
+
     def order_hold(self) -> None:
         """The fault thread shall answer what waits, and stand still until `release` or `go`."""
         self._order(lib.snap_pump_order_hold)
@@ -341,16 +347,26 @@ class Pump(Closing):
         _check(result, f"registering the memory at {address[0]:#x}", f"snap check {self.pid}")
 
     def settle(
-        self, most: int, *, copies: bool, cover: bool, meanwhile: Callable[[], None]
+        self,
+        most: int,
+        *,
+        copies: bool,
+        cover: bool,
+        touched: Sequence[int],
+        meanwhile: Callable[[], None],
     ) -> bool:
         """This is T0. Finds what has no good copy: copies it if it is at most `most` bytes, else
         what of it cannot be armed, and arms the rest. `copies`: whether those of before count;
         `cover`: whether nothing can have taken protection off without an event, so that not all
-        need be looked at. `meanwhile` is called while the fault thread does it. -> whether anything
+        need be looked at; `touched`: addresses that may have been written since `order_look`.
+        `meanwhile` is called while the fault thread does it. -> whether anything
         is unsaved now. Where writers wait for nobody all is copied now; OutrunError: that is more
         than `most`."""
         what = f"copying memory of process {self.pid}"
         trust = lib.SNAP_TRUST_COPIES * copies | lib.SNAP_TRUST_COVER * cover
+        if self.passes:
+            array = ffi.new("uint64_t[]", touched)
+            _check(lib.snap_pump_touched(self._pump, array, len(touched)), what)
         self._order(lambda pump: lib.snap_pump_order_settle(pump, most, trust))
         try:
             meanwhile()

@@ -311,6 +311,7 @@ def _pause(
     allowed = capable()
     with freeze(job.pid, earlier=first) as frozen:
         faults.point("second-stop")
+        pump.order_look()
         clock.stages_us["freeze"] = frozen.freeze_us
         with clock.stage("capture"):
             gathered = gather(frozen, prepared)
@@ -328,7 +329,11 @@ def _pause(
             direct_io = ahead.direct_io or table.direct_io
             cover = not procfs.mergeable(job.pid)
             unsaved = pump.settle(
-                most, copies=not direct_io, cover=cover, meanwhile=table.ask
+                most,
+                copies=not direct_io,
+                cover=cover,
+                touched=gathered.states.rseq_addresses,
+                meanwhile=table.ask,
             )
         taken_at = time.time()
         faults.point("settled")

@@ -413,6 +413,12 @@ class States:
             return []
         return [one for i, one in enumerate(self._tracees) if self._room.raw[i].pending]
 
+    @property
+    def rseq_addresses(self) -> list[int]:
+        """Of their areas of restartable sequences: see the function."""
+        found = (self._room.raw[i].rseq.address for i in range(len(self._tracees)))
+        return [address for address in found if address]
+
     def decode(self) -> list[State]:
         view = memoryview(self._room.areas)
         found = []

@@ -287,14 +287,32 @@ static void park(void)
         sched_yield();
 }
 
-static void hold_and_plan(snap_pump *pump)
+static void plan_anew(snap_pump *pump)
 {
     snap_window windows[THREADS + 1];
     uint64_t where;
-    CHECK(!snap_pump_order_hold(pump));
-    await(pump, NULL);
     plan_windows(windows);
     CHECK(!snap_pump_plan(pump, windows, THREADS + 1, &where));
+}
+
+static void hold(snap_pump *pump)
+{
+    CHECK(!snap_pump_order_hold(pump));
+    await(pump, NULL);
+}
+
+static void hold_and_plan(snap_pump *pump)
+{
+    hold(pump);
+    plan_anew(pump);
+}
+
+/* What was written is looked for before T0, by an order that need not be done when the next one is given. */
+static void look_and_hold(snap_pump *pump)
+{
+    snap_pump_release(pump);
+    CHECK(!snap_pump_order_look(pump));
+    hold(pump);
 }
 
 static void unpark(void)
@@ -378,6 +396,8 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
     copy_ahead(pump, rounds);
     park();
     hold_and_plan(pump);
+    if (passes && number % 2)
+        look_and_hold(pump);
     CHECK(!snap_pump_order_settle(pump, passes || number % 2 ? UINT64_MAX : 0, SNAP_TRUST_COPIES | SNAP_TRUST_COVER));
     int unsaved = snap_pump_await_settled(pump);
     CHECK(unsaved == 0 || (unsaved == 1 && number % 2 == 0 && !passes));

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define LET_GO UINT64_C(0x400000)        /* releasing more at once holds mmap_lock too long */
@@ -129,6 +130,7 @@ void snap_pump_free(snap_pump *p)
     free(p->children.at);
     free(p->closing.at);
     free(p->to_open.at);
+    free(p->touched.at);
     free(p->queue.at);
     free(p->waiting.at);
     free(p->free_slots);
@@ -163,6 +165,7 @@ int snap_pump_plan(snap_pump *p, const snap_window *windows, size_t count, uint6
     p->windows.at = made;
     p->windows.count = count;
     p->windows.capacity = count ? count : 1;
+    p->looked = false;
     int r = ledger_index(p);
     for (size_t i = 0; !r && i < count; i++) {
         const snap_window *w = &made[i].is;
@@ -177,16 +180,16 @@ int snap_pump_plan(snap_pump *p, const snap_window *windows, size_t count, uint6
     return r;
 }
 
-/* Who runs the pump may have made it run before all others, for who waits at a fault. A round is not made
- * so: it would keep others from this processor for as long as there is something to protect or to copy,
- * even those who could run on another one, to which the kernel moves them late. The sweep is, for it
- * stops after a few chunks, and would wait for consumers who hold the lock and do not run. */
-static void be_urgent(snap_pump *p, bool urgent)
+/* A round is not urgent: it would keep others from this processor for as long as there is something to
+ * protect or to copy, even those who could run on another one, to which the kernel moves them late. The
+ * sweep is, for it stops after a few chunks, and would wait for consumers who hold the lock and do not
+ * run. */
+void be_urgent(snap_pump *p, bool urgent)
 {
     if (!p->may_be_urgent || p->urgent == urgent)
         return;
     struct sched_param priority = {.sched_priority = urgent};
-    if (!sched_setscheduler(0, (urgent ? SCHED_FIFO : SCHED_OTHER) | SCHED_RESET_ON_FORK, &priority))
+    if (!sched_setscheduler(p->tid, (urgent ? SCHED_FIFO : SCHED_OTHER) | SCHED_RESET_ON_FORK, &priority))
         p->urgent = urgent;
 }
 
@@ -456,7 +459,10 @@ static int give_order(snap_pump *p, int order)
 {
     pthread_mutex_lock(&p->lock);
     bool standing = p->held && !p->released; /* a release that it has not heard of yet counts */
-    int r = p->ended ? -EPIPE : p->order != NO_ORDER || standing ? -EBUSY : 0;
+    bool busy = p->order == ORDER_LOOK ? order != ORDER_HOLD : p->order != NO_ORDER;
+    int r = p->ended ? -EPIPE : busy || standing ? -EBUSY : 0;
+    if (!r && p->order == ORDER_LOOK)
+        be_urgent(p, true);
     if (!r)
         p->order = order;
     pthread_mutex_unlock(&p->lock);
@@ -486,19 +492,35 @@ int snap_pump_order_arm(snap_pump *p)
     return give_order(p, ORDER_ARM);
 }
 
-int snap_pump_order_open(snap_pump *p, const uint64_t *addresses, size_t count)
+static int set_addresses(snap_pump *p, addresses *to, const uint64_t *from, size_t count)
 {
     int r = 0;
     pthread_mutex_lock(&p->lock);
-    p->to_open.count = 0;
+    to->count = 0;
     for (size_t i = 0; i < count && !r; i++) {
-        uint64_t *address = VECTOR_PUSH(&p->to_open);
+        uint64_t *address = VECTOR_PUSH(to);
         if (address)
-            *address = addresses[i];
+            *address = from[i];
         r = address ? 0 : -ENOMEM;
     }
     pthread_mutex_unlock(&p->lock);
+    return r;
+}
+
+int snap_pump_order_open(snap_pump *p, const uint64_t *addresses, size_t count)
+{
+    int r = set_addresses(p, &p->to_open, addresses, count);
     return r ? r : give_order(p, ORDER_OPEN);
+}
+
+int snap_pump_order_look(snap_pump *p)
+{
+    return give_order(p, ORDER_LOOK);
+}
+
+int snap_pump_touched(snap_pump *p, const uint64_t *addresses, size_t count)
+{
+    return set_addresses(p, &p->touched, addresses, count);
 }
 
 int snap_pump_order_hold(snap_pump *p)
@@ -622,7 +644,7 @@ static bool outrun(const snap_pump *p, int order)
 static int look_for_written(snap_pump *p)
 {
     be_urgent(p, false);
-    return written_list(p, true);
+    return written_list(p);
 }
 
 static int only_look(snap_pump *p)
@@ -684,6 +706,17 @@ static int open_pages(snap_pump *p)
     return r;
 }
 
+/* Somebody may want it to be held afterwards, and have said so. */
+static int look_at_t0(snap_pump *p)
+{
+    int r = written_look(p);
+    pthread_mutex_lock(&p->lock);
+    be_urgent(p, true);
+    p->order = p->order == ORDER_LOOK ? NO_ORDER : p->order;
+    pthread_mutex_unlock(&p->lock);
+    return r;
+}
+
 static int carry_out(snap_pump *p, int order)
 {
     switch (order) {
@@ -695,6 +728,8 @@ static int carry_out(snap_pump *p, int order)
         return only_look(p);
     case ORDER_OPEN:
         return open_pages(p);
+    case ORDER_LOOK:
+        return look_at_t0(p);
     case ORDER_HOLD:
         if (!p->faults.count && !p->releases.count && uffd_poll(p->uffd, 0) == 0)
             return hold(p);
@@ -736,6 +771,7 @@ static void close_uffd(snap_pump *p)
 
 int snap_pump_run(snap_pump *p)
 {
+    p->tid = (pid_t)syscall(SYS_gettid);
     p->may_be_urgent = p->urgent = (sched_getscheduler(0) & ~SCHED_RESET_ON_FORK) == SCHED_FIFO;
     int r = stand(p);
     bool attached = p->uffd >= 0;

@@ -153,13 +153,19 @@ void snap_pump_stop(snap_pump *pump);
  * written: where writers pass, only protect what was written, and count it.
  * arm: only protect it, so that T0 finds little to do; it is saved afterwards.
  * open: let through writes to the pages at these addresses, as if somebody had tried them.
- * hold: answer all that waits, then stand still until release or go; plan and settle meanwhile. */
+ * look: with the target stopped, where writers pass: find what was written. T0 does that otherwise.
+ * hold: answer all that waits, then stand still until release or go; plan and settle meanwhile. May be
+ * given while it still looks. */
 int snap_pump_order_round(snap_pump *pump, int patient);
 int snap_pump_order_last_round(snap_pump *pump);
 int snap_pump_order_written(snap_pump *pump);
 int snap_pump_order_arm(snap_pump *pump);
 int snap_pump_order_open(snap_pump *pump, const uint64_t *addresses, size_t count);
+int snap_pump_order_look(snap_pump *pump);
 int snap_pump_order_hold(snap_pump *pump);
+/* Before settle: to the pages at these addresses the caller may have written since the look, or the kernel
+ * for calls that it had the target make. */
+int snap_pump_touched(snap_pump *pump, const uint64_t *addresses, size_t count);
 /* 0: the order is done; -ETIMEDOUT: not within timeout_ms; -EPIPE: run has ended. *round may be
  * NULL. */
 int snap_pump_await(snap_pump *pump, int timeout_ms, snap_pump_round *round);

@@ -130,8 +130,10 @@ typedef struct {
 
 typedef VECTOR(range) ranges;
 typedef VECTOR(place) places;
+typedef VECTOR(uint64_t) addresses;
 
-enum { NO_ORDER, ORDER_ROUND, ORDER_LAST_ROUND, ORDER_ARM, ORDER_WRITTEN, ORDER_OPEN, ORDER_HOLD };
+enum { NO_ORDER, ORDER_ROUND, ORDER_LAST_ROUND, ORDER_ARM, ORDER_WRITTEN, ORDER_OPEN, ORDER_LOOK,
+       ORDER_HOLD };
 
 /* See pace.c; ns of CLOCK_MONOTONIC, or of the processors. */
 typedef struct {
@@ -161,7 +163,7 @@ struct snap_pump {
     uint64_t early_used;        /* cells */
     places early_chunks;        /* those that got their first early page, in that order */
     size_t early_head;          /* of those before it nothing is to be done */
-    VECTOR(uint64_t) faults;    /* addresses whose fault is not yet served */
+    addresses faults;           /* those whose fault is not yet served */
     VECTOR(range) releases;     /* ranges to be released as soon as the kernel lets us */
     VECTOR(range) plain_moves;  /* callers of mremap that were seen to leave nothing behind */
     VECTOR(range) disturbed;    /* what events touched while `watching` */
@@ -169,14 +171,15 @@ struct snap_pump {
                                    T0; where one ends is not known if it is empty here */
     VECTOR(int) children;       /* their userfaultfds, held until shared memory is saved */
     bool passes;                /* writers wait for nobody, and only the page tables tell (written.c) */
+    bool looked;                /* at T0, at what was written: written_look */
     bool empties;               /* protecting covers empty pages, and pagemap tells them apart */
     bool verify;                /* at T0 look at everything, and compare */
     int loadavg;                /* /proc/loadavg, -1: not open yet */
     long listed_pid;            /* the last one when all its threads were listed, 0: they were not */
     uint64_t look_again_ns;     /* for what their threads hold */
     uint64_t clears;            /* see snap_pump_clears */
-    VECTOR(uint64_t) heads;     /* addresses of the robust lists of the threads */
-    VECTOR(uint64_t) spared;    /* addresses of pages, sorted */
+    addresses heads;            /* of the robust lists of the threads */
+    addresses spared;           /* of pages, sorted */
     places spared_chunks;       /* to be listed at T0: a round protected them but for such pages */
     ranges covered, fickle;     /* see cover.c; run-time addresses */
     places listed;              /* chunks to be looked at at T0, or in the next round */
@@ -201,6 +204,7 @@ struct snap_pump {
     bool hurried;               /* the last rounds: T0 waits, and there is nobody to make room */
     uint64_t next_pages;        /* see snap_pump_round */
     bool may_be_urgent, urgent; /* this thread runs before others, when it waits for a fault */
+    pid_t tid;                  /* this thread */
     bool caught_up;             /* see catching_up */
     uint64_t catch_up_until_ns, look_until_ns, look_faults;
     bool patient;               /* a round is not given up because of writers */
@@ -220,7 +224,8 @@ struct snap_pump {
     VECTOR(int) closing;  /* userfaultfds of children that may run */
     bool last_closed;     /* no more will come */
     int order;
-    VECTOR(uint64_t) to_open; /* addresses, for ORDER_OPEN */
+    addresses to_open; /* for ORDER_OPEN */
+    addresses touched; /* see snap_pump_touched */
     bool held, released;
     bool settles;         /* what follows was ordered, and is not done */
     uint64_t settle_most;
@@ -243,6 +248,11 @@ static inline bool gains(const snap_pump *p)
 {
     return p->passes && p->hurried;
 }
+
+/* pump.c */
+/* Who runs the pump may have made it run before all others, for who waits at a fault: whether it is to. By its
+ * own thread, or while that looks, under the lock. */
+void be_urgent(snap_pump *p, bool urgent);
 
 /* ledger.c */
 /* Sorts the windows; after every change of one. */
@@ -321,9 +331,13 @@ int spare_protect(const snap_pump *p, const snap_window *w, uint64_t start, uint
 int spare_save(snap_pump *p);
 
 /* written.c */
-/* Lists the chunks of covered memory that were written since they were protected, or held something then.
- * `protect`: and protects them anew, so that their copies are to be made after it; serves meanwhile. */
-int written_list(snap_pump *p, bool protect);
+/* Lists the chunks of covered memory that were written since they were protected, or held something then,
+ * and protects them anew, so that their copies are to be made after it; serves meanwhile. */
+int written_list(snap_pump *p);
+/* The same at T0: nothing is protected any more. Serves unless the pump is held. */
+int written_look(snap_pump *p);
+/* Lists what may have been written since, for the caller's sake. */
+int written_touched(snap_pump *p);
 /* The same of [start, end) of w, covered or not: what is known of it. */
 int written_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, bool protect);
 

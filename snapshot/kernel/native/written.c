@@ -9,9 +9,15 @@
 #include "pump_internal.h"
 
 #include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
 
 #define RANGES 512
 #define PART UINT64_C(0x1000000) /* 16 MiB between two looks at who waits for an event to be read */
+#define PIECE UINT64_C(0x2000000) /* at T0 */
+#define MOST_PIECES 1024
+#define SHARE (UINT64_C(512) << 20) /* bytes of a thread at T0: less is not worth its start, 50 us */
+#define MOST_THREADS 8
 
 /* The pages [start, end) of w, run-time addresses, were found written, or to hold nothing. */
 static int enter(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end)
@@ -59,36 +65,228 @@ int written_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_t en
     return 0;
 }
 
+/* Of w in [*start, w->end), run-time addresses: where the first thing to look at is; w->end: nowhere. */
+static int first_of(const snap_pump *p, const snap_window *w, uint64_t *start)
+{
+    if (!coverable(p, w)) {
+        *start = w->end;
+        return 0;
+    }
+    return survey_first(p, w, *start, w->end, start); /* a reservation is mostly empty */
+}
+
 /* A step of written_list, from *cursor on; *done: it was the last. */
-static int step(snap_pump *p, bool protect, uint64_t *cursor, bool *done)
+static int step(snap_pump *p, uint64_t *cursor, bool *done)
 {
     for (size_t k = ledger_above(p, *cursor); k < p->windows.count; k++) {
         const snap_window w = p->windows.at[p->by_start[k]].is;
-        uint64_t start = w.start > *cursor ? w.start : *cursor, end;
-        if (!coverable(p, &w))
-            continue;
-        int r = survey_first(p, &w, start, w.end, &start); /* a reservation is mostly empty */
+        uint64_t start = w.start > *cursor ? w.start : *cursor;
+        int r = first_of(p, &w, &start);
         if (r)
             return r;
-        end = protect ? (start | (PART - 1)) + 1 : w.end; /* huge pages are protected whole, and stay so */
+        if (start == w.end)
+            continue;
+        uint64_t end = (start | (PART - 1)) + 1; /* huge pages are protected whole, and stay so */
         end = end < w.end ? end : w.end;
         *cursor = end;
         beat(p);
-        return start < end ? written_part(p, &w, start, end, protect) : 0;
+        return written_part(p, &w, start, end, true);
     }
     *done = true;
     return 0;
 }
 
-int written_list(snap_pump *p, bool protect)
+int written_list(snap_pump *p)
 {
     uint64_t cursor = 0;
     bool done = false, any;
     int r = 0;
     while (!r && !done) {
-        r = step(p, protect, &cursor, &done);
-        if (!r && protect)
+        r = step(p, &cursor, &done);
+        if (!r)
             r = serve(p, &any);
+    }
+    return r;
+}
+
+/* ---- T0 ------------------------------------------------------------------------------------------- */
+
+/* One PAGEMAP_SCAN takes 0.5 ms or more of a GiB, and the target stands still: so several threads look, each
+ * at the next piece that nobody has looked at. It begins while the caller has the target asked for what is
+ * no memory (snap_pump_order_look), for which one processor is left until he waits for us. The ledger is this
+ * thread's alone: the others write down what they find. */
+
+typedef struct {
+    snap_window w;       /* as it was */
+    uint64_t start, end; /* run-time addresses */
+} piece;
+
+typedef struct {
+    const piece *in;
+    uint64_t start, end;
+} hit;
+
+struct looking;
+
+typedef struct {
+    struct looking *all;
+    pthread_t thread;
+    VECTOR(hit) hits;
+    int error;
+} helper;
+
+/* What all threads share. */
+typedef struct looking {
+    int pagemap;
+    atomic_bool awaited;
+    VECTOR(piece) pieces;
+    atomic_size_t next;
+    helper helpers[MOST_THREADS];
+    size_t started;
+} looking;
+
+static const piece *next_piece(looking *all)
+{
+    size_t i = atomic_fetch_add(&all->next, 1);
+    return i < all->pieces.count ? &all->pieces.at[i] : NULL;
+}
+
+static int note(helper *h, const piece *in)
+{
+    snap_page_range found[RANGES];
+    for (uint64_t next = in->start; next < in->end;) {
+        int64_t n = snap_pagemap_written(h->all->pagemap, next, in->end, false, found, RANGES, &next);
+        if (n < 0)
+            return (int)n;
+        for (int64_t i = 0; i < n; i++) {
+            hit *slot = VECTOR_PUSH(&h->hits);
+            if (!slot)
+                return -ENOMEM;
+            *slot = (hit){in, found[i].start, found[i].end};
+        }
+    }
+    return 0;
+}
+
+static void *help(void *argument)
+{
+    helper *h = argument;
+    for (const piece *in; !h->error && (in = next_piece(h->all));) {
+        h->error = note(h, in);
+        if (!atomic_load(&h->all->awaited))
+            sched_yield();
+    }
+    return NULL;
+}
+
+/* All that is to be looked at. A piece is what nobody is kept from this processor for: some 20 us. */
+static int cut(const snap_pump *p, looking *all)
+{
+    for (size_t k = 0; k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[k].is;
+        uint64_t start = w->start;
+        int r = first_of(p, w, &start);
+        if (r)
+            return r;
+        uint64_t most = ((w->end - start) / MOST_PIECES | (PIECE - 1)) + 1;
+        for (uint64_t end; start < w->end; start = end) {
+            end = w->end - start > most ? (start & ~(PIECE - 1)) + most : w->end;
+            piece *slot = VECTOR_PUSH(&all->pieces);
+            if (!slot)
+                return -ENOMEM;
+            *slot = (piece){*w, start, end};
+        }
+    }
+    return 0;
+}
+
+/* As many as are worth their start, for what is left. */
+static void start_helpers(const snap_pump *p, looking *all)
+{
+    size_t count = all->pieces.count, begun = atomic_load(&all->next);
+    uint64_t wanted = begun < count ? p->wanted_pages * PAGE / SHARE * (count - begun) / count : 0;
+    cpu_set_t ours;
+    int cpus = sched_getaffinity(0, sizeof ours, &ours) ? 1 : CPU_COUNT(&ours);
+    uint64_t most = (uint64_t)(atomic_load(&all->awaited) ? cpus : cpus - 1);
+#ifdef SNAP_LOOK_THREADS /* tests are small */
+    wanted = most = SNAP_LOOK_THREADS;
+#endif
+    wanted = wanted < most ? wanted : most;
+    for (; all->started < MOST_THREADS && all->started + 1 < wanted; all->started++) {
+        helper *h = &all->helpers[all->started];
+        *h = (helper){.all = all};
+        if (pthread_create(&h->thread, NULL, help, h))
+            break;
+    }
+}
+
+/* The caller makes calls in the target. Its threads may want this very processor, or wait for their events to
+ * be read. Who waits for us makes us urgent himself, for we may not run (give_order). */
+static int give_way(snap_pump *p, looking *all)
+{
+    bool any;
+    int r = serve(p, &any);
+    pthread_mutex_lock(&p->lock);
+    bool awaited = p->order == ORDER_HOLD;
+    be_urgent(p, awaited);
+    pthread_mutex_unlock(&p->lock);
+    if (awaited) {
+        atomic_store(&all->awaited, true);
+        start_helpers(p, all);
+    } else {
+        sched_yield();
+    }
+    return r;
+}
+
+static int look_too(snap_pump *p, looking *all)
+{
+    int r = 0;
+    start_helpers(p, all);
+    for (const piece *in; !r && (in = next_piece(all));) {
+        if (!atomic_load(&all->awaited))
+            r = give_way(p, all);
+        if (!r)
+            r = written_part(p, &in->w, in->start, in->end, false);
+    }
+    return r;
+}
+
+static int gather(snap_pump *p, helper *h)
+{
+    pthread_join(h->thread, NULL);
+    int r = h->error;
+    for (size_t i = 0; !r && i < h->hits.count; i++)
+        r = enter(p, &h->hits.at[i].in->w, h->hits.at[i].start, h->hits.at[i].end);
+    free(h->hits.at);
+    return r;
+}
+
+int written_look(snap_pump *p)
+{
+    looking all = {.pagemap = p->pagemap, .awaited = p->held};
+    int r = cut(p, &all);
+    if (!r)
+        r = look_too(p, &all);
+    for (size_t i = 0; i < all.started; i++) {
+        int e = gather(p, &all.helpers[i]);
+        r = r ? r : e;
+    }
+    free(all.pieces.at);
+    p->looked = !r;
+    return r;
+}
+
+int written_touched(snap_pump *p)
+{
+    int r = 0;
+    for (size_t i = 0; !r && i < p->touched.count; i++) {
+        const window *at = ledger_find(p, p->touched.at[i]);
+        if (!at)
+            continue;
+        uint64_t where = (p->touched.at[i] - at->is.start + at->is.at) & ~(CHUNK - 1);
+        chunk *c = ledger_chunk(p, at->is.space, where);
+        r = c ? list_chunk(p, at->is.space, where, c) : 0;
     }
     return r;
 }
