@@ -16,6 +16,7 @@
 #define PART UINT64_C(0x1000000) /* 16 MiB between two looks at who waits for an event to be read */
 #define PIECE UINT64_C(0x2000000) /* at T0 */
 #define MOST_PIECES 1024
+#define FEW 8
 #define SHARE (UINT64_C(512) << 20) /* bytes of a thread at T0: less is not worth its start, 50 us */
 #define MOST_THREADS 8
 
@@ -179,7 +180,7 @@ static void *help(void *argument)
     return NULL;
 }
 
-/* All that is to be looked at. A piece is what nobody is kept from this processor for: some 20 us. */
+/* All that is to be looked at. A piece takes some 20 us. */
 static int cut(const snap_pump *p, looking *all)
 {
     for (size_t k = 0; k < p->windows.count; k++) {
@@ -242,12 +243,15 @@ static int give_way(snap_pump *p, looking *all)
 static int look_too(snap_pump *p, looking *all)
 {
     int r = 0;
+    uint64_t due = 0; /* of it PIECE is enough to give way, or FEW small ones */
     start_helpers(p, all);
     for (const piece *in; !r && (in = next_piece(all));) {
-        if (!atomic_load(&all->awaited))
+        if (!due && !atomic_load(&all->awaited))
             r = give_way(p, all);
         if (!r)
             r = written_part(p, &in->w, in->start, in->end, false);
+        due += PIECE / FEW + in->end - in->start;
+        due = due < PIECE ? due : 0;
     }
     return r;
 }
