@@ -140,9 +140,9 @@ static int look_at_listed(snap_pump *p, uint32_t space, uint64_t start, uint64_t
 
 static int look(snap_pump *p, seen *found)
 {
-    int r = p->passes && !p->looked ? written_look(p) : 0;
-    if (!r && p->passes)
-        r = written_touched(p);
+    int r = 0;
+    if (p->passes)
+        r = p->looked ? written_touched(p) : written_look(p);
     if (!r)
         r = list_gaps(p);
     if (r)

@@ -243,15 +243,15 @@ static int give_way(snap_pump *p, looking *all)
 static int look_too(snap_pump *p, looking *all)
 {
     int r = 0;
-    uint64_t due = 0; /* of it PIECE is enough to give way, or FEW small ones */
+    uint64_t since = 0; /* we gave way; after PIECE of it, or FEW small pieces, we do so again */
     start_helpers(p, all);
     for (const piece *in; !r && (in = next_piece(all));) {
-        if (!due && !atomic_load(&all->awaited))
+        if (!since && !atomic_load(&all->awaited))
             r = give_way(p, all);
         if (!r)
             r = written_part(p, &in->w, in->start, in->end, false);
-        due += PIECE / FEW + in->end - in->start;
-        due = due < PIECE ? due : 0;
+        since += PIECE / FEW + in->end - in->start;
+        since = since < PIECE ? since : 0;
     }
     return r;
 }
