@@ -108,9 +108,7 @@ def test_a_snap_that_is_killed_and_cannot_end(spawn: Spawn, snap: Snap) -> None:
     with faulting() as other:
         infos = Path(f"/proc/{other}/fdinfo")
         (epoll,) = (
-            link.name
-            for link in Path(f"/proc/{other}/fd").iterdir()
-            if "eventpoll" in os.readlink(link)
+            name for name, file in processes.open_files(other).items() if "eventpoll" in file
         )
         words = [sys.executable, "-c", STUCK, str(victim.pid), str(snap.store), str(infos), epoll]
         with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:

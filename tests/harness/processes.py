@@ -76,6 +76,15 @@ def members(leader: int) -> list[int]:
     return [pid for pid in pids if str(leader) in stat_fields(pid)[2:4]]
 
 
+def open_files(pid: int) -> dict[str, str]:
+    """The links of /proc/PID/fd by descriptor; what is closed while they are read is left out."""
+    found = {}
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            found[name] = os.readlink(f"/proc/{pid}/fd/{name}")
+    return found
+
+
 def command_line(pid: int) -> str:
     """For messages. Not /proc/PID/cmdline: reading that touches the process's own memory, which
     would wait for ever on a restored process whose page server is gone."""

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from tests.harness.processes import open_files
+
 COMMON = r"""
 #define _GNU_SOURCE
 #include <errno.h>
@@ -134,9 +136,7 @@ def proc_state(pid: int) -> dict[str, object]:
     """What must be the same before and after: maps, descriptors, threads, signal state."""
     state: dict[str, object] = {
         "maps": Path(f"/proc/{pid}/maps").read_text(),
-        "fd": sorted(
-            (name, os.readlink(f"/proc/{pid}/fd/{name}")) for name in os.listdir(f"/proc/{pid}/fd")
-        ),
+        "fd": open_files(pid),
         "vmflags": [
             line
             for line in Path(f"/proc/{pid}/smaps").read_text().splitlines()

@@ -26,7 +26,14 @@ from snapshot.store import Store
 from snapshot.take import take
 from snapshot.units import CHUNK, align_down
 from tests.conftest import Spawn
-from tests.harness.processes import become_subreaper, children, kill, state, wait_until
+from tests.harness.processes import (
+    become_subreaper,
+    children,
+    kill,
+    open_files,
+    state,
+    wait_until,
+)
 from tests.live.servers import await_end, servers
 from tests.live.stopped_copy import copy
 
@@ -115,10 +122,9 @@ def lazily(
 
 
 def journal_of(server: int) -> Path:
-    for one in Path(f"/proc/{server}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            if "memfd:snap-journal" in os.readlink(one):
-                return one
+    for name, file in open_files(server).items():
+        if "memfd:snap-journal" in file:
+            return Path(f"/proc/{server}/fd/{name}")
     raise AssertionError(f"process {server} has no journal")
 
 
