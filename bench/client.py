@@ -97,11 +97,15 @@ class Log:
     def _stall(self, late: Sequence[Request]) -> Stall:
         begin, end = late[0].due, max(one.answered for one in late)
         before, after = self._watched(begin, end)
+        asleep, awake = 0, begin
+        for one in self.between(begin, end):
+            asleep += max(0, one.sent - max(one.due, awake))
+            awake = one.sent
         return Stall(
             begin=begin,
             end=end,
             requests=len(late),
-            client=min(late[0].sent - begin, end - begin),
+            client=min(asleep, end - begin),
             waited=min(after.waited - before.waited, end - begin),
             ran=min(after.ran - before.ran, end - begin),
             stolen=min(after.stolen - before.stolen, end - begin),

@@ -23,7 +23,7 @@ import lmdb
 
 from . import soundness
 from .errors import DamagedError, SnapError, StoreError
-from .kernel import btree
+from .kernel import btree, folios
 from .kernel.forget import forget_file
 from .units import MIB, PAGE, mib
 
@@ -225,7 +225,8 @@ class Environment:
                 self._gate.notify_all()
 
     def _lengthen(self, transaction: Transaction, adds: int | None) -> None:
-        """Keeps the file ahead of its pages; within a write transaction, so one process at once."""
+        """Keeps the file ahead of its pages, and what is written next in small folios; within a
+        write transaction, so one process at once."""
         used, length = self.used_bytes(), os.fstat(self._data).st_size
         if adds is None:
             if length < used + MIB:
@@ -238,6 +239,7 @@ class Environment:
             except OSError:
                 if self._free_bytes(transaction) < 2 * adds + RESERVE:
                     raise
+        folios.bound(self._data, used, used + adds)
 
     def _allocate(self, length: int, missing: int) -> None:
         """Real blocks at the end of the file; OSError when the disk has none left."""

@@ -9,8 +9,9 @@
  *
  * Waits until there is a server. Ends after the seconds, or at SIGTERM, when all is answered. Then
  * LOG holds three numbers for each request: due, sent, answered; LOG.watch: at, ran, waited,
- * stolen (from all CPUs, by the host). All are 64 bits, ns, times CLOCK_MONOTONIC. It runs before ordinary threads (SCHED_FIFO) where that is
- * allowed: a client on another machine would not wait for this one's compressors either. */
+ * stolen (from all CPUs, by the host). All are 64 bits, ns, times CLOCK_MONOTONIC. It runs before all
+ * ordinary threads, and before the urgent one of a take (SCHED_FIFO, 2), where that is allowed: a
+ * client on another machine would not wait for this one's threads either. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -333,7 +334,7 @@ int main(int argc, char **argv)
         stat_fd = open("/proc/stat", O_RDONLY | O_CLOEXEC);
         tick_ns = SECOND / (uint64_t)sysconf(_SC_CLK_TCK);
     }
-    struct sched_param first = { .sched_priority = 1 };
+    struct sched_param first = { .sched_priority = 2 };
     sched_setscheduler(0, SCHED_FIFO, &first);
     for (size_t i = 0; i < ways; i++) {
         struct epoll_event event = { .events = EPOLLIN, .data.ptr = &connections[i] };

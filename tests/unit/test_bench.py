@@ -69,6 +69,10 @@ def test_late_requests_that_overlap_are_one_stall() -> None:
     assert first.cause == "no CPU"
     assert second.cause == "client"
     assert log.stalls(0, 1 * MS) == []
+    # In the middle of a stall too: from 2 to 8, for which two requests waited to be sent.
+    late = [request(1, 8, sent=0.1), request(2, 7, sent=6), request(3, 6, sent=5)]
+    (stall,) = Log(late, []).stalls(0, 100 * MS)
+    assert (stall.client, stall.cause) == (int(6.1 * MS), "client")
 
 
 def test_a_thread_that_was_stopped_and_preempted_was_stopped() -> None:
