@@ -11,6 +11,7 @@
 #include <string.h>
 
 #define SLICE_CHUNKS (STEP / CHUNK + 1)
+#define DENSE 6 /* chunks of a step: to protect so many one by one takes as long as all of them */
 #define MOST_TRIES 50 /* to protect a slice while events keep the kernel from it */
 
 /* ---- rounds ----------------------------------------------------------------------------------- */
@@ -31,9 +32,22 @@ typedef struct {
     uint64_t places;  /* that the copies need, about */
 } slice;
 
+/* Behind the last of the chunks that this round has to do in the step of `first`, if they are many; else
+ * `end`. */
+static uint64_t dense_end(const snap_pump *p, const place *first, uint64_t end)
+{
+    const place *next = first, *stop = p->work.at + p->work.count;
+    uint64_t step = (first->address & ~(STEP - 1)) + STEP;
+    while (next < stop && next->space == first->space && next->address < step)
+        next++;
+    return next - first >= DENSE ? next[-1].address + CHUNK : end;
+}
+
 /* Where the next slice of w in [at, w->end) is; *end is w->end when there is none. What is covered is
- * passed over, but for the work of this round. */
-static int next_part(const snap_pump *p, const snap_window *w, uint64_t at, uint64_t *start, uint64_t *end)
+ * passed over, but for the work of this round, with what lies between when nothing is to be copied: of
+ * that only what is unsaved is protected once more. */
+static int next_part(const snap_pump *p, const snap_window *w, uint64_t at, bool copies, uint64_t *start,
+                     uint64_t *end)
 {
     for (uint64_t until; at < w->end; at = until) {
         if (is_covered(p, w, at, &until)) {
@@ -42,10 +56,13 @@ static int next_part(const snap_pump *p, const snap_window *w, uint64_t at, uint
                 continue;
             *start = listed->address > at ? listed->address : at;
             *end = listed->address;
-            do
-                *end += CHUNK;
-            while (++listed < p->work.at + p->work.count && listed->space == w->space &&
-                   listed->address == *end && *end % STEP);
+            if (!copies)
+                *end = dense_end(p, listed, *end);
+            if (*end == listed->address)
+                do
+                    *end += CHUNK;
+                while (++listed < p->work.at + p->work.count && listed->space == w->space &&
+                       listed->address == *end && *end % STEP);
             *end = *end < until ? *end : until;
             return 0;
         }
@@ -63,7 +80,7 @@ static int next_part(const snap_pump *p, const snap_window *w, uint64_t at, uint
 }
 
 /* The next slice that has to be looked at; *found: false at the end of the round. */
-static int next_slice(snap_pump *p, slice *s, bool *found)
+static int next_slice(snap_pump *p, slice *s, bool copies, bool *found)
 {
     *found = false;
     for (;;) {
@@ -74,7 +91,7 @@ static int next_slice(snap_pump *p, slice *s, bool *found)
             return 0;
         s->w = p->windows.at[p->by_start[k]].is;
         s->start = s->w.start > p->cursor ? s->w.start : p->cursor;
-        int r = next_part(p, &s->w, s->start, &s->start, &s->end);
+        int r = next_part(p, &s->w, s->start, copies, &s->start, &s->end);
         if (r)
             return r;
         if (s->start == s->w.end) {
@@ -446,7 +463,7 @@ int ahead_slice(snap_pump *p, bool copies)
 {
     slice s;
     bool found;
-    int r = next_slice(p, &s, &found);
+    int r = next_slice(p, &s, copies, &found);
     if (r)
         return r;
     if (!found)

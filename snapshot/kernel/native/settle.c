@@ -9,6 +9,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Listed chunks of a block: to look at so many and to arm them one by one takes as long as all of them. */
+#ifdef SNAP_DENSE /* tests are small */
+#define DENSE SNAP_DENSE
+#else
+#define DENSE (BLOCK_CHUNKS / 8 * 5)
+#endif
 #define GAP CHUNK /* between two chunks that are armed in one call: to pass over more costs more than a call */
 
 /* ---- what has to be looked at ------------------------------------------------------------------- */
@@ -105,6 +111,26 @@ static int look_at_gaps(snap_pump *p, const snap_window *w, seen *found)
     return r;
 }
 
+/* Where many chunks are listed, with all others that are known: their block is looked at in one call, and
+ * armed in one. */
+static int list_dense(snap_pump *p)
+{
+    size_t count = p->listed.count;
+    sort_listed(p);
+    for (size_t i = 0, n; i < count; i += n) {
+        const place first = p->listed.at[i];
+        uint64_t start = first.address & ~(BLOCK - 1);
+        n = 1;
+        while (i + n < count && p->listed.at[i + n].space == first.space &&
+               p->listed.at[i + n].address - start < BLOCK)
+            n++;
+        int r = n < DENSE || first.space >= OBJECT_SPACE ? 0 : list_known(p, first.space, start, start + BLOCK);
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
 /* How many listed chunks lie behind one another from the i-th of `count` on, all in one block. */
 static size_t run_of_listed(const snap_pump *p, size_t i, size_t count)
 {
@@ -145,6 +171,8 @@ static int look(snap_pump *p, seen *found)
         r = p->looked ? written_touched(p) : written_look(p);
     if (!r)
         r = list_gaps(p);
+    if (!r && !p->passes)
+        r = list_dense(p);
     if (r)
         return r;
     sort_listed(p);
