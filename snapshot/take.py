@@ -326,6 +326,11 @@ def _pause(
             ahead.plan(table.needed, table.problems)
             faults.point("held")
         with clock.stage("settle"):
+
+            def meanwhile() -> None:
+                table.ask()
+                gathered.complete()
+
             direct_io = ahead.direct_io or table.direct_io
             cover = not procfs.mergeable(job.pid)
             unsaved = pump.settle(
@@ -333,7 +338,7 @@ def _pause(
                 copies=not direct_io,
                 cover=cover,
                 touched=gathered.states.rseq_addresses,
-                meanwhile=table.ask,
+                meanwhile=meanwhile,
             )
         taken_at = time.time()
         faults.point("settled")

@@ -53,6 +53,13 @@ class Gathered:
     questions: Questions
     replies: Callable[[int], Answers]
     """Of the thread at this place of `facts.status_texts`, which begin with the leader."""
+    tids: Sequence[int]
+    files: Open | None
+
+    def complete(self) -> None:
+        """With a preparation: the rest of /proc, any time before the target runs on."""
+        if self.files is not None:
+            self.facts.renew(Facts.read(self.facts.pid, self.tids, self.files))
 
     def threads(self) -> tuple[Thread, ...]:
         """The leader first."""
@@ -183,11 +190,13 @@ def _about(facts: Facts) -> tuple[object, ...]:
 
 
 def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
-    """In the pause: reads /proc, asks every thread by one injected batch each, decodes nothing."""
+    """In the pause: asks every thread by one injected batch each, decodes nothing. If it was
+    prepared, `complete` has to follow."""
     leader = frozen.threads[0]
     states = frozen.states(prepared.states if prepared else None)
     tids = [tracee.tid for tracee in frozen.threads]
-    facts = Facts.read(frozen.pid, tids, prepared.files if prepared else None)
+    files = prepared.files if prepared else None
+    facts = Facts.first(frozen.pid, files) if files else Facts.read(frozen.pid, tids)
     thread_pending = {one.tid: one.pending(shared=False) for one in states.signalled}
     process_pending = leader.pending(shared=True)
     registers = frozen.restarting()
@@ -201,6 +210,8 @@ def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
         thread_pending=thread_pending,
         questions=questions,
         replies=replies,
+        tids=tids,
+        files=files,
     )
 
 

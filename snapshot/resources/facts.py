@@ -70,20 +70,23 @@ class Open(Closing):
         """The threads."""
         return self._threads
 
-    def read(self, tids: Sequence[int]) -> tuple[dict[str, bytes], dict[int, bytes]] | None:
+    def read(
+        self, tids: Sequence[int], names: Collection[str] = _NAMES
+    ) -> tuple[dict[str, bytes], dict[int, bytes]] | None:
         """Texts by name, and statuses by tid: of those threads that were there then. None: it did
         not work, the files have to be read one by one."""
         known = [tid for tid in tids if tid in self._threads]
-        fds = [*self._files.values(), *(self._threads[tid] for tid in known)]
+        files = {name: fd for name, fd in self._files.items() if name in names}
+        fds = [*files.values(), *(self._threads[tid] for tid in known)]
         ends = ffi.new("int64_t[]", len(fds))
         room = ffi.from_buffer("char[]", self._room)
         if lib.snap_read_files(fds, len(fds), room, len(self._room), ends) < 0 or min(ends) < 0:
             return None
         marks = [0, *ends]
         texts = [bytes(self._room[marks[i] : marks[i + 1]]) for i in range(len(fds))]
-        count = len(self._files)
+        count = len(files)
         return (
-            dict(zip(self._files, texts, strict=False)),
+            dict(zip(files, texts, strict=False)),
             dict(zip(known, texts[count:], strict=True)),
         )
 
@@ -100,17 +103,28 @@ class Facts:
 
     pid: int
     status_texts: dict[int, bytes]  # /proc/PID/task/TID/status by tid
-    stat_text: bytes
     timers_text: bytes
-    limits_text: bytes
-    personality_text: bytes
-    oom_score_adj_text: bytes
-    coredump_filter_text: bytes  # empty: a kernel that has none
-    auxv: bytes
-    cmdline: tuple[bytes, ...]
-    exe: bytes
-    cwd: bytes
-    root: bytes
+    stat_text: bytes = b""
+    limits_text: bytes = b""
+    personality_text: bytes = b""
+    oom_score_adj_text: bytes = b""
+    coredump_filter_text: bytes = b""  # empty: a kernel that has none
+    auxv: bytes = b""
+    cmdline: tuple[bytes, ...] = ()
+    exe: bytes = b""
+    cwd: bytes = b""
+    root: bytes = b""
+
+    @classmethod
+    def first(cls, pid: int, files: Open) -> Facts:
+        """What has to be known before the threads are asked; the rest is to be read before the
+        target runs on, and to take the place of these (`renew`)."""
+        found = files.read([pid], ["timers"])
+        if found is None:
+            return cls.read(pid, [pid])
+        texts, statuses = found
+        status = statuses.get(pid) or procfs.read(pid, "status", pid)
+        return cls(pid, {pid: status}, texts.get("timers", b""))
 
     @classmethod
     def read(cls, pid: int, tids: Sequence[int], files: Open | None = None) -> Facts:
