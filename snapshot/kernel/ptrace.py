@@ -395,8 +395,8 @@ class States:
         numbers = ffi.new("int[]", [tracee.tid for tracee in tracees])
         areas = ffi.from_buffer(self._room.areas)
         raw = self._room.raw
-        self._pending = lib.snap_get_states(numbers, count, raw, areas, arch.XSTATE_MAX)
-        for i in range(count) if self._pending < 0 else ():
+        failed = lib.snap_get_states(numbers, count, raw, areas, arch.XSTATE_MAX)
+        for i in range(count) if failed else ():
             self._check(i)
 
     def _check(self, i: int) -> None:
@@ -405,13 +405,6 @@ class States:
             self._tracees[i].registers()  # raises, with the reason
         elif failed:
             fail(self._tracees[i].tid, ffi.string(self._room.raw[i].request).decode(), -failed)
-
-    @property
-    def signalled(self) -> list[Tracee]:
-        """Those that have signals queued for them."""
-        if not self._pending:
-            return []
-        return [one for i, one in enumerate(self._tracees) if self._room.raw[i].pending]
 
     @property
     def rseq_addresses(self) -> list[int]:

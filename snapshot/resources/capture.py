@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,8 +20,9 @@ from .registry import PROCESS_MODULES, THREAD_MODULES
 
 if TYPE_CHECKING:
     from ..freeze import Frozen
-    from ..kernel.ptrace import State, States
+    from ..kernel.ptrace import State, States, Tracee
 
+_NONE_PENDING = b"\nSigPnd:\t0000000000000000\n"
 FEW_MORE = 8
 """Threads that there may be at T0, and were not a moment before."""
 
@@ -47,19 +48,26 @@ class Gathered:
     states: States
     registers: dict[int, bytes]
     """By tid, where they are not those of `states`."""
-    pending: Sequence[bytes]
-    thread_pending: dict[int, list[bytes]]
-    """By tid, where there are any."""
     questions: Questions
     replies: Callable[[int], Answers]
     """Of the thread at this place of `facts.status_texts`, which begin with the leader."""
-    tids: Sequence[int]
+    tracees: Sequence[Tracee]
     files: Open | None
+    pending: list[bytes] = field(default_factory=list)
+    thread_pending: dict[int, list[bytes]] = field(default_factory=dict)
+    """By tid, where there are any."""
 
     def complete(self) -> None:
-        """With a preparation: the rest of /proc, any time before the target runs on."""
-        if self.files is not None:
-            self.facts.renew(Facts.read(self.facts.pid, self.tids, self.files))
+        """The rest of /proc, and which signals wait: any time before the target runs on. The
+        queues come after the sets of `status`: what is in a set is in its queue by then, and the
+        set is believed where the queue has lost it."""
+        facts = self.facts
+        tids = [tracee.tid for tracee in self.tracees]
+        facts.renew(Facts.read(facts.pid, tids, self.files))
+        self.pending[:] = self.tracees[0].pending(shared=True)
+        for tracee in self.tracees:
+            if _NONE_PENDING not in facts.status_texts[tracee.tid]:
+                self.thread_pending[tracee.tid] = tracee.pending(shared=False)
 
     def threads(self) -> tuple[Thread, ...]:
         """The leader first."""
@@ -190,15 +198,11 @@ def _about(facts: Facts) -> tuple[object, ...]:
 
 
 def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
-    """In the pause: asks every thread by one injected batch each, decodes nothing. If it was
-    prepared, `complete` has to follow."""
-    leader = frozen.threads[0]
+    """In the pause: asks every thread by one injected batch each, decodes nothing. Then comes
+    `complete`."""
     states = frozen.states(prepared.states if prepared else None)
-    tids = [tracee.tid for tracee in frozen.threads]
     files = prepared.files if prepared else None
-    facts = Facts.first(frozen.pid, files) if files else Facts.read(frozen.pid, tids)
-    thread_pending = {one.tid: one.pending(shared=False) for one in states.signalled}
-    process_pending = leader.pending(shared=True)
+    facts = Facts.first(frozen.pid, files)
     registers = frozen.restarting()
     questions, replies = _asked(frozen, facts, prepared)
     return Gathered(
@@ -206,11 +210,9 @@ def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
         stopped=frozen.group_stopped,
         states=states,
         registers=registers,
-        pending=process_pending,
-        thread_pending=thread_pending,
         questions=questions,
         replies=replies,
-        tids=tids,
+        tracees=frozen.threads,
         files=files,
     )
 
@@ -260,4 +262,6 @@ def capture_process(
     descriptors: tuple[Descriptor, ...] = (),
 ) -> Process:
     """`gather` and `Gathered.process` in one: simpler, and more of it in the pause."""
-    return gather(frozen).process(index, mappings=mappings, files=files, descriptors=descriptors)
+    gathered = gather(frozen)
+    gathered.complete()
+    return gathered.process(index, mappings=mappings, files=files, descriptors=descriptors)

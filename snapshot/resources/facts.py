@@ -116,10 +116,10 @@ class Facts:
     root: bytes = b""
 
     @classmethod
-    def first(cls, pid: int, files: Open) -> Facts:
+    def first(cls, pid: int, files: Open | None = None) -> Facts:
         """What has to be known before the threads are asked; the rest is to be read before the
         target runs on, and to take the place of these (`renew`)."""
-        found = files.read([pid], ["timers"])
+        found = files.read([pid], ["timers"]) if files is not None else None
         if found is None:
             return cls.read(pid, [pid])
         texts, statuses = found

@@ -4,6 +4,7 @@ process, compared by what both report with their own system calls.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import struct
@@ -34,6 +35,8 @@ pytestmark = [
     pytest.mark.live,
     pytest.mark.skipif(os.geteuid() != 0, reason="changes users, limits, priorities: run as root"),
 ]
+
+SI_QUEUE = -1
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +277,24 @@ def test_unprivileged(program: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+def test_a_signal_that_comes_in_the_pause_has_its_value(program: Path, tmp_path: Path) -> None:
+    """Whenever it comes: what waits is in the image as it was sent, or not at all."""
+    libc = ctypes.CDLL(None)
+    info = struct.pack("<iiiiIIq", signal.SIGURG, 0, SI_QUEUE, 0, os.getpid(), 0, 42)
+    with running(program, "blank", tmp_path) as victim, freeze(victim.pid) as frozen:
+        gathered = gather(frozen)
+        # Ignored, but a traced process has it queued.
+        libc.syscall(NR.rt_sigqueueinfo, victim.pid, signal.SIGURG, info.ljust(128, b"\0"))
+        thread = frozen.threads[0].tid
+        libc.syscall(
+            *(NR.rt_tgsigqueueinfo, victim.pid, thread, signal.SIGURG), info.ljust(128, b"\0")
+        )
+        gathered.complete()
+    process = gathered.process(0, mappings=())
+    for queue in (process.pending, process.threads[0].pending):
+        assert [one[: len(info)] for one in queue] == [info]
+
+
 def test_many_pending_signals(program: Path, tmp_path: Path) -> None:
     """More than fit in one round of injected calls."""
     with running(program, "state", tmp_path) as victim:
@@ -348,6 +369,7 @@ def test_seccomp_is_said_and_not_met(program: Path, tmp_path: Path) -> None:
         assert "WITHOUT" in warning
         with freeze(confined.pid) as frozen:
             gathered = gather(frozen)
+            gathered.complete()
         assert gathered.warnings() == [warning]
         answer, _ = confined.communicate("\n", timeout=30)
         assert answer == "alive\n"

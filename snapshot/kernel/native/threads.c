@@ -220,7 +220,6 @@ void snap_get_rseq_all(const int *tids, int count, uint64_t *addresses)
 
 static int get_state(int tid, snap_thread_state *s, unsigned char *area, uint64_t size)
 {
-    unsigned char info[128];
     int r;
     s->request = "PTRACE_GETREGSET NT_PRSTATUS";
     if ((r = snap_get_registers(tid, s->registers, sizeof s->registers)) < 0)
@@ -231,9 +230,6 @@ static int get_state(int tid, snap_thread_state *s, unsigned char *area, uint64_
     s->request = "PTRACE_GETSIGMASK";
     if ((r = snap_get_signal_mask(tid, &s->signal_mask)) < 0)
         return r;
-    s->request = "PTRACE_PEEKSIGINFO";
-    if ((s->pending = snap_peek_signals(tid, 0, 0, info, 1)) < 0)
-        return s->pending;
     s->request = "PTRACE_GET_RSEQ_CONFIGURATION";
     if ((r = snap_get_rseq(tid, &s->rseq)) < 0 && r != -EOPNOTSUPP)
         return r;
@@ -245,12 +241,11 @@ static int get_state(int tid, snap_thread_state *s, unsigned char *area, uint64_
 
 int snap_get_states(const int *tids, int count, snap_thread_state *states, unsigned char *areas, uint64_t area)
 {
-    int well = 1, pending = 0;
+    int failed = 0;
     for (int i = 0; i < count; i++) {
         states[i] = (snap_thread_state){0};
         states[i].failed = get_state(tids[i], &states[i], areas + (uint64_t)i * area, area);
-        well = well && !states[i].failed;
-        pending += states[i].pending > 0;
+        failed += states[i].failed != 0;
     }
-    return well ? pending : -1;
+    return failed;
 }

@@ -47,13 +47,11 @@ typedef struct {
     snap_rseq rseq;               /* address 0: none */
     uint64_t critical_section;    /* of it: rseq_cs */
     int64_t xstate;               /* bytes of the XSAVE area */
-    int32_t pending;              /* whether signals are queued for the thread */
     int32_t failed;               /* -errno, and `request` failed with it; 0 */
     const char *request;
 } snap_thread_state;
 
-/* Of stopped threads: states[i], and the XSAVE area at areas + i * area. -> how many have signals
-   queued for them, -1: not all went well. */
+/* Of stopped threads: states[i], and the XSAVE area at areas + i * area. -> of how many that failed. */
 int snap_get_states(const int *tids, int count, snap_thread_state *states, unsigned char *areas, uint64_t area);
 
 #endif
