@@ -11,6 +11,7 @@ act only as long as the new table has no keeper.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -84,10 +85,10 @@ def successor(journal: Any, generation: int) -> int:
     """A pidfd of the caller's own of a process that acts when the server ends: of the guardian, of
     a keeper, or of a keeper made here when there is neither. KernelError: none can be made."""
     while True:
-        with suppress(ProcessLookupError):
-            guardian = os.pidfd_open(journal.lead)
-            if pageserver.alive(guardian):
-                return guardian
+        guardian = _open(journal.lead)
+        if pageserver.alive(guardian):
+            return guardian
+        if guardian >= 0:
             os.close(guardian)
         newest = journal.keeper
         if pageserver.alive(newest):
@@ -106,9 +107,20 @@ def end(pidfd: int) -> None:
 def _await_end(journal: Any, pid: int) -> None:
     """Until the process with the lead has ended, or another has the lead. A keeper beside which
     there is a newer one is not needed as soon as the guardian has had the time to notice that."""
-    with suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(pid)
-        while journal.lead == pid and not pageserver.await_any(pidfd, seconds=SUPERFLUOUS_SECONDS):
-            if journal.newest != os.getpid():
-                os._exit(0)
+    pidfd = _open(pid)
+    while journal.lead == pid and not pageserver.await_any(pidfd, seconds=SUPERFLUOUS_SECONDS):
+        if journal.newest != os.getpid():
+            os._exit(0)
+    if pidfd >= 0:
         os.close(pidfd)
+
+
+def _open(pid: int) -> int:
+    """A pidfd; -1: there is no such process any more, and its number may be a thread's by now,
+    which the kernel calls ENOENT (EINVAL before Linux 6.16)."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
+            return -1
+        raise

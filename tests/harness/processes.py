@@ -125,7 +125,7 @@ def kill(pid: int, seconds: float = 20.0) -> None:
     """SIGKILL and wait until nothing of the process is left (its pid can be used again)."""
     try:
         handle = os.pidfd_open(pid)
-    except ProcessLookupError:
+    except (ProcessLookupError, FileNotFoundError):  # gone, its number perhaps a thread's by now
         return
     try:
         with suppress(ProcessLookupError):
