@@ -11,7 +11,6 @@ act only as long as the new table has no keeper.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import time
@@ -21,6 +20,7 @@ from typing import Any, NoReturn
 
 from . import pageserver
 from .errors import KernelError
+from .kernel import pidfd as pidfds
 from .kernel.spawn import twin
 
 SUPERFLUOUS_SECONDS = 1.0
@@ -85,7 +85,7 @@ def successor(journal: Any, generation: int) -> int:
     """A pidfd of the caller's own of a process that acts when the server ends: of the guardian, of
     a keeper, or of a keeper made here when there is neither. KernelError: none can be made."""
     while True:
-        guardian = _open(journal.lead)
+        guardian = pidfds.find(journal.lead)
         if pageserver.alive(guardian):
             return guardian
         if guardian >= 0:
@@ -107,20 +107,9 @@ def end(pidfd: int) -> None:
 def _await_end(journal: Any, pid: int) -> None:
     """Until the process with the lead has ended, or another has the lead. A keeper beside which
     there is a newer one is not needed as soon as the guardian has had the time to notice that."""
-    pidfd = _open(pid)
+    pidfd = pidfds.find(pid)
     while journal.lead == pid and not pageserver.await_any(pidfd, seconds=SUPERFLUOUS_SECONDS):
         if journal.newest != os.getpid():
             os._exit(0)
     if pidfd >= 0:
         os.close(pidfd)
-
-
-def _open(pid: int) -> int:
-    """A pidfd; -1: there is no such process any more, and its number may be a thread's by now,
-    which the kernel calls ENOENT (EINVAL before Linux 6.16)."""
-    try:
-        return os.pidfd_open(pid)
-    except OSError as error:
-        if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
-            return -1
-        raise

@@ -20,6 +20,7 @@ from bench.commands import Failed, Ran, Snap
 from bench.figures import Part, Plot, Row, Rows, Table, distribution, number, size, spread
 from bench.pages import Felt, Pages
 from bench.session import OURS, Bench, in_turn, taken
+from snapshot.kernel import pidfd
 
 CASE = "restore"
 TOUCHES = 2000
@@ -120,9 +121,8 @@ def _runs_at(felt: Felt, ran: Ran) -> int:
 def _drained(ran: Ran) -> int:
     """When the page server had nothing left to do, and ended; of a small process that may have
     been before the command's own end, and counts until then."""
-    try:
-        handle = os.pidfd_open(ran.answer["server_pid"])
-    except ProcessLookupError:
+    handle = pidfd.find(ran.answer["server_pid"])
+    if handle < 0:
         return ran.ended
     try:
         if not select.select([handle], [], [], STEADY_SECONDS)[0]:

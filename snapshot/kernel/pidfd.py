@@ -18,13 +18,22 @@ from .errnames import error_name
 
 def open(pid: int) -> int:
     """A pidfd of the process (close-on-exec). TargetError when there is no such process."""
+    found = find(pid)
+    if found < 0:
+        raise TargetError(f"no process {pid}", f"ps -p {pid}")
+    return found
+
+
+def find(pid: int) -> int:
+    """The same; -1 when there is no such process. Its number may be a thread's by now, which the
+    kernel calls ENOENT (EINVAL before Linux 6.16)."""
     try:
         return os.pidfd_open(pid)
-    except ProcessLookupError:
-        raise TargetError(f"no process {pid}", f"ps -p {pid}") from None
     except OSError as error:
+        if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
+            return -1
         message = f"pidfd_open of process {pid}: {error_name(error.errno or 0)}"
-        raise KernelError(message, f"ps -L -p {pid}") from None
+        raise KernelError(message, f"ps -p {pid}") from None
 
 
 def getfd(pidfd: int, fd: int) -> int:

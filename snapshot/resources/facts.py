@@ -120,9 +120,7 @@ class Facts:
         """What has to be known before the threads are asked; the rest is to be read before the
         target runs on, and to take the place of these (`renew`)."""
         found = files.read([pid], ["timers"]) if files is not None else None
-        if found is None:
-            return cls.read(pid, [pid])
-        texts, statuses = found
+        texts, statuses = found or ({"timers": _optional(pid, "timers")}, {})
         status = statuses.get(pid) or procfs.read(pid, "status", pid)
         return cls(pid, {pid: status}, texts.get("timers", b""))
 

@@ -16,7 +16,7 @@ from snapshot.units import MIB, PAGE
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: sudo pytest tests/kernel")
 
-HEAD, TAIL = 1 << 15, 1 << 16  # KPF_COMPOUND_*: Documentation/admin-guide/mm/pagemap.rst
+TAIL = 1 << 16  # KPF_COMPOUND_TAIL: Documentation/admin-guide/mm/pagemap.rst
 FRAME = (1 << 55) - 1
 SIZE = 8 * MIB
 VALUE = bytes(7 * PAGE)

@@ -64,6 +64,15 @@ def test_a_borrowed_descriptor_shares_the_file() -> None:
         os.close(handle)
 
 
+def test_a_thread_is_no_process() -> None:
+    with child("import threading; threading.Thread(target=sys.stdin.read).start()") as process:
+        threads = {int(name) for name in os.listdir(f"/proc/{process.pid}/task")}
+        (thread,) = threads - {process.pid}
+        assert pidfd.find(thread) == -1
+        with pytest.raises(TargetError, match=str(thread)):
+            pidfd.open(thread)
+
+
 def test_a_process_that_is_not_there() -> None:
     with child("") as process:
         pid = process.pid

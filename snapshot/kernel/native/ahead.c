@@ -11,7 +11,7 @@
 #include <string.h>
 
 #define SLICE_CHUNKS (STEP / CHUNK + 1)
-#define DENSE 6 /* chunks of a step: to protect so many one by one takes as long as all of them */
+#define DENSE_STEP 6 /* chunks of a step: to protect so many one by one takes as long as all of them */
 #define MOST_TRIES 50 /* to protect a slice while events keep the kernel from it */
 
 /* ---- rounds ----------------------------------------------------------------------------------- */
@@ -40,7 +40,7 @@ static uint64_t dense_end(const snap_pump *p, const place *first, uint64_t end)
     uint64_t step = (first->address & ~(STEP - 1)) + STEP;
     while (next < stop && next->space == first->space && next->address < step)
         next++;
-    return next - first >= DENSE ? next[-1].address + CHUNK : end;
+    return next - first >= DENSE_STEP ? next[-1].address + CHUNK : end;
 }
 
 /* Where the next slice of w in [at, w->end) is; *end is w->end when there is none. What is covered is
@@ -51,18 +51,17 @@ static int next_part(const snap_pump *p, const snap_window *w, uint64_t at, bool
 {
     for (uint64_t until; at < w->end; at = until) {
         if (is_covered(p, w, at, &until)) {
-            const place *listed = work_from(p, w->space, at & ~(CHUNK - 1));
+            const place *first = work_from(p, w->space, at & ~(CHUNK - 1)), *listed = first;
             if (!listed || listed->address >= until)
                 continue;
             *start = listed->address > at ? listed->address : at;
             *end = listed->address;
+            do
+                *end += CHUNK;
+            while (++listed < p->work.at + p->work.count && listed->space == w->space &&
+                   listed->address == *end && *end % STEP);
             if (!copies)
-                *end = dense_end(p, listed, *end);
-            if (*end == listed->address)
-                do
-                    *end += CHUNK;
-                while (++listed < p->work.at + p->work.count && listed->space == w->space &&
-                       listed->address == *end && *end % STEP);
+                *end = dense_end(p, first, *end);
             *end = *end < until ? *end : until;
             return 0;
         }

@@ -10,10 +10,10 @@
 #include <string.h>
 
 /* Listed chunks of a block: to look at so many and to arm them one by one takes as long as all of them. */
-#ifdef SNAP_DENSE /* tests are small */
-#define DENSE SNAP_DENSE
+#ifdef SNAP_DENSE_BLOCK /* tests are small */
+#define DENSE_BLOCK SNAP_DENSE_BLOCK
 #else
-#define DENSE (BLOCK_CHUNKS / 8 * 5)
+#define DENSE_BLOCK (BLOCK_CHUNKS / 8 * 5)
 #endif
 #define GAP CHUNK /* between two chunks that are armed in one call: to pass over more costs more than a call */
 
@@ -124,7 +124,7 @@ static int list_dense(snap_pump *p)
         while (i + n < count && p->listed.at[i + n].space == first.space &&
                p->listed.at[i + n].address - start < BLOCK)
             n++;
-        int r = n < DENSE || first.space >= OBJECT_SPACE ? 0 : list_known(p, first.space, start, start + BLOCK);
+        int r = n < DENSE_BLOCK || first.space >= OBJECT_SPACE ? 0 : list_known(p, first.space, start, start + BLOCK);
         if (r)
             return r;
     }
