@@ -52,15 +52,22 @@ def free_place(process: Process, tid: int, size: int) -> int:
     lines = parse_maps(procfs.read(tid, "maps"))
     taken = [(line.start, line.end) for line in lines]
     taken += [(mapping.start, mapping.end) for mapping in process.mappings]
+    found = gap(taken, size)
+    if not found:
+        raise RestoreError("the image has no room for a scratch page", "snap show IMAGE")
+    return found
+
+
+def gap(taken: Iterable[tuple[int, int]], size: int) -> int:
+    """The lowest address at which `size` bytes lie outside all [start, end) of `taken`, a page free
+    on both sides; 0: there is none."""
     at = _STUB_BELOW
     for start, end in sorted(taken):
         if start >= at + size + 2 * PAGE:
             break
         # A stack may grow down into what is free below it: keep away from the end of a gap.
         at = max(at, align_up(end, PAGE))
-    if at + size + 2 * PAGE > HIGHEST:
-        raise RestoreError("the image has no room for a scratch page", "snap show IMAGE")
-    return at + PAGE
+    return at + PAGE if at + size + 2 * PAGE <= HIGHEST else 0
 
 
 def clear(remote: Remote) -> None:

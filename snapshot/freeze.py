@@ -22,7 +22,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NoReturn
 
@@ -85,7 +85,12 @@ class Frozen:
     """A stopped process: the threads with the leader first, and calls inside it."""
 
     def __init__(
-        self, pid: int, pidfd: int, earlier: Frozen | None = None, room: Room | None = None
+        self,
+        pid: int,
+        pidfd: int,
+        earlier: Frozen | None = None,
+        room: Room | None = None,
+        scratch: int = 0,
     ) -> None:
         self.pid = pid
         self.pidfd = pidfd
@@ -108,8 +113,8 @@ class Frozen:
         own number."""
         self._restarting: list[Tracee] = []
         """In restart_syscall, or about to make it."""
-        self.scratch: int = earlier.scratch if earlier is not None else 0
-        """Where it was at its last use, and in it:"""
+        self.scratch: int = earlier.scratch if earlier is not None else scratch
+        """Where it was at its last use, or may be, and in it:"""
         self.data: tuple[int, int] = earlier.data if earlier is not None else (0, 0)
         """Where answers go: address and size."""
         self._owner = threading.get_native_id()
@@ -133,11 +138,13 @@ class Frozen:
         thread reports the signal that stopped it then (ptrace(2), group-stop)."""
         return (self.threads[0].stop >> 8 & 0xFF) in _STOPPING
 
-    def interview(self, first: Packed, others: Packed, status_text: bytes) -> Interview | None:
-        """What the leader and the other threads answer, in one go, with the scratch where it was
-        the last time. None: they have to be asked step by step."""
+    def interview(
+        self, first: Packed, others: Packed, tracees: Sequence[Tracee], status_text: bytes
+    ) -> Interview | None:
+        """What the leader and others of these threads answer, in one go, with the scratch where it
+        was the last time. None: they have to be asked step by step."""
         remote = self._remote = Remote(self.threads[0], room=self._room)
-        found = remote.interview(self.scratch, first, others, self.threads[1:], status_text)
+        found = remote.interview(self.scratch, first, others, tracees[1:], status_text)
         self._remote = None
         return found
 
@@ -329,6 +336,7 @@ def freeze(
     timeout: float = STOP_TIMEOUT,
     earlier: Frozen | None = None,
     room: Room | None = None,
+    scratch: int = 0,
 ) -> Iterator[Frozen]:
     """Stops every thread of a process for the length of a `with` block.
 
@@ -336,7 +344,8 @@ def freeze(
     own again, and all run on (or stay stopped, if somebody had sent SIGSTOP).
 
     `earlier`: a freeze of the same process that is over; see `Frozen.registers`. `room`: of it,
-    found while it ran (kernel/room.py), if that is known.
+    found while it ran (kernel/room.py), if that is known; `scratch`: an address at which nothing
+    was mapped then.
 
     TargetError: no such process, a zombie, a kernel thread, traced already, or it ended meanwhile.
     DeniedError: no permission. LateError: a thread (named) did not stop within `timeout` seconds:
@@ -346,7 +355,7 @@ def freeze(
         pidfd = os.pidfd_open(pid)
     except OSError as error:
         refusal.refused(pid, error.errno or errno.ESRCH)
-    frozen = Frozen(pid, pidfd, earlier, room)
+    frozen = Frozen(pid, pidfd, earlier, room, scratch)
     began = 0
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
     hurry = ExitStack()

@@ -13,12 +13,13 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from . import examine, faults
+from .address_space import gap
 from .ahead import EVERYTHING, MOST_PASSED, REMAINDER, Ahead
 from .errors import TakeError
 from .freeze import RESTARTED, Frozen, freeze
@@ -30,7 +31,9 @@ from .kernel.background import Background
 from .kernel.exits import Exits
 from .kernel.ptrace import Tracee, rseq_addresses
 from .kernel.refusal import capable
+from .kernel.remote import SCRATCH_SIZE, data_area
 from .kernel.room import find_room
+from .kernel.task_iterator import TaskProgram
 from .kernel.watchdog import Watchdog
 from .manifest import Host, Manifest, Process, TakeStats
 from .pace import ANY, Pace
@@ -39,6 +42,7 @@ from .records import ProcessIdentity
 from .regions import Plan
 from .resources import descriptors, preflight
 from .resources.capture import Gathered, Preparation, gather
+from .resources.statement import Statement
 from .stats import Progress, ProgressCallback, Stopwatch
 from .store import Store, check_name
 from .tracer import Tracer
@@ -72,6 +76,7 @@ class _Take:
     stall: float
     pace: Pace
     writers: Writers
+    program: TaskProgram
     outrun: bool = False
     """Writers were let through, and were too fast."""
     clock: Stopwatch = field(default_factory=Stopwatch)
@@ -132,6 +137,7 @@ def take(
     """
     hooks = hooks or Hooks(installed=False)
     with ExitStack() as stack:
+        program = stack.enter_context(TaskProgram())  # loads while the rest is prepared
         if not isinstance(store, Store):
             store = Store.open(store, create=True)
             stack.callback(store.close)
@@ -142,7 +148,7 @@ def take(
         stack.callback(staging.close)
         if now and writers == "pass":
             raise ValueError("with `now` writers have to wait")
-        job = _Take(pid, name, store, staging, hooks, progress, now, stall, pace, writers)
+        job = _Take(pid, name, store, staging, hooks, progress, now, stall, pace, writers, program)
         with _reported(job):
             hooks.run("before-freeze", pid=pid, image=name)
             if guard == "never":
@@ -184,6 +190,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
     origin = procfs.stat(job.pid)
     identity = ProcessIdentity(procfs.boot_id(), job.pid, origin.start_ticks)
     background = Background()
+    scratch = gap([(one.start, one.end) for one in before.plan.mappings], SCRATCH_SIZE)
     with ExitStack() as stack:
         writer = stack.enter_context(job.store.begin(job.name, identity, background))
         watchdog = stack.enter_context(Watchdog(job.pid, job.stall))
@@ -204,12 +211,16 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
         passes = _passes(job, before.plan, copying)
         try:
             faults.point("begun")
-            with freeze(job.pid, room=find_room(Tracee(job.pid, 0))) as first:
+            statement = _statement(job, scratch, after_pump)
+            room = find_room(Tracee(job.pid, 0))
+            with freeze(job.pid, room=room, scratch=scratch) as first:
                 faults.point("first-stop")
                 protection = after_pump.enter_context(
                     WriteProtection.create(first, forks=shares, passes=passes)
                 )
                 faults.point("created")
+                if statement is not None:
+                    statement.make(first)
                 first.close_remote()
                 faults.point("clean")
                 ahead.touched = rseq_addresses(first.threads)
@@ -224,7 +235,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
             if copying:
                 ahead.copy(lambda: _report(job, pump, "copying ahead"), patient=guarded)
             most = MOST_PASSED if protection.passes else EVERYTHING if guarded else REMAINDER
-            instant = _instant(job, ahead, first, most, tracer)
+            instant = _instant(job, ahead, first, most, tracer, statement)
             faults.point("resumed")
             job.hooks.run("resumed", pid=job.pid, image=job.name)
             _await_saved(job, ahead)
@@ -267,14 +278,29 @@ def _passes(job: _Take, plan: Plan, copying: bool) -> bool:
     return False
 
 
-def _instant(job: _Take, ahead: Ahead, first: Frozen, most: int, tracer: Tracer) -> _Instant:
-    """`first` is the stop that made the userfaultfd."""
+def _statement(job: _Take, scratch: int, held: ExitStack) -> Statement | None:
+    """None: this kernel does not tell whether it holds."""
+    if job.program.error == 0:
+        with suppress(OSError):
+            return held.enter_context(Statement(job.pid, job.program, data_area(scratch)))
+    return None
+
+
+def _instant(
+    job: _Take,
+    ahead: Ahead,
+    first: Frozen,
+    most: int,
+    tracer: Tracer,
+    statement: Statement | None,
+) -> _Instant:
+    """`first` is the stop that made the userfaultfd, and `statement` was made in it."""
     pump = ahead.pump
     ahead.protect(lambda: _report(job, pump, "protecting"))
     pump.rest(GATE_SECONDS)
     most += len(ahead.touched) * PAGE
     clock = Stopwatch()
-    with Preparation(job.pid, first.data) as prepared:  # before what has to be the last
+    with Preparation(job.pid, first.data, statement) as prepared:  # before what has to be the last
         ahead.last_rounds(lambda: _report(job, pump, "protecting"))
         # A thread that goes on, also from one injected call to the next, would wait for its page.
         if not pump.passes:

@@ -126,6 +126,16 @@ class Interview(NamedTuple):
         return packed.decoded(results, answers, max(i - 1, 0))
 
 
+def _array_bytes(scratch_size: int) -> int:
+    return min(CAPACITY * CALL_BYTES, (scratch_size - PAGE) // 2)
+
+
+def data_area(scratch: int, scratch_size: int = SCRATCH_SIZE) -> tuple[int, int]:
+    """Address and size of what a scratch has for the caller."""
+    offset = PAGE + _array_bytes(scratch_size)
+    return scratch + offset, scratch_size - offset
+
+
 class Remote:
     """Calls made in one stopped thread, with a scratch that other threads can share (`on`). One
     scratch in a process at a time.
@@ -150,9 +160,8 @@ class Remote:
         self.timeout = timeout
         self.scratch = 0
         self.scratch_size = max(align_up(size, PAGE), 2 * PAGE)
-        array = min(CAPACITY * CALL_BYTES, (self.scratch_size - PAGE) // 2)
-        self.capacity = array // CALL_BYTES
-        self._data_offset = PAGE + array
+        self.capacity = _array_bytes(self.scratch_size) // CALL_BYTES
+        self._data_offset, _ = data_area(0, self.scratch_size)
         self._at: Any = None
         self._maker: Remote | None = None  # whose scratch it is, if not our own
         self._parked = ffi.new("snap_injection **")  # who would unmap it; shared with `on`

@@ -3,40 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from .. import manifest
 from ..kernel.closing import Closing
 from ..kernel.ptrace import StateRoom
-from ..kernel.remote import dispositions
+from ..kernel.task_iterator import TaskAnswers
 from ..manifest import Descriptor, Mapping, OpenFile, Process, Thread, pack
-from . import credentials, layout, pending, threads
+from . import credentials, pending
 from .facts import Facts, Open
-from .inquiry import Answer, Answers, Inquiry
-from .registry import PROCESS_MODULES, THREAD_MODULES
+from .inquiry import Answers
+from .questions import Questions, ThreadQuestions
 
 if TYPE_CHECKING:
     from ..freeze import Frozen
     from ..kernel.ptrace import State, States, Tracee
+    from .statement import Statement
 
 _NONE_PENDING = b"\nSigPnd:\t0000000000000000\n"
 FEW_MORE = 8
 """Threads that there may be at T0, and were not a moment before."""
 
 
-class _ThreadQuestions:
-    """What each thread is asked, and how its answers are read."""
+class Replies(NamedTuple):
+    """What a process and its threads have answered."""
 
-    def __init__(self, inquiry: Inquiry, facts: Facts) -> None:
-        self.inquiry = inquiry
-        self.own = threads.ask(inquiry, facts)
-        self.securebits = credentials.ask(inquiry, facts)
-        self.modules: list[tuple[str, Answer[Any]]] = [
-            (module.NAME, module.ask(inquiry, facts)) for module in THREAD_MODULES
-        ]
+    questions: Questions
+    process: Answers
+    thread: Callable[[int], tuple[ThreadQuestions, Answers]]
+    """Of the thread at this place of the list that begins with the leader."""
+    unlike: Callable[[int], bool]
+    """Whether that one's status may have more to say than the leader's."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,9 @@ class Gathered:
     states: States
     registers: dict[int, bytes]
     """By tid, where they are not those of `states`."""
-    questions: Questions
-    replies: Callable[[int], Answers]
-    """Of the thread at this place of `facts.status_texts`, which begin with the leader."""
+    replies: Replies
     tracees: Sequence[Tracee]
+    """In their order are `states` and `replies`."""
     files: Open | None
     pending: list[bytes] = field(default_factory=list)
     thread_pending: dict[int, list[bytes]] = field(default_factory=dict)
@@ -62,25 +62,29 @@ class Gathered:
         queues come after the sets of `status`: what is in a set is in its queue by then, and the
         set is believed where the queue has lost it."""
         facts = self.facts
-        tids = [tracee.tid for tracee in self.tracees]
+        every = facts.nested  # only there the number that a thread has for itself is told
+        leader, *others = self.tracees
+        some = [one for i, one in enumerate(others, 1) if every or self.replies.unlike(i)]
+        tids = [leader.tid, *(one.tid for one in some)]
         facts.renew(Facts.read(facts.pid, tids, self.files))
-        self.pending[:] = self.tracees[0].pending(shared=True)
-        for tracee in self.tracees:
+        self.pending[:] = leader.pending(shared=True)
+        for tracee in (leader, *some):
             if _NONE_PENDING not in facts.status_texts[tracee.tid]:
                 self.thread_pending[tracee.tid] = tracee.pending(shared=False)
 
     def threads(self) -> tuple[Thread, ...]:
         """The leader first."""
         known: dict[credentials.State, msgspec.Raw] = {}
-        both = zip(self.facts.status_texts, self.states.decode(), strict=True)
-        return tuple(self._thread(i, tid, state, known) for i, (tid, state) in enumerate(both))
+        both = zip(self.tracees, self.states.decode(), strict=True)
+        return tuple(self._thread(i, one.tid, state, known) for i, (one, state) in enumerate(both))
 
     def _thread(
         self, i: int, tid: int, held: State, known: dict[credentials.State, msgspec.Raw]
     ) -> Thread:
-        questions, answers = self.questions.of(i), self.replies(i)
+        questions, answers = self.replies.thread(i)
         own = questions.own(answers)
-        status = self.facts.statuses[tid]
+        told = self.facts.statuses.get(tid)
+        status = told or self.facts.status
         who = credentials.state(status, questions.securebits(answers))
         state = {name: pack(answer(answers)) for name, answer in questions.modules}
         state[credentials.NAME] = known.setdefault(who, pack(who))
@@ -94,7 +98,9 @@ class Gathered:
             robust_list=own.robust_list,
             clear_child_tid=own.clear_child_tid,
             rseq=_rseq(held),
-            pending=pending.complete(self.thread_pending.get(tid, ()), status.mask("SigPnd")),
+            pending=pending.complete(
+                self.thread_pending.get(tid, ()), told.mask("SigPnd") if told else 0
+            ),
             state=state,
         )
 
@@ -111,7 +117,7 @@ class Gathered:
         modules, by NAME."""
         facts, status = self.facts, self.facts.status
         all_threads = self.threads()
-        answers, questions = self.replies(0), self.questions
+        answers, questions = self.replies.process, self.replies.questions
         own = {name: pack(answer(answers)) for name, answer in questions.modules}
         return Process(
             index=index,
@@ -147,96 +153,96 @@ class Gathered:
         return sorted(text for text in found if text)
 
 
-class Questions:
-    """What a process is asked in the pause: put into words before it, from facts of then."""
-
-    def __init__(self, facts: Facts, data: int, size: int) -> None:
-        """[data, data + size): where the answers go."""
-        self.facts = facts
-        self.place = (data, size)
-        self.about = _about(facts)
-        self.first = Inquiry(data, size)
-        self.layout = layout.ask(self.first, facts)
-        self.modules = [(module.NAME, module.ask(self.first, facts)) for module in PROCESS_MODULES]
-        self.leader = _ThreadQuestions(self.first, facts)
-        self.others = _ThreadQuestions(Inquiry(data, size), facts)
-        self.packed = self.first.packed(), self.others.inquiry.packed()
-
-    def of(self, i: int) -> _ThreadQuestions:
-        """Those for the i-th thread."""
-        return self.others if i else self.leader
-
-    def now(self, facts: Facts, data: int, size: int) -> Questions:
-        """As they have to be: these, if they are still right."""
-        if (data, size) != self.place or _about(facts) != self.about:
-            return Questions(facts, data, size)
-        self.facts.renew(facts)
-        return self
-
-
 class Preparation(Closing):
     """What `gather` can have ready before the pause, from the process as it runs. `place`: where
-    the answers will probably go."""
+    the answers will probably go. `statement`: what it has said at an earlier stop, if that was
+    possible."""
 
-    def __init__(self, pid: int, place: tuple[int, int]) -> None:
-        self.files = Open(pid)
-        try:
+    def __init__(
+        self, pid: int, place: tuple[int, int], statement: Statement | None = None
+    ) -> None:
+        self.statement = statement if statement is not None and statement.lasts() else None
+        self.outside: TaskAnswers | None = None
+        with ExitStack() as stack:
+            self.files = stack.enter_context(Open(pid))
+            most = len(self.files.tids) + FEW_MORE
+            self.states = StateRoom(most)
             # Of the others nothing is asked that depends on what they are, and they may end.
-            self.questions = Questions(Facts.read(pid, [pid], self.files), *place)
-            self.states = StateRoom(len(self.files.tids) + FEW_MORE)
-        except BaseException:
-            self.files.close()
-            raise
+            self.questions = (
+                statement.questions
+                if statement is not None
+                else Questions(Facts.read(pid, [pid], self.files), *place)
+            )
+            each = self.questions.packed[1]
+            if statement is not None and each is not None:
+                with suppress(OSError):
+                    made = TaskAnswers(statement.program, pid, most, each)
+                    self.outside = stack.enter_context(made)
+            self._held = stack.pop_all()
 
     def close(self) -> None:
-        self.files.close()
-
-
-def _about(facts: Facts) -> tuple[object, ...]:
-    """What decides which calls are made."""
-    return dispositions(facts.pid, True, facts.status_texts[facts.pid]), facts.timers_text
+        self._held.close()
 
 
 def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
-    """In the pause: asks every thread by one injected batch each, decodes nothing. Then comes
-    `complete`."""
+    """In the pause: reads or asks what every thread has, decodes nothing. Then comes `complete`."""
     states = frozen.states(prepared.states if prepared else None)
-    files = prepared.files if prepared else None
-    facts = Facts.first(frozen.pid, files)
     registers = frozen.restarting()
-    questions, replies = _asked(frozen, facts, prepared)
+    replies = _read(frozen, prepared) if prepared is not None else None
+    if replies is None:
+        replies = _ask(frozen, frozen.threads, prepared)
     return Gathered(
-        facts=questions.facts,
+        facts=replies.questions.facts,
         stopped=frozen.group_stopped,
         states=states,
         registers=registers,
-        questions=questions,
         replies=replies,
         tracees=frozen.threads,
-        files=files,
+        files=prepared.files if prepared else None,
     )
 
 
-def _asked(
-    frozen: Frozen, facts: Facts, prepared: Preparation | None
-) -> tuple[Questions, Callable[[int], Answers]]:
-    """What all threads answer: in one go, if where the answers will be is known."""
+def _read(frozen: Frozen, prepared: Preparation) -> Replies | None:
+    """What all would answer, from outside: nobody is asked, or the leader alone, when the process
+    itself has changed. None: all have to be."""
+    outside, each, statement = prepared.outside, prepared.questions.others, prepared.statement
+    tids = [tracee.tid for tracee in frozen.threads]
+    if outside is None or not outside.read(tids, prepared.questions.place[0]):
+        return None
+    if statement is not None and statement.answers is not None and statement.holds():
+        questions, answers = prepared.questions, statement.answers
+    else:
+        questions, answers, *_ = _ask(frozen, frozen.threads[:1], prepared)
+    return Replies(
+        questions, answers, lambda i: (each, Answers.single(*outside.of(i))), outside.unlike
+    )
+
+
+def _ask(frozen: Frozen, tracees: Sequence[Tracee], prepared: Preparation | None) -> Replies:
+    """What the threads (the leader, or all) answer, by one injected batch each: in one go, if where
+    the answers will be is known."""
+    facts = Facts.first(frozen.pid, prepared.files if prepared else None)
     status = facts.status_texts[frozen.pid]
     if prepared is not None:
         questions = prepared.questions.now(facts, *frozen.data)
         first, others = questions.packed
         if first is not None and others is not None:
-            found = frozen.interview(first, others, status)
+            found = frozen.interview(first, others, tracees, status)
             if found is not None:
-                return questions, lambda i: Answers.single(*found.of(i))
+                return _answered(questions, lambda i: Answers.single(*found.of(i)))
     remote = frozen.open_remote(status)
     place = (remote.data, remote.data_size)
     questions = prepared.questions.now(facts, *place) if prepared else Questions(facts, *place)
     replies = [
         questions.of(i).inquiry.run(remote.on(tracee) if i else remote)
-        for i, tracee in enumerate(frozen.threads)
+        for i, tracee in enumerate(tracees)
     ]
-    return questions, replies.__getitem__
+    return _answered(questions, replies.__getitem__)
+
+
+def _answered(questions: Questions, reply: Callable[[int], Answers]) -> Replies:
+    """The leader has been asked for the process as well."""
+    return Replies(questions, reply(0), lambda i: (questions.of(i), reply(i)), lambda _: True)
 
 
 def _rseq(state: State) -> manifest.Rseq | None:

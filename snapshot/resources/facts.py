@@ -39,15 +39,15 @@ _MOST = 400
 class Open(Closing):
     """The files of /proc/PID that Facts are read from, and of those threads that are there now."""
 
-    def __init__(self, pid: int) -> None:
-        """TargetError (gone) or DeniedError, as procfs.read."""
+    def __init__(self, pid: int, tids: Sequence[int] | None = None) -> None:
+        """`tids`: of these threads only. TargetError (gone) or DeniedError, as procfs.read."""
         self.pid = pid
         self._files: dict[str, int] = {}
         self._threads: dict[int, int] = {}
         try:
             for name in _NAMES:
                 self._open(name)
-            for tid in procfs.threads(pid)[:_MOST]:
+            for tid in (procfs.threads(pid) if tids is None else tids)[:_MOST]:
                 self._open_thread(tid)
             self._room = bytearray(_BYTES + _THREAD_BYTES * len(self._threads))
         except BaseException:
@@ -102,7 +102,7 @@ class Facts:
     """Texts of /proc/PID at T0."""
 
     pid: int
-    status_texts: dict[int, bytes]  # /proc/PID/task/TID/status by tid
+    status_texts: dict[int, bytes]  # /proc/PID/task/TID/status by tid, of those that were read
     timers_text: bytes
     stat_text: bytes = b""
     limits_text: bytes = b""
@@ -163,6 +163,11 @@ class Facts:
     @cached_property
     def statuses(self) -> dict[int, procfs.Status]:
         return {tid: procfs.Status(text) for tid, text in self.status_texts.items()}
+
+    @property
+    def nested(self) -> bool:
+        """Whether the process has numbers of its own, in a pid namespace that is not ours."""
+        return len(self.status.namespace_pids) > 1
 
     def inner(self, tid: int) -> int:
         """The id that a thread has for itself: in a pid namespace of its own it is another one

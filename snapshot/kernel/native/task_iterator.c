@@ -1,0 +1,297 @@
+#define _GNU_SOURCE
+#include "task_iterator.h"
+
+#include "btf_internal.h"
+
+#include <errno.h>
+#include <linux/bpf.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define BTF_PATH "/sys/kernel/btf/vmlinux"
+#define INITIAL_PID_NAMESPACE 0xEFFFFFFCu /* PROC_PID_INIT_INO, include/linux/proc_ns.h */
+#define MOST_STEPS 3
+#define MOST_INSTRUCTIONS 1024
+#define PIECE 256 /* bytes that go over the program's stack at once: that has 512 */
+#define POINTER (-8) /* where on it, relative to its top */
+#define BUFFER (POINTER - PIECE)
+/* The helpers are for GPL-compatible programs only; these few instructions may be had under it. */
+#define LICENSE_OF_PROGRAM "Dual BSD/GPL"
+
+typedef struct {
+    const char *structure, *member;
+} place;
+
+/* From the task along pointers, each a member of what the one before points to, to the last member;
+   `inside`: of that, which is a struct. */
+typedef struct {
+    uint32_t size;
+    place steps[MOST_STEPS], inside;
+} field;
+
+#define AT(bytes, ...) {.size = bytes, .steps = {__VA_ARGS__}}
+
+/* Each as long as in snap_task, in its order. */
+static const field of_thread[] = {
+    AT(8, {"task_struct", "sas_ss_sp"}),
+    AT(8, {"task_struct", "sas_ss_size"}),
+    AT(8, {"task_struct", "clear_child_tid"}),
+    AT(8, {"task_struct", "timer_slack_ns"}),
+    AT(8, {"task_struct", "thread_info"}), /* begins with its flags */
+    {.size = 8, .steps = {{"task_struct", "pending"}}, .inside = {"sigpending", "signal"}},
+    AT(8, {"task_struct", "real_cred"}),
+    AT(8, {"task_struct", "atomic_flags"}),
+    AT(4, {"task_struct", "pid"}),
+    AT(4, {"task_struct", "sas_ss_flags"}),
+    AT(4, {"task_struct", "personality"}),
+    AT(4, {"task_struct", "pdeath_signal"}),
+    AT(4, {"task_struct", "cred"}, {"cred", "securebits"}),
+    {.size = 4, .steps = {{"task_struct", "seccomp"}}, .inside = {"seccomp", "mode"}},
+    AT(16, {"task_struct", "comm"}),
+};
+
+static const field of_process[] = {
+    AT(8, {"task_struct", "mm"}, {"mm_struct", "brk"}),
+    AT(8, {"task_struct", "mm"}, {"mm_struct", "flags"}),
+    AT(8, {"task_struct", "signal"}, {"signal_struct", "it_real_incr"}),
+    AT(32, {"task_struct", "signal"}, {"signal_struct", "it"}),
+    AT(8, {"task_struct", "signal"}, {"signal_struct", "posix_timers"}),
+    AT(4, {"task_struct", "signal"}, {"signal_struct", "is_child_subreaper"}),
+    {.size = 4,
+     .steps = {{"task_struct", "signal"}, {"signal_struct", "real_timer"}},
+     .inside = {"hrtimer", "state"}},
+    AT(64 * 32, {"task_struct", "sighand"}, {"sighand_struct", "action"}),
+};
+
+typedef struct {
+    struct bpf_insn code[MOST_INSTRUCTIONS];
+    int count, failed;
+    uint32_t filled; /* bytes on the stack, of PIECE, that have not gone out */
+} program;
+
+static void emit(program *p, uint8_t code, uint8_t to, uint8_t from, int16_t offset, int32_t value)
+{
+    if (p->count == MOST_INSTRUCTIONS) {
+        p->failed = -E2BIG;
+        return;
+    }
+    p->code[p->count++] =
+        (struct bpf_insn){.code = code, .dst_reg = to, .src_reg = from, .off = offset, .imm = value};
+}
+
+static void move(program *p, uint8_t to, uint8_t from)
+{
+    emit(p, BPF_ALU64 | BPF_MOV | BPF_X, to, from, 0, 0);
+}
+
+static void set(program *p, uint8_t to, int32_t value)
+{
+    emit(p, BPF_ALU64 | BPF_MOV | BPF_K, to, 0, 0, value);
+}
+
+static void add(program *p, uint8_t to, int32_t value)
+{
+    emit(p, BPF_ALU64 | BPF_ADD | BPF_K, to, 0, 0, value);
+}
+
+static void load(program *p, uint8_t to, uint8_t from, int16_t offset)
+{
+    emit(p, BPF_LDX | BPF_MEM | BPF_DW, to, from, offset, 0);
+}
+
+/* `size` bytes at r3 to the stack, `at` relative to its top; zeros where there is no such memory. */
+static void copy_to_stack(program *p, int32_t at, uint32_t size)
+{
+    move(p, BPF_REG_1, BPF_REG_10);
+    add(p, BPF_REG_1, at);
+    set(p, BPF_REG_2, (int32_t)size);
+    emit(p, BPF_JMP | BPF_CALL, 0, 0, 0, BPF_FUNC_probe_read_kernel);
+}
+
+static void flush(program *p)
+{
+    move(p, BPF_REG_1, BPF_REG_8);
+    move(p, BPF_REG_2, BPF_REG_10);
+    add(p, BPF_REG_2, BUFFER);
+    set(p, BPF_REG_3, (int32_t)p->filled);
+    emit(p, BPF_JMP | BPF_CALL, 0, 0, 0, BPF_FUNC_seq_write);
+    p->filled = 0;
+}
+
+static int32_t offset_of(program *p, const snap_btf *btf, const place *at)
+{
+    int64_t offset = snap_btf_offset(btf, at->structure, at->member);
+    if (offset < 0)
+        p->failed = -ENOENT;
+    return (int32_t)offset;
+}
+
+/* r7: the task; r8: the seq_file. */
+static void copy_field(program *p, const snap_btf *btf, const field *f)
+{
+    int last = 0;
+    while (last + 1 < MOST_STEPS && f->steps[last + 1].member)
+        last++;
+    const int32_t inside = f->inside.member ? offset_of(p, btf, &f->inside) : 0;
+    for (uint32_t done = 0; done < f->size; done += PIECE) {
+        const uint32_t left = f->size - done, size = left < PIECE ? left : PIECE;
+        if (p->filled + size > PIECE)
+            flush(p);
+        move(p, BPF_REG_3, BPF_REG_7);
+        for (int i = 0; i < last; i++) {
+            add(p, BPF_REG_3, offset_of(p, btf, &f->steps[i]));
+            copy_to_stack(p, POINTER, sizeof(uint64_t));
+            load(p, BPF_REG_3, BPF_REG_10, POINTER);
+        }
+        add(p, BPF_REG_3, offset_of(p, btf, &f->steps[last]) + inside + (int32_t)done);
+        copy_to_stack(p, BUFFER + (int32_t)p->filled, size);
+        p->filled += size;
+    }
+}
+
+static int make(const snap_btf *btf, const field *fields, size_t count)
+{
+    program *p = calloc(1, sizeof *p);
+    if (!p)
+        return -ENOMEM;
+    /* struct bpf_iter__task {struct bpf_iter_meta *meta; struct task_struct *task;}, meta->seq first */
+    load(p, BPF_REG_7, BPF_REG_1, 8);
+    load(p, BPF_REG_8, BPF_REG_1, 0);
+    load(p, BPF_REG_8, BPF_REG_8, 0);
+    const int to_end = p->count;
+    emit(p, BPF_JMP | BPF_JEQ | BPF_K, BPF_REG_7, 0, 0, 0); /* the call after the last task */
+    for (size_t i = 0; i < count; i++)
+        copy_field(p, btf, &fields[i]);
+    flush(p);
+    p->code[to_end].off = (int16_t)(p->count - to_end - 1);
+    set(p, BPF_REG_0, 0);
+    emit(p, BPF_JMP | BPF_EXIT, 0, 0, 0, 0);
+
+    union bpf_attr attr = {.prog_type = BPF_PROG_TYPE_TRACING, .expected_attach_type = BPF_TRACE_ITER};
+    attr.insns = (uintptr_t)p->code;
+    attr.insn_cnt = (uint32_t)p->count;
+    attr.license = (uintptr_t)LICENSE_OF_PROGRAM;
+    attr.attach_btf_id = snap_btf_function(btf, "bpf_iter_task");
+    memcpy(attr.prog_name, "snap_task", sizeof "snap_task");
+    int result = p->failed ? p->failed : attr.attach_btf_id ? 0 : -ENOENT;
+    if (result == 0)
+        result = (int)syscall(SYS_bpf, BPF_PROG_LOAD, &attr, sizeof attr);
+    int error = errno;
+    free(p);
+    return result == -1 ? -error : result;
+}
+
+struct snap_task_program {
+    int threads, process;
+};
+
+/* Threads are known by their numbers in the initial pid namespace. */
+static int in_initial_namespace(void)
+{
+    struct stat own;
+    return stat("/proc/self/ns/pid", &own) == 0 && own.st_ino == INITIAL_PID_NAMESPACE;
+}
+
+int snap_task_program_load(snap_task_program **made)
+{
+    snap_btf btf;
+    *made = NULL;
+    if (!in_initial_namespace())
+        return -EXDEV;
+    int result = snap_btf_load(BTF_PATH, &btf);
+    if (result < 0)
+        return result;
+    snap_task_program *p = malloc(sizeof *p);
+    result = p ? 0 : -ENOMEM;
+    if (p) {
+        p->threads = make(&btf, of_thread, sizeof of_thread / sizeof *of_thread);
+        p->process = p->threads < 0 ? p->threads
+                                    : make(&btf, of_process, sizeof of_process / sizeof *of_process);
+        result = p->process < 0 ? p->process : 0;
+    }
+    snap_btf_free(&btf);
+    if (result < 0)
+        snap_task_program_free(p);
+    else
+        *made = p;
+    return result;
+}
+
+void snap_task_program_free(snap_task_program *p)
+{
+    if (!p)
+        return;
+    if (p->threads >= 0)
+        close(p->threads);
+    if (p->process >= 0)
+        close(p->process);
+    free(p);
+}
+
+int snap_task_iterator(const snap_task_program *p, int id, int what)
+{
+    union bpf_iter_link_info info = {0};
+    if (what == SNAP_OF_THREADS)
+        info.task.pid = (uint32_t)id;
+    else
+        info.task.tid = (uint32_t)id;
+    union bpf_attr attr = {0};
+    attr.link_create.prog_fd = (uint32_t)(what == SNAP_OF_PROCESS ? p->process : p->threads);
+    attr.link_create.attach_type = BPF_TRACE_ITER;
+    attr.link_create.iter_info = (uintptr_t)&info;
+    attr.link_create.iter_info_len = sizeof info;
+    int link = (int)syscall(SYS_bpf, BPF_LINK_CREATE, &attr, sizeof attr);
+    if (link < 0)
+        return -errno;
+    attr = (union bpf_attr){0};
+    attr.iter_create.link_fd = (uint32_t)link;
+    int fd = (int)syscall(SYS_bpf, BPF_ITER_CREATE, &attr, sizeof attr);
+    int error = errno;
+    close(link);
+    return fd < 0 ? -error : fd;
+}
+
+int64_t snap_task_read(int fd, void *into, uint64_t size)
+{
+    uint64_t have = 0;
+    char more;
+    for (;;) {
+        int full = have == size;
+        ssize_t n = full ? read(fd, &more, 1) : read(fd, (char *)into + have, size - have);
+        if (n < 0 && (errno == EINTR || errno == EAGAIN))
+            continue;
+        if (n <= 0 || full)
+            return n < 0 ? -errno : n > 0 ? -E2BIG : (int64_t)have;
+        have += (uint64_t)n;
+    }
+}
+
+int snap_task_sort(snap_task *tasks, int known, const int *tids, int count)
+{
+    if (count > known)
+        return -ESRCH;
+    for (int i = 0; i < count; i++) { /* mostly they are in that order */
+        int at = i;
+        while (at < known && tasks[at].tid != tids[i])
+            at++;
+        if (at == known)
+            return -ESRCH;
+        snap_task found = tasks[at];
+        tasks[at] = tasks[i];
+        tasks[i] = found;
+    }
+    return 0;
+}
+
+void snap_task_compare(const snap_task *tasks, int count, unsigned char *unlike)
+{
+    for (int i = 0; i < count; i++) {
+        const snap_task *one = &tasks[i];
+        unlike[i] = one->pending || one->credentials != tasks->credentials ||
+                    one->seccomp != tasks->seccomp || one->atomic_flags != tasks->atomic_flags;
+    }
+}

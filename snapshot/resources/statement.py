@@ -1,0 +1,61 @@
+"""What a process has said of itself at an earlier stop, and whether that still holds.
+
+Some of it can be asked by calls in the process alone (getitimer, prctl, brk): they are made while
+it stands still for another reason, and the kernel's record of the same is read with them. As long
+as that stays as it was, byte for byte, so do the answers: a later stop reads it, and asks nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from ..kernel.closing import Closing
+from ..kernel.task_iterator import ProcessRecord, TaskProgram
+from . import timers
+from .facts import Facts, Open
+from .questions import Questions
+
+if TYPE_CHECKING:
+    from ..freeze import Frozen
+    from .inquiry import Answers
+
+
+class Statement(Closing):
+    """`make` asks, `holds` looks again: once each."""
+
+    def __init__(self, pid: int, program: TaskProgram, place: tuple[int, int]) -> None:
+        """Before the stop. `place`: where the answers will probably go. OSError: this kernel shows
+        no records."""
+        self.program = program
+        self.answers: Answers | None = None
+        self._record: bytes | None = None
+        with ExitStack() as stack:
+            self._then = stack.enter_context(ProcessRecord(program, pid))
+            self._now = stack.enter_context(ProcessRecord(program, pid))
+            self._files = stack.enter_context(Open(pid, [pid]))
+            self.questions = Questions(Facts.read(pid, [pid], self._files), *place)
+            self._held = stack.pop_all()
+
+    def make(self, frozen: Frozen) -> None:
+        """In the stop, through `frozen.remote`."""
+        facts = Facts.first(frozen.pid, self._files)
+        remote = frozen.remote
+        self.questions = self.questions.now(facts, remote.data, remote.data_size)
+        self._record = self._then.read()
+        self.answers = self.questions.first.run(remote)
+
+    def lasts(self) -> bool:
+        """Whether it may hold: no timer runs, whose time changes by itself."""
+        if self._record is None or self.answers is None:
+            return False
+        answer = dict(self.questions.modules)[timers.NAME]
+        state: timers.State = answer(self.answers)
+        return not state.intervals and not state.posix
+
+    def holds(self) -> bool:
+        """In a later stop: nothing has changed."""
+        return self._record is not None and self._now.read() == self._record
+
+    def close(self) -> None:
+        self._held.close()
