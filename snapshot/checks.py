@@ -193,6 +193,12 @@ def _tracing(sample: _Sample) -> list[Item]:
         _item("pidfd_getfd", probes.take_descriptor(pid), "takes", unlock),
         _item("kcmp", probes.compare_descriptors(pid), "dup'ed descriptors in takes", unlock),
         _item("/proc/PID/map_files", probes.map_files(pid), "takes of mapped files", as_root),
+        _optional(
+            "BPF task iterator",
+            probes.read_tasks(pid),
+            "a pause that is 0.5 ms shorter, and 50 µs for each thread",
+            as_root,
+        ),
         _item("clone3 set_tid", probes.choose_pid(), "restores with the same pids", caps),
         _optional(
             "pid namespace",

@@ -215,6 +215,8 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
             room = find_room(Tracee(job.pid, 0))
             with freeze(job.pid, room=room, scratch=scratch) as first:
                 faults.point("first-stop")
+                if statement is not None:
+                    statement.open(first)
                 protection = after_pump.enter_context(
                     WriteProtection.create(first, forks=shares, passes=passes)
                 )

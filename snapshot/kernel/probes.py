@@ -16,6 +16,7 @@ from ..units import PAGE
 from . import kcmp, pidfd, spawn
 from ._native import ffi, lib
 from .errnames import error_text
+from .task_iterator import ProcessRecord, TaskProgram
 
 STOP_US = 3_000_000
 
@@ -102,6 +103,16 @@ def take_descriptor(pid: int) -> None:
 def compare_descriptors(pid: int) -> None:
     """kcmp(2) of its descriptors 0 and 1."""
     kcmp.groups(pid, [0, 1])
+
+
+@_probe
+def read_tasks(pid: int) -> None:
+    """The BPF task iterator gives the record of the process."""
+    with TaskProgram() as program:
+        _check(program.error)
+        with ProcessRecord(program, pid) as record:
+            if record.read() is None:
+                raise _Failed("it finds no process")
 
 
 @_probe

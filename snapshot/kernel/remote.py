@@ -352,11 +352,15 @@ class Remote:
             results += self._one_batch(calls[start : start + self.capacity])
         return results
 
-    def _one_batch(self, calls: Sequence[Call]) -> list[int]:
+    def ask(self, packed: Packed) -> list[int]:
+        """`batch` of what was put together before."""
+        return self._one_batch(packed.calls, packed.data)
+
+    def _one_batch(self, calls: Sequence[Call], packed: bytes = b"") -> list[int]:
         self.tracee.own()
         assert self._at is not None, "open() comes first"
         self._at.use_loop = self._may_use_loop(calls)
-        array = bytearray(pack(calls))
+        array = bytearray(packed or pack(calls))
         (self._maker or self)._last = self._at
         count = len(calls)
         self._finish(lib.snap_inject(self._at, ffi.from_buffer("snap_call[]", array), count), calls)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Statement(Closing):
-    """`make` asks, `holds` looks again: once each."""
+    """`open` and `make` in a stop ask, `holds` in a later one looks again."""
 
     def __init__(self, pid: int, program: TaskProgram, place: tuple[int, int]) -> None:
         """Before the stop. `place`: where the answers will probably go. OSError: this kernel shows
@@ -31,19 +31,29 @@ class Statement(Closing):
         self.answers: Answers | None = None
         self._record: bytes | None = None
         with ExitStack() as stack:
-            self._then = stack.enter_context(ProcessRecord(program, pid))
-            self._now = stack.enter_context(ProcessRecord(program, pid))
+            records = [stack.enter_context(ProcessRecord(program, pid)) for _ in range(5)]
+            before, after, self._stopped, self._asked, self._later = records
             self._files = stack.enter_context(Open(pid, [pid]))
+            self._meant = before.read()
             self.questions = Questions(Facts.read(pid, [pid], self._files), *place)
+            if after.read() != self._meant:
+                self._meant = None
             self._held = stack.pop_all()
 
-    def make(self, frozen: Frozen) -> None:
-        """In the stop, through `frozen.remote`."""
-        facts = Facts.first(frozen.pid, self._files)
-        remote = frozen.remote
+    def open(self, frozen: Frozen) -> None:
+        """In the stop, at the first use of `frozen.remote`."""
+        facts = self.questions.facts
+        if self._meant is None or self._stopped.read() != self._meant:
+            facts = Facts.first(frozen.pid, self._files)
+        remote = frozen.open_remote(facts.status_texts[frozen.pid])
         self.questions = self.questions.now(facts, remote.data, remote.data_size)
-        self._record = self._then.read()
-        self.answers = self.questions.first.run(remote)
+
+    def make(self, frozen: Frozen) -> None:
+        """In the same stop: asks."""
+        first, _ = self.questions.packed
+        self.answers = self.questions.first.run(frozen.remote, first)
+        # Memory that is mapped for the calls may change the flags of mm_struct.
+        self._record = self._asked.read()
 
     def lasts(self) -> bool:
         """Whether it may hold: no timer runs, whose time changes by itself."""
@@ -55,7 +65,7 @@ class Statement(Closing):
 
     def holds(self) -> bool:
         """In a later stop: nothing has changed."""
-        return self._record is not None and self._now.read() == self._record
+        return self._record is not None and self._later.read() == self._record
 
     def close(self) -> None:
         self._held.close()

@@ -22,6 +22,7 @@ from typing import get_args
 import pytest
 
 from snapshot import faults
+from snapshot.kernel.task_iterator import UNWANTED
 from snapshot.store import Store
 from tests.conftest import ROOT, Snap, Spawn
 from tests.harness import processes
@@ -66,8 +67,17 @@ def test_documented() -> None:
     assert tuple(re.findall(r"^\| `([\w-]+)` \|", table, re.M)) == POINTS
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_at_a_point(spawn: Spawn, snap: Snap, point: faults.Point) -> None:
+ASKED = ("first-stop", "created", "second-stop", "captured", "clean-again")
+"""Where it matters that calls are made in each thread at T0, as without BPF."""
+
+
+@pytest.mark.parametrize(
+    ("point", "more_env"),
+    [(point, ()) for point in POINTS] + [(point, (f"{UNWANTED}=1",)) for point in ASKED],
+)
+def test_at_a_point(
+    spawn: Spawn, snap: Snap, point: faults.Point, more_env: tuple[str, ...]
+) -> None:
     if point in UNSAVED:
         victim = spawn("writer", mib=16, threads=3)
     else:
@@ -78,7 +88,7 @@ def test_at_a_point(spawn: Spawn, snap: Snap, point: faults.Point) -> None:
     def observe() -> dict[str, str]:
         return observed(victim.pid)
 
-    fault = ("env", f"SNAP_FAULT={point}")
+    fault = ("env", f"SNAP_FAULT={point}", *more_env)
     more = ["--now"] if point in UNSAVED else []
 
     def killed(image: str) -> int:
