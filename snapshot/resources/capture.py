@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from .. import manifest
+from ..kernel import procfs
 from ..kernel.closing import Closing
 from ..kernel.ptrace import StateRoom
 from ..kernel.task_iterator import TaskAnswers
@@ -165,7 +166,7 @@ class Preparation(Closing):
         self.outside: TaskAnswers | None = None
         with ExitStack() as stack:
             self.files = stack.enter_context(Open(pid))
-            most = len(self.files.tids) + FEW_MORE
+            most = len(procfs.threads(pid)) + FEW_MORE
             self.states = StateRoom(most)
             # Of the others nothing is asked that depends on what they are, and they may end.
             self.questions = (

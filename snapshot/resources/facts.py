@@ -65,11 +65,6 @@ class Open(Closing):
         with suppress(OSError):  # it has ended
             self._threads[tid] = os.open(procfs.path(self.pid, "status", tid), _FLAGS)
 
-    @property
-    def tids(self) -> Collection[int]:
-        """The threads."""
-        return self._threads
-
     def read(
         self, tids: Sequence[int], names: Collection[str] = _NAMES
     ) -> tuple[dict[str, bytes], dict[int, bytes]] | None:

@@ -4,6 +4,7 @@
 #include <asm/prctl.h>
 #include <errno.h>
 #include <limits.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <string.h>
@@ -39,9 +40,12 @@ static int64_t write_to(const thread *t, uint64_t address, const void *bytes, si
     return room ? 0 : -EFAULT;
 }
 
+/* Of a call that the thread itself may be allowed to make. */
 static int64_t result_of(long returned)
 {
-    return returned < 0 ? -errno : returned;
+    if (returned < 0)
+        return errno == EPERM || errno == EACCES ? -ENOSYS : -errno;
+    return returned;
 }
 
 static int64_t alternate_stack(const thread *t, uint64_t address)
@@ -171,7 +175,7 @@ static int set_cpuid(int off)
 }
 
 /* The one bit that is set when and only when the switch is off. Others come and go (TIF_NEED_RESCHED).
-   A few system calls without either instruction: nothing notices. */
+   A few system calls without either instruction: nothing notices, for no handler can run. */
 static int find_bit(const snap_task_program *program, int (*turn)(int off), uint64_t *bit)
 {
     uint64_t candidates = ~0ull, off, on;
@@ -193,10 +197,15 @@ static int find_bit(const snap_task_program *program, int (*turn)(int off), uint
 
 int snap_task_find_bits(const snap_task_program *program, snap_task_bits *bits)
 {
+    sigset_t all, before;
     *bits = (snap_task_bits){0};
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     int result = find_bit(program, set_tsc, &bits->no_tsc);
-    if (result < 0)
-        return result;
-    result = find_bit(program, set_cpuid, &bits->no_cpuid);
-    return result == -ENODEV ? 0 : result;
+    if (result == 0) {
+        result = find_bit(program, set_cpuid, &bits->no_cpuid);
+        result = result == -ENODEV ? 0 : result;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return result;
 }
