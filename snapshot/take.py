@@ -365,7 +365,7 @@ def _pause(
                 most,
                 copies=not direct_io,
                 cover=cover,
-                touched=gathered.states.rseq_addresses,
+                touched=rseq_addresses(frozen.threads),
                 meanwhile=meanwhile,
             )
         taken_at = time.time()

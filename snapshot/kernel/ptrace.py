@@ -406,12 +406,6 @@ class States:
         elif failed:
             fail(self._tracees[i].tid, ffi.string(self._room.raw[i].request).decode(), -failed)
 
-    @property
-    def rseq_addresses(self) -> list[int]:
-        """Of their areas of restartable sequences: see the function."""
-        found = (self._room.raw[i].rseq.address for i in range(len(self._tracees)))
-        return [address for address in found if address]
-
     def decode(self) -> list[State]:
         view = memoryview(self._room.areas)
         found = []

@@ -41,33 +41,38 @@ class Replies(NamedTuple):
     """Whether that one's status may have more to say than the leader's."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Gathered:
     """All of a process at T0 but memory and descriptors, most of it not yet looked at."""
 
+    frozen: Frozen
     facts: Facts
     stopped: bool
-    states: States
+    prepared: Preparation | None
     registers: dict[int, bytes]
     """By tid, where they are not those of `states`."""
     replies: Replies
+    states: States | None
+    """None: they can still be read, for nobody has made a call."""
     tracees: Sequence[Tracee]
     """In their order are `states` and `replies`."""
-    files: Open | None
     pending: list[bytes] = field(default_factory=list)
     thread_pending: dict[int, list[bytes]] = field(default_factory=dict)
     """By tid, where there are any."""
 
     def complete(self) -> None:
-        """The rest of /proc, and which signals wait: any time before the target runs on. The
-        queues come after the sets of `status`: what is in a set is in its queue by then, and the
-        set is believed where the queue has lost it."""
+        """What the threads hold, the rest of /proc, and which signals wait: any time before the
+        target runs on. The queues come after the sets of `status`: what is in a set is in its
+        queue by then, and the set is believed where the queue has lost it."""
+        if self.states is None:
+            self.states = _states(self.frozen, self.prepared)
         facts = self.facts
         every = facts.nested  # only there the number that a thread has for itself is told
         leader, *others = self.tracees
         some = [one for i, one in enumerate(others, 1) if every or self.replies.unlike(i)]
         tids = [leader.tid, *(one.tid for one in some)]
-        facts.renew(Facts.read(facts.pid, tids, self.files))
+        files = self.prepared.files if self.prepared else None
+        facts.renew(Facts.read(facts.pid, tids, files))
         self.pending[:] = leader.pending(shared=True)
         for tracee in (leader, *some):
             if _NONE_PENDING not in facts.status_texts[tracee.tid]:
@@ -76,6 +81,7 @@ class Gathered:
     def threads(self) -> tuple[Thread, ...]:
         """The leader first."""
         known: dict[credentials.State, msgspec.Raw] = {}
+        assert self.states is not None, "it is not complete"
         both = zip(self.tracees, self.states.decode(), strict=True)
         return tuple(self._thread(i, one.tid, state, known) for i, (one, state) in enumerate(both))
 
@@ -174,10 +180,11 @@ class Preparation(Closing):
                 if statement is not None
                 else Questions(Facts.read(pid, [pid], self.files), *place)
             )
-            each = self.questions.packed[1]
-            if statement is not None and each is not None:
+            self.each = self.questions.others
+            packed = self.questions.packed[1]
+            if statement is not None and packed is not None:
                 with suppress(OSError):
-                    made = TaskAnswers(statement.program, pid, most, each)
+                    made = TaskAnswers(statement.program, pid, most, packed)
                     self.outside = stack.enter_context(made)
             self._held = stack.pop_all()
 
@@ -186,36 +193,56 @@ class Preparation(Closing):
 
 
 def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
-    """In the pause: reads or asks what every thread has, decodes nothing. Then comes `complete`."""
-    states = frozen.states(prepared.states if prepared else None)
+    """In the pause: reads what all would answer from outside, and asks nobody, or the leader alone
+    when the process itself has changed; all, where it cannot be read. Decodes nothing. Then comes
+    `complete`."""
     registers = frozen.restarting()
-    replies = _read(frozen, prepared) if prepared is not None else None
-    if replies is None:
+    states = replies = None
+    if prepared is not None and _sees(frozen, prepared):
+        replies = _unasked(prepared)
+        if replies is None:
+            states = _states(frozen, prepared)
+            replies = _seen(prepared, *_ask(frozen, frozen.threads[:1], prepared)[:2])
+    else:
+        states = _states(frozen, prepared)
         replies = _ask(frozen, frozen.threads, prepared)
     return Gathered(
+        frozen=frozen,
         facts=replies.questions.facts,
         stopped=frozen.group_stopped,
-        states=states,
+        prepared=prepared,
         registers=registers,
         replies=replies,
+        states=states,
         tracees=frozen.threads,
-        files=prepared.files if prepared else None,
     )
 
 
-def _read(frozen: Frozen, prepared: Preparation) -> Replies | None:
-    """What all would answer, from outside: nobody is asked, or the leader alone, when the process
-    itself has changed. None: all have to be."""
-    outside, each, statement = prepared.outside, prepared.questions.others, prepared.statement
+def _states(frozen: Frozen, prepared: Preparation | None) -> States:
+    return frozen.states(prepared.states if prepared else None)
+
+
+def _sees(frozen: Frozen, prepared: Preparation) -> bool:
+    """Whether what the threads would answer could be read from outside."""
+    outside = prepared.outside
     tids = [tracee.tid for tracee in frozen.threads]
-    if outside is None or not outside.read(tids, prepared.questions.place[0]):
+    return outside is not None and outside.read(tids, prepared.questions.place[0])
+
+
+def _unasked(prepared: Preparation) -> Replies | None:
+    """None: the process has changed, the leader has to be asked."""
+    statement = prepared.statement
+    if statement is None or statement.answers is None or not statement.holds():
         return None
-    if statement is not None and statement.answers is not None and statement.holds():
-        questions, answers = prepared.questions, statement.answers
-    else:
-        questions, answers, *_ = _ask(frozen, frozen.threads[:1], prepared)
+    return _seen(prepared, prepared.questions, statement.answers)
+
+
+def _seen(prepared: Preparation, questions: Questions, process: Answers) -> Replies:
+    """`process`: what it has answered to these questions."""
+    each, outside = prepared.each, prepared.outside
+    assert outside is not None
     return Replies(
-        questions, answers, lambda i: (each, Answers.single(*outside.of(i))), outside.unlike
+        questions, process, lambda i: (each, Answers.single(*outside.of(i))), outside.unlike
     )
 
 

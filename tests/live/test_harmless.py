@@ -200,7 +200,8 @@ def test_a_stopped_process_stays_stopped(spawn: Spawn, store: Path) -> None:
     victim = spawn("writer", mib=8)
     victim.signal(signal.SIGSTOP)
     wait_until(lambda: "T" in state_of(victim.pid), "the victim stopping")
-    snapshot.take(victim.pid, name="image", store=store).close()
+    with snapshot.take(victim.pid, name="image", store=store) as image:
+        assert image.manifest.processes[0].stopped
     assert "T (stopped)" in state_of(victim.pid)
     victim.signal(signal.SIGCONT)
     victim.verify()
