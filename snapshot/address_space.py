@@ -18,12 +18,9 @@ from .kernel.arch_x86_64 import NR
 from .kernel.errnames import error_name
 from .kernel.remote import Call, Remote
 from .manifest import Mapping, Process
-from .maps import parse_maps
+from .maps import HIGHEST, LOWEST, gap, parse_maps
 from .resources.context import Context, attempt, demand
-from .units import PAGE, align_up
-
-LOWEST, HIGHEST = 0x10000, (1 << 47) - PAGE
-"""Where user mappings may lie: vm.mmap_min_addr, and the end of 47 bits (x86-64)."""
+from .units import PAGE
 
 PROT_READ, PROT_WRITE = 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_DROPPABLE = 0x01, 0x02, 0x08
@@ -42,8 +39,6 @@ _ADVICE = {
 }
 _PR_SET_VMA, _PR_SET_VMA_ANON_NAME = 0x53564D41, 0
 _MLOCK_ONFAULT = 1
-_STUB_BELOW = 0x200000
-"""The stub's program lies below this: the scratch is put above it."""
 
 
 def free_place(process: Process, tid: int, size: int) -> int:
@@ -56,18 +51,6 @@ def free_place(process: Process, tid: int, size: int) -> int:
     if not found:
         raise RestoreError("the image has no room for a scratch page", "snap show IMAGE")
     return found
-
-
-def gap(taken: Iterable[tuple[int, int]], size: int) -> int:
-    """The lowest address at which `size` bytes lie outside all [start, end) of `taken`, a page free
-    on both sides; 0: there is none."""
-    at = _STUB_BELOW
-    for start, end in sorted(taken):
-        if start >= at + size + 2 * PAGE:
-            break
-        # A stack may grow down into what is free below it: keep away from the end of a gap.
-        at = max(at, align_up(end, PAGE))
-    return at + PAGE if at + size + 2 * PAGE <= HIGHEST else 0
 
 
 def clear(remote: Remote) -> None:

@@ -10,12 +10,18 @@ repeats from line to line (permissions, device, name) is converted once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from .units import PAGE, align_up
+
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 DELETED = b" (deleted)"
+LOWEST, HIGHEST = 0x10000, (1 << 47) - PAGE
+"""Where user mappings may lie: vm.mmap_min_addr, and the end of 47 bits (x86-64)."""
+_GAPS_FROM = 0x200000
+"""Below this lies the program of a process that is being rebuilt (kernel/spawn.py)."""
 
 
 class Line(msgspec.Struct, frozen=True, gc=False):
@@ -183,3 +189,15 @@ def _with_details(line: Line, body: bytes) -> Line:
         bool(values[b"THPeligible"]),
         values[b"LazyFree"] * 1024,
     )
+
+
+def gap(taken: Iterable[tuple[int, int]], size: int) -> int:
+    """The lowest address at which `size` bytes lie outside all [start, end) of `taken`, a page free
+    on both sides; 0: there is none."""
+    at = _GAPS_FROM
+    for start, end in sorted(taken):
+        if start >= at + size + 2 * PAGE:
+            break
+        # A stack may grow down into what is free below it: keep away from the end of a gap.
+        at = max(at, align_up(end, PAGE))
+    return at + PAGE if at + size + 2 * PAGE <= HIGHEST else 0

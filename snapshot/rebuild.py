@@ -27,6 +27,7 @@ from .kernel.ptrace import Tracee
 from .kernel.remote import Call, Remote
 from .kernel.spawn import Spawned
 from .manifest import Manifest, Mapping, Process, Thread
+from .maps import HIGHEST, LOWEST
 from .originals import Originals
 from .ranges import Ranges
 from .resources import descriptors, stages, threads
@@ -60,7 +61,7 @@ def fill_all(
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """All bytes now. `progress` is told how many."""
-    everything = Ranges([(address_space.LOWEST, address_space.HIGHEST)])
+    everything = Ranges([(LOWEST, HIGHEST)])
     fill.fill(ctx.image, process, everything, remote.tracee, progress)
 
 

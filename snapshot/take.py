@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from . import examine, faults
-from .address_space import gap
 from .ahead import EVERYTHING, MOST_PASSED, REMAINDER, Ahead
 from .errors import TakeError
 from .freeze import RESTARTED, Frozen, freeze
@@ -36,6 +35,7 @@ from .kernel.room import find_room
 from .kernel.task_iterator import TaskProgram
 from .kernel.watchdog import Watchdog
 from .manifest import Host, Manifest, Process, TakeStats
+from .maps import gap
 from .pace import ANY, Pace
 from .pump import MEMORY, LostError, OutrunError, Pump, Staging
 from .records import ProcessIdentity

@@ -247,11 +247,11 @@ class Remote:
         numbers = [tracee.tid for tracee in tracees]
         stops = ffi.new("int[]", [tracee.stop for tracee in tracees])
         made = Interview(_room_for(first, 1), _room_for(others, threads))
-        questions = [_questions(*one) for one in made]
+        both = [questions(*one) for one in made]
         step = ffi.new("int *")
         self._last = each
         result = lib.snap_interview(
-            *(self._at, near, PAGE, near + self._data_offset, *questions),
+            *(self._at, near, PAGE, near + self._data_offset, *both),
             *(each, numbers, stops, threads, options, step),
         )
         self.tracee.stop, self.scratch = self._at.stop, self._at.scratch
@@ -484,8 +484,8 @@ def _room_for(packed: Packed, threads: int) -> tuple[Packed, bytearray, bytearra
     )
 
 
-def _questions(packed: Packed, results: bytearray, answers: bytearray) -> Any:
-    """snap_questions *, good as long as the result is kept."""
+def questions(packed: Packed, results: bytearray, answers: bytearray) -> Any:
+    """snap_questions *, good as long as the result and all three are kept."""
     made = ffi.new("snap_questions *")
     calls = ffi.from_buffer("snap_call[]", packed.data)
     into = ffi.from_buffer("int64_t[]", results), ffi.from_buffer("unsigned char[]", answers)

@@ -11,15 +11,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..units import PAGE
 from ..worker import Worker
+from . import remote
 from ._native import ffi, lib
 from .closing import Closing
-
-if TYPE_CHECKING:
-    from .remote import Packed
 
 UNWANTED = "SNAP_NO_BPF"
 
@@ -87,7 +85,7 @@ class TaskAnswers(Closing):
     """What system calls would return in the threads of a process: for one time, at any moment.
     Made before that, with room for `most` threads (OSError)."""
 
-    def __init__(self, program: TaskProgram, pid: int, most: int, questions: Packed) -> None:
+    def __init__(self, program: TaskProgram, pid: int, most: int, questions: remote.Packed) -> None:
         self._bits = program.bits
         self._most = most
         self._questions = questions
@@ -95,11 +93,7 @@ class TaskAnswers(Closing):
         self._unlike = bytearray(most)
         self._results = _touched(most * 8 * len(questions.calls))
         self._answers = _touched(most * questions.size)
-        asked = self._asked = ffi.new("snap_questions *")
-        self._calls = ffi.from_buffer("snap_call[]", questions.data)
-        asked.calls, asked.count, asked.size = self._calls, len(questions.calls), questions.size
-        asked.results = ffi.from_buffer("int64_t[]", self._results)
-        asked.answers = ffi.from_buffer("unsigned char[]", self._answers)
+        self._asked = remote.questions(questions, self._results, self._answers)
         self._fd = program.iterator(pid, lib.SNAP_OF_THREADS)
 
     def read(self, tids: Sequence[int], data: int) -> bool:

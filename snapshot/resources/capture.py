@@ -198,11 +198,11 @@ def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
     `complete`."""
     registers = frozen.restarting()
     states = replies = None
-    if prepared is not None and _sees(frozen, prepared):
+    if prepared is not None and _read_outside(frozen, prepared):
         replies = _unasked(prepared)
         if replies is None:
             states = _states(frozen, prepared)
-            replies = _seen(prepared, *_ask(frozen, frozen.threads[:1], prepared)[:2])
+            replies = _from_outside(prepared, *_ask(frozen, frozen.threads[:1], prepared)[:2])
     else:
         states = _states(frozen, prepared)
         replies = _ask(frozen, frozen.threads, prepared)
@@ -222,7 +222,7 @@ def _states(frozen: Frozen, prepared: Preparation | None) -> States:
     return frozen.states(prepared.states if prepared else None)
 
 
-def _sees(frozen: Frozen, prepared: Preparation) -> bool:
+def _read_outside(frozen: Frozen, prepared: Preparation) -> bool:
     """Whether what the threads would answer could be read from outside."""
     outside = prepared.outside
     tids = [tracee.tid for tracee in frozen.threads]
@@ -234,10 +234,10 @@ def _unasked(prepared: Preparation) -> Replies | None:
     statement = prepared.statement
     if statement is None or statement.answers is None or not statement.holds():
         return None
-    return _seen(prepared, prepared.questions, statement.answers)
+    return _from_outside(prepared, prepared.questions, statement.answers)
 
 
-def _seen(prepared: Preparation, questions: Questions, process: Answers) -> Replies:
+def _from_outside(prepared: Preparation, questions: Questions, process: Answers) -> Replies:
     """`process`: what it has answered to these questions."""
     each, outside = prepared.each, prepared.outside
     assert outside is not None

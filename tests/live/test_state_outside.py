@@ -114,10 +114,14 @@ def stated(tasks: TaskProgram, victim: Victim) -> Iterator[tuple[Statement, Froz
         yield statement, first
 
 
-def captured(frozen: Frozen, prepared: Preparation | None) -> Process:
-    gathered = gather(frozen, prepared)
-    gathered.complete()
-    return gathered.process(0, mappings=())
+def found_and_expected(pid: int, first: Frozen, prepared: Preparation) -> tuple[Process, Process]:
+    """The same process with what was prepared, and with every thread asked."""
+    with freeze(pid, earlier=first) as frozen:
+        gathered = gather(frozen, prepared)
+        gathered.complete()
+        found = gathered.process(0, mappings=())
+    with freeze(pid, earlier=first) as frozen:
+        return found, capture_process(frozen, 0, mappings=())
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -141,13 +145,8 @@ def test_nobody_is_asked(
     asked = counted(monkeypatch)
     with running(victim_program, "blank", Path("/")) as victim, stated(tasks, victim) as made:
         statement, first = made
-        with (
-            Preparation(victim.pid, first.data, statement) as prepared,
-            freeze(victim.pid, earlier=first) as frozen,
-        ):
-            found = captured(frozen, prepared)
-        with freeze(victim.pid, earlier=first) as frozen:
-            expected = capture_process(frozen, 0, mappings=())
+        with Preparation(victim.pid, first.data, statement) as prepared:
+            found, expected = found_and_expected(victim.pid, first, prepared)
     assert found == expected
     assert asked == []
 
@@ -159,13 +158,8 @@ def test_with_timers_the_leader_is_asked(
     asked = counted(monkeypatch)
     with running(victim_program, "state", tmp_path) as victim, stated(tasks, victim) as made:
         statement, first = made
-        with (
-            Preparation(victim.pid, first.data, statement) as prepared,
-            freeze(victim.pid, earlier=first) as frozen,
-        ):
-            found = captured(frozen, prepared)
-        with freeze(victim.pid, earlier=first) as frozen:
-            expected = capture_process(frozen, 0, mappings=())
+        with Preparation(victim.pid, first.data, statement) as prepared:
+            found, expected = found_and_expected(victim.pid, first, prepared)
     assert asked == [1]
     assert found.threads == expected.threads
     assert found.layout == expected.layout
@@ -212,10 +206,7 @@ def test_what_has_changed_is_asked_again(
         with Preparation(victim.pid, first.data, statement) as prepared:
             with freeze(victim.pid, earlier=first) as frozen:
                 change(frozen.remote, what)
-            with freeze(victim.pid, earlier=first) as frozen:
-                found = captured(frozen, prepared)
-            with freeze(victim.pid, earlier=first) as frozen:
-                expected = capture_process(frozen, 0, mappings=())
+            found, expected = found_and_expected(victim.pid, first, prepared)
     assert before is not None
     assert asked == [1]
     assert found.layout == expected.layout
