@@ -115,7 +115,13 @@ def _runs_at(felt: Felt, ran: Ran) -> int:
     for gap in felt.clock:
         if gap.begin < ran.began < gap.end:
             return gap.end
-    raise Failed("the restored process did not read its clock across the restore")
+    gaps = ", ".join(
+        f"{(g.begin - ran.began) / 1e6:.1f} to {(g.end - ran.began) / 1e6:.1f}" for g in felt.clock
+    )
+    raise Failed(
+        f"{AFTER_SECONDS} s after a restore of {(ran.ended - ran.began) / 1e6:.0f} ms the process has "
+        f"not read its clock; gaps, in ms from the begin of the command: {gaps or 'none'}"
+    )
 
 
 def _drained(ran: Ran) -> int:
