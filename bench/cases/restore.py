@@ -119,8 +119,8 @@ def _runs_at(felt: Felt, ran: Ran) -> int:
         f"{(g.begin - ran.began) / 1e6:.1f} to {(g.end - ran.began) / 1e6:.1f}" for g in felt.clock
     )
     raise Failed(
-        f"{AFTER_SECONDS} s after a restore of {(ran.ended - ran.began) / 1e6:.0f} ms the process has "
-        f"not read its clock; gaps, in ms from the begin of the command: {gaps or 'none'}"
+        f"{AFTER_SECONDS} s after a restore of {(ran.ended - ran.began) / 1e6:.0f} ms the process "
+        f"has not read its clock; gaps, in ms from the begin of the command: {gaps or 'none'}"
     )
 
 
