@@ -109,8 +109,7 @@ class TaskAnswers(Closing):
         if lib.snap_task_sort(tasks, known, tids, count) < 0:
             return False
         lib.snap_task_compare(tasks, count, ffi.from_buffer("unsigned char[]", self._unlike))
-        failed = ffi.new("int *")
-        answered: int = lib.snap_answer(tasks, count, self._bits, data, self._asked, failed)
+        answered: int = lib.snap_answer(tasks, count, self._bits, data, self._asked)
         return answered == 0
 
     def of(self, i: int) -> tuple[list[int], bytes]:

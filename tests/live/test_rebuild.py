@@ -19,7 +19,7 @@ from snapshot.errors import RestoreError, SnapError
 from snapshot.kernel import procfs
 from snapshot.kernel.arch_x86_64 import NO_SYSCALL, Registers
 from snapshot.manifest import Mapping, Thread
-from snapshot.maps import parse_smaps
+from snapshot.maps import Line, parse_smaps
 from snapshot.rebuild import final_registers
 from snapshot.restore import Restored, restore
 from tests.harness.processes import become_subreaper, wait_until
@@ -415,14 +415,17 @@ def shown(pid: int) -> dict[str, object]:
     }
 
 
-def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Without the boundaries: neighbours that the kernel would make one mapping of may have been
-    two (of two anon_vma, which a new process has not)."""
-    found: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if found and found[-1][1] == start:
-            start, _ = found.pop()
-        found.append((start, end))
+def joined(mappings: Iterable[Mapping | Line]) -> list[tuple[int, int, int, bytes]]:
+    """Start, end, protection and name, without the boundaries between anonymous neighbours that are
+    alike: of two that the kernel would make one of there may have been two anon_vma, which a new
+    process has not."""
+    found: list[tuple[int, int, int, bytes]] = []
+    for one in mappings:
+        start = one.start
+        alike = not one.inode and (start, one.prot, one.name)
+        if found and found[-1][1:] == alike:
+            start = found.pop()[0]
+        found.append((start, one.end, one.prot, one.name))
     return found
 
 
@@ -433,8 +436,7 @@ def test_nothing_of_the_stub_stays(tmp_path: Path, again: Callable[..., Restored
     status = Path(f"/proc/{restored.pid}/status").read_text()
     assert "TracerPid:\t0\n" in status
     lines = parse_smaps(Path(f"/proc/{restored.pid}/smaps").read_bytes())
-    known = [(one.start, one.end) for one in copied.manifest.processes[0].mappings]
-    assert joined((line.start, line.end) for line in lines) == joined(known)
+    assert joined(lines) == joined(copied.manifest.processes[0].mappings)
     descriptors = {one.fd for one in copied.manifest.processes[0].descriptors}
     assert set(map(int, os.listdir(f"/proc/{restored.pid}/fd"))) == descriptors
 

@@ -134,14 +134,13 @@ static int64_t answer(const thread *t, const snap_call *call)
 }
 
 int snap_answer(const snap_task *tasks, int count, snap_task_bits bits, uint64_t data,
-                const snap_questions *q, int *failed)
+                const snap_questions *q)
 {
     for (int i = 0; i < count; i++) {
         const thread t = {.task = &tasks[i], .bits = bits, .data = data, .size = q->size,
                           .answers = q->answers + (uint64_t)i * q->size};
         for (int k = 0; k < q->count; k++) {
             const int64_t result = answer(&t, &q->calls[k]);
-            *failed = k;
             if (result == -ENOSYS)
                 return -ENOSYS;
             q->results[i * q->count + k] = result;

@@ -16,9 +16,9 @@ typedef struct {
 /* Finds them out by having them set in the calling thread. -EAGAIN: they could not be told apart. */
 int snap_task_find_bits(const snap_task_program *program, snap_task_bits *bits);
 
-/* As snap_interview has it for `others`, of threads that may as well run. 0; -ENOSYS: call *failed
-   cannot be answered from outside, or not as it would be inside. SS_ONSTACK is not said. */
+/* As snap_interview has it for `others`, of threads that may as well run. 0; -ENOSYS: a call cannot be
+   answered from outside, or not as it would be inside. SS_ONSTACK is not said. */
 int snap_answer(const snap_task *tasks, int count, snap_task_bits bits, uint64_t data,
-                const snap_questions *questions, int *failed);
+                const snap_questions *questions);
 
 #endif

@@ -133,21 +133,25 @@ static int32_t offset_of(program *p, const snap_btf *btf, const place *at)
 /* r7: the task; r8: the seq_file. */
 static void copy_field(program *p, const snap_btf *btf, const field *f)
 {
-    int last = 0;
-    while (last + 1 < MOST_STEPS && f->steps[last + 1].member)
+    int32_t offsets[MOST_STEPS];
+    int last = -1;
+    while (last + 1 < MOST_STEPS && f->steps[last + 1].member) {
         last++;
-    const int32_t inside = f->inside.member ? offset_of(p, btf, &f->inside) : 0;
+        offsets[last] = offset_of(p, btf, &f->steps[last]);
+    }
+    if (f->inside.member)
+        offsets[last] += offset_of(p, btf, &f->inside);
     for (uint32_t done = 0; done < f->size; done += PIECE) {
         const uint32_t left = f->size - done, size = left < PIECE ? left : PIECE;
         if (p->filled + size > PIECE)
             flush(p);
         move(p, BPF_REG_3, BPF_REG_7);
         for (int i = 0; i < last; i++) {
-            add(p, BPF_REG_3, offset_of(p, btf, &f->steps[i]));
+            add(p, BPF_REG_3, offsets[i]);
             copy_to_stack(p, POINTER, sizeof(uint64_t));
             load(p, BPF_REG_3, BPF_REG_10, POINTER);
         }
-        add(p, BPF_REG_3, offset_of(p, btf, &f->steps[last]) + inside + (int32_t)done);
+        add(p, BPF_REG_3, offsets[last] + (int32_t)done);
         copy_to_stack(p, BUFFER + (int32_t)p->filled, size);
         p->filled += size;
     }

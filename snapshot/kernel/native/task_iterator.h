@@ -29,7 +29,7 @@ typedef struct {
     uint64_t brk, memory_flags;      /* of mm_struct: dumpable, mdwe, thp_disable, memory merging */
     uint64_t real_interval;          /* of signal_struct: ITIMER_REAL */
     uint64_t cpu_timers[4];          /* ITIMER_PROF, ITIMER_VIRTUAL: when, and the interval */
-    uint64_t posix_timers;           /* the first of its list; 0: there is none */
+    uint64_t posix_timers;           /* the first of its list */
     uint32_t bits;                   /* is_child_subreaper and others */
     uint32_t real_armed;
     unsigned char actions[64][32];   /* of sighand_struct: what each signal does */
