@@ -463,8 +463,10 @@ static int give_order(snap_pump *p, int order)
     int r = p->ended ? -EPIPE : busy || standing ? -EBUSY : 0;
     if (!r && p->order == ORDER_LOOK)
         be_urgent(p, true);
-    if (!r)
+    if (!r) {
         p->order = order;
+        p->look_due |= order == ORDER_LOOK;
+    }
     pthread_mutex_unlock(&p->lock);
     uint64_t one = 1;
     (void)!write(p->wake, &one, sizeof one);
@@ -534,8 +536,11 @@ int snap_pump_await(snap_pump *p, int timeout_ms, snap_pump_round *round)
     deadline(&until, timeout_ms);
     int waited = 0;
     pthread_mutex_lock(&p->lock);
-    while (p->order != NO_ORDER && !p->ended && waited != ETIMEDOUT)
-        waited = pthread_cond_timedwait(&p->told, &p->lock, &until);
+    while (p->order != NO_ORDER && !p->ended && waited != ETIMEDOUT) {
+        written_assist(p);
+        if (p->order != NO_ORDER && !p->ended)
+            waited = pthread_cond_timedwait(&p->told, &p->lock, &until);
+    }
     int r = p->ended ? -EPIPE : p->order != NO_ORDER ? -ETIMEDOUT : 0;
     if (!r && round)
         *round = p->round;
@@ -609,8 +614,11 @@ int snap_pump_order_settle(snap_pump *p, uint64_t most, int trust)
 int snap_pump_await_settled(snap_pump *p)
 {
     pthread_mutex_lock(&p->lock);
-    while (p->settles && !p->ended)
-        pthread_cond_wait(&p->told, &p->lock);
+    while (p->settles && !p->ended) {
+        written_assist(p);
+        if (p->settles && !p->ended)
+            pthread_cond_wait(&p->told, &p->lock);
+    }
     int r = p->settles ? -EPIPE : p->settled;
     pthread_mutex_unlock(&p->lock);
     return r;
@@ -717,8 +725,10 @@ static int look_at_t0(snap_pump *p)
     return r;
 }
 
-static int carry_out(snap_pump *p, int order)
+static int carry_out(snap_pump *p, int order, bool look_due)
 {
+    if (look_due)
+        return look_at_t0(p);
     switch (order) {
     case ORDER_ROUND:
     case ORDER_LAST_ROUND:
@@ -728,8 +738,6 @@ static int carry_out(snap_pump *p, int order)
         return only_look(p);
     case ORDER_OPEN:
         return open_pages(p);
-    case ORDER_LOOK:
-        return look_at_t0(p);
     case ORDER_HOLD:
         if (!p->faults.count && !p->releases.count && uffd_poll(p->uffd, 0) == 0)
             return hold(p);
@@ -752,8 +760,10 @@ static int ahead_of_t0(snap_pump *p)
             return r;
         pthread_mutex_lock(&p->lock);
         int order = p->order;
+        bool look_due = p->look_due;
+        p->look_due = false;
         pthread_mutex_unlock(&p->lock);
-        r = carry_out(p, order);
+        r = carry_out(p, order, look_due);
         if (r)
             return r;
     }

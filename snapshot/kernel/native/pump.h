@@ -155,7 +155,7 @@ void snap_pump_stop(snap_pump *pump);
  * open: let through writes to the pages at these addresses, as if somebody had tried them.
  * look: with the target stopped, where writers pass: find what was written. T0 does that otherwise.
  * hold: answer all that waits, then stand still until release or go; plan and settle meanwhile. May be
- * given while it still looks. */
+ * given while it still looks, or has not begun to: who awaits it then takes his share of that. */
 int snap_pump_order_round(snap_pump *pump, int patient);
 int snap_pump_order_last_round(snap_pump *pump);
 int snap_pump_order_written(snap_pump *pump);

@@ -128,6 +128,8 @@ typedef struct {
     uint16_t mask; /* pages that were looked at */
 } seen;
 
+typedef struct looking looking; /* see written.c */
+
 typedef VECTOR(range) ranges;
 typedef VECTOR(place) places;
 typedef VECTOR(uint64_t) addresses;
@@ -224,9 +226,11 @@ struct snap_pump {
     VECTOR(int) closing;  /* userfaultfds of children that may run */
     bool last_closed;     /* no more will come */
     int order;
+    bool look_due;     /* ordered, and not begun; it may be held afterwards by now */
     addresses to_open; /* for ORDER_OPEN */
     addresses touched; /* see snap_pump_touched */
     bool held, released;
+    looking *looking;     /* NULL: nobody can help */
     bool settles;         /* what follows was ordered, and is not done */
     uint64_t settle_most;
     int settle_trust, settled;
@@ -336,6 +340,8 @@ int spare_save(snap_pump *p);
 int written_list(snap_pump *p);
 /* The same at T0: nothing is protected any more. Serves unless the pump is held. */
 int written_look(snap_pump *p);
+/* By who waits for it, with the lock: he takes his share of it, if it has begun. */
+void written_assist(snap_pump *p);
 /* Lists what may have been written since, for the caller's sake. */
 int written_touched(snap_pump *p);
 /* The same of [start, end) of w, covered or not: what is known of it. */

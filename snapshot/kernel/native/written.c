@@ -112,10 +112,11 @@ int written_list(snap_pump *p)
 
 /* ---- T0 ------------------------------------------------------------------------------------------- */
 
-/* One PAGEMAP_SCAN takes 0.5 ms or more of a GiB, and the target stands still: so several threads look, each
+/* One PAGEMAP_SCAN takes 0.4 ms or more of a GiB, and the target stands still: so several threads look, each
  * at the next piece that nobody has looked at. It begins while the caller has the target asked for what is
- * no memory (snap_pump_order_look), for which one processor is left until he waits for us. The ledger is this
- * thread's alone: the others write down what they find. */
+ * no memory (snap_pump_order_look), for which one processor is left; when he waits for us he looks too: a
+ * thread made then would not come to run on the processor that he leaves (0.5 ms of a GiB, as with one).
+ * The ledger is this thread's alone: the others write down what they find. */
 
 typedef struct {
     snap_window w;       /* as it was */
@@ -127,24 +128,24 @@ typedef struct {
     uint64_t start, end;
 } hit;
 
-struct looking;
-
 typedef struct {
-    struct looking *all;
+    looking *all;
     pthread_t thread;
     VECTOR(hit) hits;
     int error;
 } helper;
 
 /* What all threads share. */
-typedef struct looking {
+struct looking {
     int pagemap;
     atomic_bool awaited;
     VECTOR(piece) pieces;
     atomic_size_t next;
     helper helpers[MOST_THREADS];
     size_t started;
-} looking;
+    helper waiting; /* who waits for it */
+    bool helped;    /* by him, at this moment; under the lock of the pump */
+};
 
 static const piece *next_piece(looking *all)
 {
@@ -201,14 +202,13 @@ static int cut(const snap_pump *p, looking *all)
     return 0;
 }
 
-/* As many as are worth their start, for what is left. */
+/* As many as are worth their start. */
 static void start_helpers(const snap_pump *p, looking *all)
 {
-    size_t count = all->pieces.count, begun = atomic_load(&all->next);
-    uint64_t wanted = begun < count ? p->wanted_pages * PAGE / SHARE * (count - begun) / count : 0;
+    uint64_t wanted = p->wanted_pages * PAGE / SHARE;
     cpu_set_t ours;
     int cpus = sched_getaffinity(0, sizeof ours, &ours) ? 1 : CPU_COUNT(&ours);
-    uint64_t most = (uint64_t)(atomic_load(&all->awaited) ? cpus : cpus - 1);
+    uint64_t most = (uint64_t)cpus - 1;
 #ifdef SNAP_LOOK_THREADS /* tests are small */
     wanted = most = SNAP_LOOK_THREADS;
 #endif
@@ -231,12 +231,10 @@ static int give_way(snap_pump *p, looking *all)
     bool awaited = p->order == ORDER_HOLD;
     be_urgent(p, awaited);
     pthread_mutex_unlock(&p->lock);
-    if (awaited) {
+    if (awaited)
         atomic_store(&all->awaited, true);
-        start_helpers(p, all);
-    } else {
+    else
         sched_yield();
-    }
     return r;
 }
 
@@ -244,7 +242,6 @@ static int look_too(snap_pump *p, looking *all)
 {
     int r = 0;
     uint64_t since = 0; /* we gave way; after PIECE of it, or FEW small pieces, we do so again */
-    start_helpers(p, all);
     for (const piece *in; !r && (in = next_piece(all));) {
         if (!since && !atomic_load(&all->awaited))
             r = give_way(p, all);
@@ -256,9 +253,35 @@ static int look_too(snap_pump *p, looking *all)
     return r;
 }
 
+void written_assist(snap_pump *p)
+{
+    looking *all = p->looking;
+    if (!all)
+        return;
+    all->helped = true;
+    pthread_mutex_unlock(&p->lock);
+    help(&all->waiting);
+    pthread_mutex_lock(&p->lock);
+    p->looking = NULL; /* nothing is left to be looked at */
+    all->helped = false;
+    pthread_cond_broadcast(&p->told);
+}
+
+/* Whether others may help. In the end all have done so. */
+static void let_help(snap_pump *p, looking *all, bool may)
+{
+    pthread_mutex_lock(&p->lock);
+    p->looking = may ? all : NULL;
+    pthread_cond_broadcast(&p->told);
+    while (!may && all->helped)
+        pthread_cond_wait(&p->told, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+    for (size_t i = 0; !may && i < all->started; i++)
+        pthread_join(all->helpers[i].thread, NULL);
+}
+
 static int gather(snap_pump *p, helper *h)
 {
-    pthread_join(h->thread, NULL);
     int r = h->error;
     for (size_t i = 0; !r && i < h->hits.count; i++)
         r = enter(p, &h->hits.at[i].in->w, h->hits.at[i].start, h->hits.at[i].end);
@@ -269,11 +292,16 @@ static int gather(snap_pump *p, helper *h)
 int written_look(snap_pump *p)
 {
     looking all = {.pagemap = p->pagemap, .awaited = p->held};
+    all.waiting.all = &all;
     int r = cut(p, &all);
-    if (!r)
+    if (!r) {
+        let_help(p, &all, true);
+        start_helpers(p, &all);
         r = look_too(p, &all);
-    for (size_t i = 0; i < all.started; i++) {
-        int e = gather(p, &all.helpers[i]);
+    }
+    let_help(p, &all, false);
+    for (size_t i = 0; i <= all.started; i++) {
+        int e = gather(p, i < all.started ? &all.helpers[i] : &all.waiting);
         r = r ? r : e;
     }
     free(all.pieces.at);
