@@ -165,12 +165,13 @@ class Ahead:
         self,
         needed: dict[tuple[int, int], SharedMemory] | None = None,
         problems: Sequence[str] = (),
+        maps: bytes | None = None,
     ) -> None:
         """With the target stopped, the fault thread held: what is to be saved is what it has now.
-        `needed`, `problems`: what its descriptors lead to, where they have been looked at. Raises
-        UnsupportedError."""
+        `needed`, `problems`: what its descriptors lead to, where they have been looked at; `maps`:
+        its /proc/PID/maps, if that has been read. Raises UnsupportedError."""
         before = self.examination
-        if problems or not before.holds(before.needed if needed is None else needed):
+        if problems or not before.holds(before.needed if needed is None else needed, maps):
             self.examination = examine.examine(self.pump.pid, needed, before)
             examine.refuse(self.pump.pid, self.examination.plan, list(problems))
         elif not self.pump.stale:

@@ -96,9 +96,10 @@ class Frozen:
         self.pidfd = pidfd
         self.threads: list[Tracee] = []
         self.freeze_us = 0
-        """From the first thread stopped to the last."""
+        """From the first thread that is told to stop to the last that has."""
         self.stopped_us = 0
-        """The pause: from the first thread stopped to the last one let go; known afterwards."""
+        """The pause: from the same to the last thread let go; known afterwards."""
+        self._began_ns = 0
         self.restarted = 0
         """Threads whose system call would have returned EINTR but for `RESTARTED`."""
         self._stays: Tracee | None = None
@@ -235,6 +236,7 @@ class Frozen:
             new = [tid for tid in listed if tid not in known]
             if not new:
                 time.sleep(_ENDING_SECONDS)  # for those that are ending: we may be `urgent`
+            self._began_ns = self._began_ns or time.monotonic_ns()
             try:
                 stopped, failed = ptrace.seize_and_stop(
                     new, self.threads, reaper, timeout, RESTARTED
@@ -310,6 +312,9 @@ class Frozen:
             if NR.restart_syscall in (result, number):
                 self._restarting.append(tracee)
 
+    def _since_us(self) -> int:
+        return (time.monotonic_ns() - self._began_ns) // 1000 if self._began_ns else 0
+
     def thaw(self) -> None:
         """Lets every thread go, with nothing of ours left in it."""
         assert threading.get_native_id() == self._owner, "freeze belongs to one OS thread"
@@ -356,13 +361,11 @@ def freeze(
     except OSError as error:
         refusal.refused(pid, error.errno or errno.ESRCH)
     frozen = Frozen(pid, pidfd, earlier, room, scratch)
-    began = 0
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
     hurry = ExitStack()
     try:
         reaper = hurry.enter_context(Reaper(pid))
         hurry.enter_context(urgent())
-        began = time.monotonic_ns()
         try:
             registers = frozen._stop(timeout, reaper)
         except (FileNotFoundError, ProcessLookupError):
@@ -371,7 +374,7 @@ def freeze(
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}")
         frozen._note_interrupted(registers)
         frozen.threads.sort(key=lambda tracee: (tracee.tid != pid, tracee.tid))
-        frozen.freeze_us = (time.monotonic_ns() - began) // 1000
+        frozen.freeze_us = frozen._since_us()
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         yield frozen
     finally:
@@ -380,7 +383,7 @@ def freeze(
             signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
         finally:  # whatever Ctrl-C did to the line above
             frozen.thaw()
-            frozen.stopped_us = (time.monotonic_ns() - began) // 1000
+            frozen.stopped_us = frozen._since_us()
             hurry.close()
             os.close(pidfd)
             signal.pthread_sigmask(signal.SIG_SETMASK, held)

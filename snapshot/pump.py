@@ -25,6 +25,7 @@ from .kernel.background import Background
 from .kernel.busy import Busy
 from .kernel.closing import Closing
 from .kernel.errnames import error_text
+from .kernel.reading import Reading
 from .kernel.urgency import urgent
 from .kernel.watchdog import Watchdog
 from .pace import Pace
@@ -315,11 +316,26 @@ class Pump(Closing):
             lib.snap_pump_pass(self._pump)
         self.passes = protection.passes
 
+    def read_before_look(self, reading: Reading) -> None:
+        """Where writers wait for nobody: the fault thread is to read the descriptors when it is
+        ordered to look. Before that; `forget_reading` afterwards. (Elsewhere it must serve writers:
+        fdinfo of an epoll waits for who waits for his page.)"""
+        if self.passes:
+            lib.snap_pump_errand(self._pump, *reading.errand)
+
     def order_look(self) -> None:
         """Where writers wait for nobody: the fault thread shall look at what they have written.
         This is T0 for them: what is written from here on is so on behalf of the caller."""
         if self.passes:
             self._order(lib.snap_pump_order_look)
+
+    def await_reading(self) -> None:
+        """It has read, if it was to: `Reading.listed`."""
+        self._answered(lib.snap_pump_await_errand(self._pump), "reading /proc", "snap check")
+
+    def forget_reading(self) -> None:
+        """Its memory may go."""
+        lib.snap_pump_forget_errand(self._pump)
 
     def order_hold(self) -> None:
         """The fault thread shall answer what waits, and stand still until `release` or `go`."""

@@ -302,7 +302,12 @@ def _instant(
     pump.rest(GATE_SECONDS)
     most += len(ahead.touched) * PAGE
     clock = Stopwatch()
-    with Preparation(job.pid, first.data, statement) as prepared:  # before what has to be the last
+    with (
+        Preparation(job.pid, first.data, statement) as prepared,  # before what has to be the last
+        ExitStack() as held,
+    ):
+        pump.read_before_look(prepared.reading)
+        held.callback(pump.forget_reading)
         ahead.last_rounds(lambda: _report(job, pump, "protecting"))
         # A thread that goes on, also from one injected call to the next, would wait for its page.
         if not pump.passes:
@@ -335,6 +340,7 @@ def _pause(
     wait for that. Injected calls come first, while the fault thread still serves: the kernel writes
     to the target's memory for them."""
     pump = ahead.pump
+    files = prepared.files
     # With a tracer that lacks the capability an execve of the target would not be setuid.
     allowed = capable()
     with freeze(job.pid, earlier=first) as frozen:
@@ -347,11 +353,15 @@ def _pause(
             frozen.close_remote()
             faults.point("clean-again")
             pump.order_hold()
+            gathered.read_states()
+            touched = rseq_addresses(frozen.threads) if gathered.asked else []
+            files.look()
         with clock.stage("descriptors"):
-            table = descriptors.Capture(frozen.pid, frozen.pidfd)
+            pump.await_reading()
+            table = descriptors.Capture(frozen.pid, frozen.pidfd, prepared.reading)
         with clock.stage("maps"):
             pump.await_hold()
-            ahead.plan(table.needed, table.problems)
+            ahead.plan(table.needed, table.problems, files.beside("maps"))
             faults.point("held")
         with clock.stage("settle"):
 
@@ -360,12 +370,12 @@ def _pause(
                 gathered.complete()
 
             direct_io = ahead.direct_io or table.direct_io
-            cover = not procfs.mergeable(job.pid)
+            cover = not procfs.mergeable(job.pid, files.beside("ksm_stat"))
             unsaved = pump.settle(
                 most,
                 copies=not direct_io,
                 cover=cover,
-                touched=rseq_addresses(frozen.threads),
+                touched=touched,
                 meanwhile=meanwhile,
             )
         taken_at = time.time()

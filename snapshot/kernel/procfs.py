@@ -103,10 +103,11 @@ def auxv(pid: int) -> bytes:
     return read(pid, "auxv")
 
 
-def mergeable(pid: int) -> bool:
-    """Whether KSM may merge pages of the process: it takes their protection without an event."""
+def mergeable(pid: int, text: bytes | None = None) -> bool:
+    """Whether KSM may merge pages of the process: it takes their protection without an event.
+    `text`: its ksm_stat, if that has been read."""
     try:
-        text = read(pid, "ksm_stat")
+        text = read(pid, "ksm_stat") if text is None else text
     except KernelError:
         return True
     except TargetError:  # a kernel without KSM has no such file

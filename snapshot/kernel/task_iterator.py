@@ -13,11 +13,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..units import PAGE
 from ..worker import Worker
 from . import remote
 from ._native import ffi, lib
 from .closing import Closing
+from .touched import touched
 
 UNWANTED = "SNAP_NO_BPF"
 
@@ -89,10 +89,10 @@ class TaskAnswers(Closing):
         self._bits = program.bits
         self._most = most
         self._questions = questions
-        self._tasks = _touched(most * ffi.sizeof("snap_task"))
+        self._tasks = touched(most * ffi.sizeof("snap_task"))
         self._unlike = bytearray(most)
-        self._results = _touched(most * 8 * len(questions.calls))
-        self._answers = _touched(most * questions.size)
+        self._results = touched(most * 8 * len(questions.calls))
+        self._answers = touched(most * questions.size)
         self._asked = remote.questions(questions, self._results, self._answers)
         self._fd = program.iterator(pid, lib.SNAP_OF_THREADS)
 
@@ -123,10 +123,3 @@ class TaskAnswers(Closing):
 
     def close(self) -> None:
         os.close(self._fd)
-
-
-def _touched(size: int) -> bytearray:
-    """Zeros: the first touch of a page would cost more than what is read to it."""
-    made = bytearray(size)
-    made[::PAGE] = bytes(len(made[::PAGE]))
-    return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -56,30 +57,52 @@ class Gathered:
     """None: they can still be read, for nobody has made a call."""
     tracees: Sequence[Tracee]
     """In their order are `states` and `replies`."""
+    asked: bool
+    """Calls were made in a thread: the kernel has written to its memory for them."""
     pending: list[bytes] = field(default_factory=list)
     thread_pending: dict[int, list[bytes]] = field(default_factory=dict)
     """By tid, where there are any."""
+    later: Callable[[], None] | None = None
+    """What is left to be done with what has been read."""
 
-    def complete(self) -> None:
-        """What the threads hold, the rest of /proc, and which signals wait: any time before the
-        target runs on. The queues come after the sets of `status`: what is in a set is in its
-        queue by then, and the set is believed where the queue has lost it."""
+    def read_states(self) -> None:
+        """What the threads hold: any time before the target runs on."""
         if self.states is None:
             self.states = _states(self.frozen, self.prepared)
+
+    def complete(self) -> None:
+        """The same, the rest of /proc, and which signals wait: any time before the target runs on.
+        The queues come after the sets of `status`: what is in a set is in its queue by then, and
+        the set is believed where the queue has lost it."""
+        self.read_states()
         facts = self.facts
         every = facts.nested  # only there the number that a thread has for itself is told
         leader, *others = self.tracees
         some = [one for i, one in enumerate(others, 1) if every or self.replies.unlike(i)]
-        tids = [leader.tid, *(one.tid for one in some)]
         files = self.prepared.files if self.prepared else None
-        facts.renew(Facts.read(facts.pid, tids, files))
+        read = partial(Facts.read, facts.pid, [leader.tid, *(one.tid for one in some)], files)
+        status = files.status if files else None
+        if status is None or some:
+            facts.renew(read())
+            statuses = facts.status_texts
+        else:  # all of it is there
+            self.later = lambda: facts.renew(read())
+            statuses = {leader.tid: status}
         self.pending[:] = leader.pending(shared=True)
         for tracee in (leader, *some):
-            if _NONE_PENDING not in facts.status_texts[tracee.tid]:
+            if _NONE_PENDING not in statuses[tracee.tid]:
                 self.thread_pending[tracee.tid] = tracee.pending(shared=False)
+
+    def understood(self) -> Facts:
+        """After `complete`, any time."""
+        later, self.later = self.later, None
+        if later is not None:
+            later()
+        return self.facts
 
     def threads(self) -> tuple[Thread, ...]:
         """The leader first."""
+        self.understood()
         known: dict[credentials.State, msgspec.Raw] = {}
         assert self.states is not None, "it is not complete"
         both = zip(self.tracees, self.states.decode(), strict=True)
@@ -122,7 +145,8 @@ class Gathered:
     ) -> Process:
         """The record of the process; what is not kept here is passed in. `state`: of further
         modules, by NAME."""
-        facts, status = self.facts, self.facts.status
+        facts = self.understood()
+        status = facts.status
         all_threads = self.threads()
         answers, questions = self.replies.process, self.replies.questions
         own = {name: pack(answer(answers)) for name, answer in questions.modules}
@@ -155,7 +179,7 @@ class Gathered:
         securebits = 0
         found = {
             credentials.warning(credentials.state(status, securebits), self.facts.pid)
-            for status in self.facts.statuses.values()
+            for status in self.understood().statuses.values()
         }
         return sorted(text for text in found if text)
 
@@ -172,6 +196,7 @@ class Preparation(Closing):
         self.outside: TaskAnswers | None = None
         with ExitStack() as stack:
             self.files = stack.enter_context(Open(pid))
+            self.reading = self.files.prepare()
             most = len(procfs.threads(pid)) + FEW_MORE
             self.states = StateRoom(most)
             # Of the others nothing is asked that depends on what they are, and they may end.
@@ -198,8 +223,10 @@ def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
     `complete`."""
     registers = frozen.restarting()
     states = replies = None
+    asked = True
     if prepared is not None and _read_outside(frozen, prepared):
         replies = _unasked(prepared)
+        asked = replies is None
         if replies is None:
             states = _states(frozen, prepared)
             replies = _from_outside(prepared, *_ask(frozen, frozen.threads[:1], prepared)[:2])
@@ -215,6 +242,7 @@ def gather(frozen: Frozen, prepared: Preparation | None = None) -> Gathered:
         replies=replies,
         states=states,
         tracees=frozen.threads,
+        asked=asked,
     )
 
 

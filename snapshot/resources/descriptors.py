@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 import resource
 import socket
-import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from msgspec.structs import replace
 
 from ..errors import KernelError, RestoreError
-from ..kernel import fdtable, kcmp
+from ..kernel import fdtable
 from ..kernel.arch_x86_64 import NR
 from ..kernel.fdtable import Entry, Socket
+from ..kernel.reading import Reading
 from ..kernel.remote import Remote
 from ..manifest import Descriptor, OpenFile, Process, pack
 from . import (
@@ -73,8 +73,6 @@ KINDS: tuple[Kind, ...] = (
 """The first that recognises an open file has it."""
 BY_NAME = {kind.NAME: kind for kind in KINDS}
 
-_TOLD = (b"anon_inode:[eventfd]", b"anon_inode:[signalfd]")
-"""Of these fdinfo tells everything."""
 _WHAT = {
     b"anon_inode:[io_uring]": "io_uring",
     b"anon_inode:[perf_event]": "performance counters (perf_event_open)",
@@ -116,13 +114,25 @@ class Capture:
     asked some 60 more.
     """
 
-    def __init__(self, pid: int, pidfd: int) -> None:
-        raw = _read_all(pid)
-        self._cloexec = {fd for fd, seen in raw.items() if seen.cloexec}
-        self._seen = _by_struct_file(pid, raw)
+    def __init__(self, pid: int, pidfd: int, reading: Reading | None = None) -> None:
+        """`reading`: with its descriptors since it stands, perhaps. If nothing has to be asked of
+        any of them, they are not even listed before `complete`."""
+        self._of = pid, pidfd
+        self._seen: list[Seen] = []
         self._found: dict[int, tuple[Kind, Captured]] = {}  # by Seen.id
         self._owners: dict[int, tuple[int, int, int] | None] = {}
         self._failed: dict[int, str] = {}
+        self._reading = reading if reading is not None and reading.listed else None
+        self._listed = False
+        if self._reading is None or not self._reading.told:
+            self._list()
+
+    def _list(self) -> None:
+        pid, pidfd = self._of
+        reading = self._reading
+        entries = fdtable.entries(pid, grouped=True) if reading is None else reading.entries
+        self._listed = True
+        self._seen = _by_struct_file(entries)
         self._table = Table(pid, pidfd, self._seen)
         for seen in self._seen:
             if memfd.recognise(seen, self._table):
@@ -130,6 +140,8 @@ class Capture:
 
     def ask(self) -> None:
         """All that `_only_now` can be had."""
+        if not self._listed:
+            return
         with self._table as table:
             table.ask()
             for seen in self._seen:
@@ -188,6 +200,9 @@ class Capture:
         """The open files and the descriptors; what became of the others `problems` tells then."""
         opened: list[OpenFile] = []
         numbers: dict[int, int] = {}  # fd -> OpenFile.id
+        if not self._listed:
+            self._list()
+        cloexec = {fd for seen in self._seen for fd in seen.cloexec}
         for seen in self._seen:
             if seen.id not in self._found and seen.id not in self._failed:
                 self._look(seen)
@@ -195,8 +210,7 @@ class Capture:
                 found, owner = self._found[seen.id], self._owners[seen.id]
                 opened += _open_files(seen, *found, owner, numbers, len(self._seen))
         descriptors = tuple(
-            Descriptor(fd=fd, file=numbers[fd], cloexec=fd in self._cloexec)
-            for fd in sorted(numbers)
+            Descriptor(fd=fd, file=numbers[fd], cloexec=fd in cloexec) for fd in sorted(numbers)
         )
         return tuple(opened), descriptors
 
@@ -210,11 +224,7 @@ def capture(pid: int, pidfd: int) -> tuple[tuple[OpenFile, ...], tuple[Descripto
 
 def _only_now(seen: Seen) -> bool:
     """Whether there is more to be asked, while the process stands still, than was read of it."""
-    if seen.flags & FASYNC:
-        return True
-    if seen.entry.mode == 0:
-        return seen.link not in _TOLD
-    return not seen.entry.links or stat.S_ISFIFO(seen.entry.mode)
+    return bool(seen.entry.asks)
 
 
 def examine(pid: int, pidfd: int) -> list[str]:
@@ -223,9 +233,9 @@ def examine(pid: int, pidfd: int) -> list[str]:
     Looks at nothing that a look could disturb (what waits in sockets and pipes), and passes over
     what the process closes meanwhile.
     """
-    raw = _read_all(pid)
     cannot: list[str] = []
-    with Table(pid, pidfd, list(raw.values()), stopped=False) as table:
+    every = [_seen(entry) for entry in fdtable.entries(pid)]
+    with Table(pid, pidfd, every, stopped=False) as table:
         for one in table.files:
             try:
                 _look(one, table)
@@ -241,7 +251,7 @@ def direct_io(pid: int) -> bool:
     """Whether the process, which runs, has files open with O_DIRECT: what it reads from them a
     device writes to its memory, past the page tables."""
     entries = fdtable.entries(pid, only_files=True)
-    return any(_seen(entry).flags & os.O_DIRECT for entry in entries)
+    return any(entry.flags & os.O_DIRECT for entry in entries)
 
 
 def _look(seen: Seen, table: Table) -> tuple[Kind, Captured]:
@@ -298,38 +308,31 @@ def _open_file(file_id: int, kind: Kind, seen: Seen, found: Captured) -> OpenFil
     )
 
 
-def _read_all(pid: int) -> dict[int, Seen]:
-    """Every descriptor by itself; those that share a struct file are found later."""
-    return {entry.fd: _seen(entry) for entry in fdtable.entries(pid)}
-
-
 def _seen(entry: Entry) -> Seen:
-    # "pos:\t0\nflags:\t0100002\n…": seq_show, fs/proc/fd.c
-    position, flags, _ = entry.info.split(b"\n", 2)
-    opened = int(flags[6:], 8)
+    position, _ = entry.info.split(b"\n", 1)  # "pos:\t0\n…": seq_show, fs/proc/fd.c
     return Seen(
         id=entry.fd,
         fds=[entry.fd],
         entry=entry,
-        flags=opened & ~O_CLOEXEC,
+        flags=entry.flags & ~O_CLOEXEC,
         offset=int(position[4:]),
-        cloexec={entry.fd} if opened & O_CLOEXEC else set(),
+        cloexec={entry.fd} if entry.flags & O_CLOEXEC else set(),
     )
 
 
-def _by_struct_file(pid: int, raw: dict[int, Seen]) -> list[Seen]:
-    """One Seen for each struct file. Only descriptors of one inode can share one."""
-    alike: dict[tuple[bytes, int, int], list[int]] = {}
-    for fd, seen in raw.items():
-        alike.setdefault((seen.link, *seen.key), []).append(fd)
-    files = []
-    groups = sorted(group for fds in alike.values() for group in kcmp.groups(pid, fds))
-    for file_id, fds in enumerate(groups):
-        seen = raw[fds[0]]
-        seen.id, seen.fds = file_id, fds
-        seen.cloexec = {fd for fd in fds if raw[fd].cloexec}
-        files.append(seen)
-    return files
+def _by_struct_file(entries: Sequence[Entry]) -> list[Seen]:
+    """One Seen for each struct file, in the order of their lowest descriptors; its id is its place
+    there."""
+    files: dict[int, Seen] = {}
+    for entry in entries:
+        one = _seen(entry)
+        seen = files.setdefault(entry.file, one)
+        if seen is one:
+            seen.id = len(files) - 1
+        else:
+            seen.fds.append(entry.fd)
+            seen.cloexec |= one.cloexec
+    return list(files.values())
 
 
 # --- restore -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from ..errors import SnapError
 from ..kernel import procfs
 from ..kernel._native import ffi, lib
 from ..kernel.closing import Closing
+from ..kernel.reading import Reading
 
 _NAMES = (
     "stat",
@@ -27,8 +28,12 @@ _NAMES = (
     "auxv",
     "cmdline",
 )
-_OPTIONAL = ("timers", "coredump_filter")
-"""Files that a kernel may be built without (CONFIG_POSIX_TIMERS, CONFIG_ELF_CORE)."""
+_OPTIONAL = ("timers", "coredump_filter", "ksm_stat")
+"""Files that a kernel may be built without (CONFIG_POSIX_TIMERS, CONFIG_ELF_CORE, CONFIG_KSM)."""
+_BESIDE = ("maps", "ksm_stat")
+"""No part of Facts, read at the same time."""
+_STATUS = "status"
+"""Of the leader."""
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC
 _BYTES = 64 * 1024
 _THREAD_BYTES = 4096
@@ -44,6 +49,10 @@ class Open(Closing):
         self.pid = pid
         self._files: dict[str, int] = {}
         self._threads: dict[int, int] = {}
+        self._reading: Reading | None = None
+        self._there: Reading | None = None
+        """The same, when it has been read."""
+        self._places: dict[str, int] = {}  # in it
         try:
             for name in _NAMES:
                 self._open(name)
@@ -65,25 +74,69 @@ class Open(Closing):
         with suppress(OSError):  # it has ended
             self._threads[tid] = os.open(procfs.path(self.pid, "status", tid), _FLAGS)
 
+    def prepare(self) -> Reading:
+        """For `look`, and for a thread that is to read the descriptors."""
+        for name in _BESIDE:
+            self._open(name)
+        if self.pid not in self._threads:
+            self._open_thread(self.pid)
+        files = {**self._files, _STATUS: self._threads[self.pid]}
+        self._reading = Reading(self.pid, [*files.values()])
+        self._places = {name: i for i, name in enumerate(files)}
+        return self._reading
+
+    def look(self) -> None:
+        """In the pause, after `prepare`: reads all but the statuses of other threads. From then on
+        that is what there is."""
+        assert self._reading is not None
+        self._there = self._reading if self._reading.read() else None
+
+    def beside(self, name: str) -> bytes | None:
+        """maps or ksm_stat, as `look` has found it; None: it has not."""
+        there = self._there
+        return there.file(self._places[name]) if there and name in self._places else None
+
+    @property
+    def status(self) -> bytes | None:
+        """Of the leader, as `look` has found it; None: it has not."""
+        return self._there.file(self._places[_STATUS]) if self._there else None
+
+    @property
+    def links(self) -> tuple[bytes, bytes, bytes]:
+        """exe, cwd and root. TargetError (gone) or DeniedError."""
+        there = self._there
+        return there.links if there else links(self.pid)
+
     def read(
         self, tids: Sequence[int], names: Collection[str] = _NAMES
     ) -> tuple[dict[str, bytes], dict[int, bytes]] | None:
         """Texts by name, and statuses by tid: of those threads that were there then. None: it did
         not work, the files have to be read one by one."""
-        known = [tid for tid in tids if tid in self._threads]
-        files = {name: fd for name, fd in self._files.items() if name in names}
-        fds = [*files.values(), *(self._threads[tid] for tid in known)]
+        texts: dict[str, bytes] = {}
+        statuses: dict[int, bytes] = {}
+        if there := self._there:
+            places = self._places
+            texts = {name: there.file(places[name]) for name in names if name in places}
+            statuses[self.pid] = there.file(places[_STATUS])
+        rest = set(names) - texts.keys()
+        files = {name: fd for name, fd in self._files.items() if name in rest}
+        known = [tid for tid in tids if tid in self._threads and tid not in statuses]
+        found = self._read([*files.values(), *(self._threads[tid] for tid in known)])
+        if found is None:
+            return None
+        texts |= zip(files, found, strict=False)
+        statuses |= zip(known, found[len(files) :], strict=True)
+        return texts, statuses
+
+    def _read(self, fds: Sequence[int]) -> list[bytes] | None:
+        if not fds:
+            return []
         ends = ffi.new("int64_t[]", len(fds))
         room = ffi.from_buffer("char[]", self._room)
         if lib.snap_read_files(fds, len(fds), room, len(self._room), ends) < 0 or min(ends) < 0:
             return None
         marks = [0, *ends]
-        texts = [bytes(self._room[marks[i] : marks[i + 1]]) for i in range(len(fds))]
-        count = len(files)
-        return (
-            dict(zip(files, texts, strict=False)),
-            dict(zip(known, texts[count:], strict=True)),
-        )
+        return [bytes(self._room[marks[i] : marks[i + 1]]) for i in range(len(fds))]
 
     def close(self) -> None:
         for fd in (*self._files.values(), *self._threads.values()):
@@ -128,6 +181,7 @@ class Facts:
             texts |= {name: _optional(pid, name) for name in _OPTIONAL}
             found = texts, {}
         texts, statuses = found
+        exe, cwd, root = files.links if files is not None else links(pid)
         return cls(
             pid=pid,
             status_texts={
@@ -141,9 +195,9 @@ class Facts:
             coredump_filter_text=texts.get("coredump_filter", b""),
             auxv=texts["auxv"],
             cmdline=procfs.split_cmdline(texts["cmdline"]),
-            exe=procfs.link(pid, "exe"),
-            cwd=procfs.link(pid, "cwd"),
-            root=procfs.link(pid, "root"),
+            exe=exe,
+            cwd=cwd,
+            root=root,
         )
 
     def renew(self, newer: Facts) -> None:
@@ -178,6 +232,11 @@ class Facts:
     @property
     def personality(self) -> int:
         return int(self.personality_text, 16)
+
+
+def links(pid: int) -> tuple[bytes, bytes, bytes]:
+    """exe, cwd and root of a process. TargetError (gone) or DeniedError."""
+    return procfs.link(pid, "exe"), procfs.link(pid, "cwd"), procfs.link(pid, "root")
 
 
 def _optional(pid: int, name: str) -> bytes:

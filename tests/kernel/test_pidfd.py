@@ -94,7 +94,7 @@ def test_not_allowed() -> None:
             for attempt in (
                 lambda: pidfd.getfd(handle, 0),
                 lambda: fdtable.entries(process.pid),
-                lambda: kcmp.groups(process.pid, [0, 1]),
+                lambda: kcmp.same_file(process.pid, 0, 1),
             ):
                 try:
                     attempt()
@@ -115,11 +115,12 @@ def test_descriptors_by_struct_file() -> None:
     files = [os.open("/dev/null", os.O_RDONLY) for _ in range(6)]
     copies = [os.dup(files[i % 3]) for i in range(9)]
     try:
-        found = kcmp.groups(os.getpid(), reversed(files + copies))
-        wanted = [[fd, *copies[i::3]] if i < 3 else [fd] for i, fd in enumerate(files)]
-        assert found == sorted(wanted)
-        assert kcmp.groups(os.getpid(), []) == []
-        assert kcmp.groups(os.getpid(), [5]) == [[5]]
+        found = {one.fd: one.file for one in fdtable.entries(os.getpid(), grouped=True)}
+        wanted = {fd: fd for fd in files} | {fd: files[i % 3] for i, fd in enumerate(copies)}
+        assert {fd: found[fd] for fd in wanted} == wanted
+        assert {one.fd for one in fdtable.entries(os.getpid()) if one.file != one.fd} == set()
+        assert kcmp.same_file(os.getpid(), files[1], copies[1])
+        assert not kcmp.same_file(os.getpid(), files[1], files[4])
     finally:
         for fd in files + copies:
             os.close(fd)

@@ -43,35 +43,6 @@ int snap_kcmp_file(int pid, int a, int b) {
     return order < 0 ? -errno : (int)order;
 }
 
-static int precedes(int pid, int a, int b, int *error) {
-    int order = snap_kcmp_file(pid, a, b);
-    if (order < 0 && !*error)
-        *error = order;
-    return order == SNAP_KCMP_LESS;
-}
-
-int snap_kcmp_sort(int pid, int *fds, unsigned char *same, int count) {
-    int error = 0;
-    for (int i = 1; i < count && !error; i++) {
-        int fd = fds[i], low = 0, high = i; /* behind all that it does not precede */
-        while (low < high) {
-            int middle = (low + high) / 2;
-            if (precedes(pid, fd, fds[middle], &error))
-                high = middle;
-            else
-                low = middle + 1;
-        }
-        memmove(fds + low + 1, fds + low, (size_t)(i - low) * sizeof *fds);
-        fds[low] = fd;
-    }
-    for (int i = 0; i < count && !error; i++) {
-        int order = i ? snap_kcmp_file(pid, fds[i - 1], fds[i]) : SNAP_KCMP_LESS;
-        error = order < 0 ? order : 0;
-        same[i] = order == SNAP_KCMP_SAME;
-    }
-    return error;
-}
-
 int snap_kcmp_memory(int pid, int other) {
     long order = syscall(SYS_kcmp, pid, other, KCMP_VM, 0, 0);
     return order < 0 ? -errno : (int)order;
@@ -149,6 +120,25 @@ static int has_no_file(const char *link) {
            !strncmp(link, "anon_inode:", 11);
 }
 
+/* The flags in "pos:\t0\nflags:\t0100002\n…": seq_show, fs/proc/fd.c */
+static uint32_t flags_in(const char *info, uint64_t length) {
+    const char *at = memmem(info, length, "flags:\t", 7), *end = info + length;
+    uint32_t flags = 0;
+    for (at = at ? at + 7 : end; at < end && *at >= '0' && *at <= '7'; at++)
+        flags = flags * 8 + (uint32_t)(*at - '0');
+    return flags;
+}
+
+/* Of a file with a name the record tells all, and of two others; not which signals it sends (FASYNC), nor
+ * what is in a pipe. */
+static uint32_t asks(const snap_descriptor *one, const char *link) {
+    if (one->flags & FASYNC)
+        return 1;
+    if (!one->mode)
+        return strcmp(link, "anon_inode:[eventfd]") && strcmp(link, "anon_inode:[signalfd]");
+    return !one->links || S_ISFIFO(one->mode);
+}
+
 /* Fills one record. -> its length, 0 when the descriptor is gone or not wanted, or -errno. */
 static int64_t read_one(int links, int infos, const char *name, int only_files, char *to,
                         uint64_t room) {
@@ -156,7 +146,7 @@ static int64_t read_one(int links, int infos, const char *name, int only_files, 
     if (room < sizeof *one + SNAP_LINK_MAX + 8)
         return -ENOSPC;
     memset(one, 0, sizeof *one);
-    one->fd = atoi(name);
+    one->fd = one->file = atoi(name);
     char *link = to + sizeof *one;
     ssize_t length = readlinkat(links, name, link, SNAP_LINK_MAX - 1);
     if (length < 0)
@@ -180,12 +170,15 @@ static int64_t read_one(int links, int infos, const char *name, int only_files, 
         one->mode = st.st_mode;
         one->links = (uint32_t)st.st_nlink;
     }
-    room -= sizeof *one + (uint64_t)length + 8; /* a record is padded with at most 7 bytes */
-    int64_t info = read_whole(infos, name, link + length, room);
+    room -= sizeof *one + (uint64_t)length + 1 + 8; /* a record is padded with at most 7 bytes */
+    int64_t info = read_whole(infos, name, link + length + 1, room);
     if (info < 0)
         return info == -ENOENT ? 0 : info;
     if ((uint64_t)info == room)
         return -ENOSPC; /* there may be more */
+    one->flags = flags_in(link + length + 1, (uint64_t)info);
+    one->asks = asks(one, link);
+    memmove(link + length, link + length + 1, (size_t)info);
     one->info_length = (uint32_t)info;
     one->length = (uint32_t)(sizeof *one + (uint64_t)length + (uint64_t)info + 7) & ~7u;
     return one->length;
@@ -216,6 +209,93 @@ int64_t snap_descriptors_read(int pid, int only_files, char *buffer, uint64_t si
     if (infos >= 0)
         close(infos);
     return result < 0 ? result : (int64_t)used;
+}
+
+static int precedes(int pid, int a, int b, int *error) {
+    int order = snap_kcmp_file(pid, a, b);
+    if (order < 0 && !*error)
+        *error = order;
+    return order == SNAP_KCMP_LESS;
+}
+
+/* Sorts descriptors by their struct files, those of one in their order before. same[i]: it is the file
+ * of the one before. -> 0 or -errno, of the comparison that failed. */
+static int sort_by_file(int pid, int *fds, unsigned char *same, int count) {
+    int error = 0;
+    for (int i = 1; i < count && !error; i++) {
+        int fd = fds[i], low = 0, high = i; /* behind all that it does not precede */
+        while (low < high) {
+            int middle = (low + high) / 2;
+            if (precedes(pid, fd, fds[middle], &error))
+                high = middle;
+            else
+                low = middle + 1;
+        }
+        memmove(fds + low + 1, fds + low, (size_t)(i - low) * sizeof *fds);
+        fds[low] = fd;
+    }
+    for (int i = 0; i < count && !error; i++) {
+        int order = i ? snap_kcmp_file(pid, fds[i - 1], fds[i]) : SNAP_KCMP_LESS;
+        error = order < 0 ? order : 0;
+        same[i] = order == SNAP_KCMP_SAME;
+    }
+    return error;
+}
+
+/* Whether two descriptors may share a struct file. */
+static int alike(const snap_descriptor *a, const snap_descriptor *b) {
+    return a->device == b->device && a->inode == b->inode && a->link_length == b->link_length &&
+           !memcmp(a + 1, b + 1, a->link_length);
+}
+
+static int by_likeness(const void *a, const void *b) {
+    const snap_descriptor *x = *(snap_descriptor *const *)a, *y = *(snap_descriptor *const *)b;
+    if (x->inode != y->inode)
+        return x->inode < y->inode ? -1 : 1;
+    if (x->device != y->device)
+        return x->device < y->device ? -1 : 1;
+    if (x->link_length != y->link_length)
+        return x->link_length < y->link_length ? -1 : 1;
+    int order = memcmp(x + 1, y + 1, x->link_length);
+    return order ? order : (x->fd > y->fd) - (x->fd < y->fd);
+}
+
+/* `records` are alike, in the order of their numbers. */
+static int group(int pid, snap_descriptor **records, int *fds, unsigned char *same, int count) {
+    for (int i = 0; i < count; i++)
+        fds[i] = records[i]->fd;
+    int result = sort_by_file(pid, fds, same, count);
+    for (int i = 1, first = fds[0]; i < count && !result; i++) {
+        first = same[i] ? first : fds[i];
+        for (int k = 0; k < count; k++)
+            if (records[k]->fd == fds[i])
+                records[k]->file = first;
+    }
+    return result;
+}
+
+int snap_descriptors_group(int pid, char *buffer, uint64_t used) {
+    int count = 0, result = 0;
+    for (uint64_t at = 0; at < used; at += ((snap_descriptor *)(buffer + at))->length)
+        count++;
+    const size_t each = sizeof(snap_descriptor *) + sizeof(int) + 1;
+    snap_descriptor **records = malloc((size_t)count * each + 1);
+    if (!records)
+        return -ENOMEM;
+    int *fds = (int *)(records + count);
+    unsigned char *same = (unsigned char *)(fds + count);
+    count = 0;
+    for (uint64_t at = 0; at < used; at += records[count++]->length)
+        records[count] = (snap_descriptor *)(buffer + at);
+    qsort(records, (size_t)count, sizeof *records, by_likeness);
+    for (int i = 0, n; i < count && !result; i += n) {
+        for (n = 1; i + n < count && alike(records[i], records[i + n]);)
+            n++;
+        if (n > 1)
+            result = group(pid, records + i, fds, same, n);
+    }
+    free(records);
+    return result;
 }
 
 static int32_t option(int fd, int name) {

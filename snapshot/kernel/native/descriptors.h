@@ -15,9 +15,6 @@ int snap_pidfd_getfd(int pidfd, int fd);
 /* Compares the struct files of descriptor a and b of a process -> SNAP_KCMP_*. Needs ptrace
  * access; ENOSYS: a kernel without CONFIG_KCMP. */
 int snap_kcmp_file(int pid, int a, int b);
-/* Sorts descriptors by their struct files, those of one in their order before. same[i]: it is the file
- * of the one before. -> 0 or -errno, of the comparison that failed. */
-int snap_kcmp_sort(int pid, int *fds, unsigned char *same, int count);
 /* Compares the address spaces of two processes -> SNAP_KCMP_*. */
 int snap_kcmp_memory(int pid, int other);
 /* Is the file of descriptor fd what epoll descriptor efd watches as the `nth` (from 0, in the
@@ -57,6 +54,9 @@ typedef struct {
     uint64_t rdev;
     uint32_t mode;
     uint32_t links;
+    uint32_t flags; /* of open(2), as fdinfo has them */
+    uint32_t asks;  /* 1: there is more to be asked, while the process stands still, than this record has */
+    int64_t file;   /* the lowest descriptor of the same struct file; as long as nobody asked its own number */
 } snap_descriptor;
 
 #define SNAP_LINK_MAX 4096
@@ -66,6 +66,8 @@ typedef struct {
  * of `buffer` (8-byte aligned); ENOSPC when it is too small: try again with a larger one. EACCES,
  * ENOENT, ESRCH as open(2) of /proc/PID/fd. */
 int64_t snap_descriptors_read(int pid, int only_files, char *buffer, uint64_t size);
+/* Finds which of those records share a struct file (`file`), by kcmp(2): of one inode. 0 or -errno. */
+int snap_descriptors_group(int pid, char *buffer, uint64_t used);
 
 /* An option that sockets of a kind are asked for: at most `size` bytes. */
 typedef struct {

@@ -165,7 +165,7 @@ int snap_pump_plan(snap_pump *p, const snap_window *windows, size_t count, uint6
     p->windows.at = made;
     p->windows.count = count;
     p->windows.capacity = count ? count : 1;
-    p->looked = false;
+    p->looked = p->surveyed = false;
     int r = ledger_index(p);
     for (size_t i = 0; !r && i < count; i++) {
         const snap_window *w = &made[i].is;
@@ -520,6 +520,48 @@ int snap_pump_order_look(snap_pump *p)
     return give_order(p, ORDER_LOOK);
 }
 
+void snap_pump_errand(snap_pump *p, void (*run)(void *), void *of)
+{
+    pthread_mutex_lock(&p->lock);
+    p->errand = run;
+    p->errand_of = of;
+    pthread_mutex_unlock(&p->lock);
+}
+
+int snap_pump_await_errand(snap_pump *p)
+{
+    pthread_mutex_lock(&p->lock);
+    while ((p->errand && !p->ended) || p->errand_runs)
+        pthread_cond_wait(&p->told, &p->lock);
+    int r = p->errand ? -EPIPE : 0;
+    pthread_mutex_unlock(&p->lock);
+    return r;
+}
+
+void snap_pump_forget_errand(snap_pump *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->errand = NULL;
+    pthread_mutex_unlock(&p->lock);
+    (void)snap_pump_await_errand(p);
+}
+
+static void run_errand(snap_pump *p)
+{
+    pthread_mutex_lock(&p->lock);
+    void (*run)(void *) = p->errand;
+    p->errand = NULL;
+    p->errand_runs = run != NULL;
+    pthread_mutex_unlock(&p->lock);
+    if (!run)
+        return;
+    run(p->errand_of);
+    pthread_mutex_lock(&p->lock);
+    p->errand_runs = false;
+    pthread_cond_broadcast(&p->told);
+    pthread_mutex_unlock(&p->lock);
+}
+
 int snap_pump_touched(snap_pump *p, const uint64_t *addresses, size_t count)
 {
     return set_addresses(p, &p->touched, addresses, count);
@@ -717,7 +759,10 @@ static int open_pages(snap_pump *p)
 /* Somebody may want it to be held afterwards, and have said so. */
 static int look_at_t0(snap_pump *p)
 {
+    run_errand(p);
     int r = written_look(p);
+    if (!r)
+        r = settle_ahead(p);
     pthread_mutex_lock(&p->lock);
     be_urgent(p, true);
     p->order = p->order == ORDER_LOOK ? NO_ORDER : p->order;

@@ -162,6 +162,13 @@ int snap_pump_order_written(snap_pump *pump);
 int snap_pump_order_arm(snap_pump *pump);
 int snap_pump_order_open(snap_pump *pump, const uint64_t *addresses, size_t count);
 int snap_pump_order_look(snap_pump *pump);
+/* Before order_look: run(of) comes before that look, in the same thread. It must wait for nothing that the
+ * target may hold while it waits for its events to be read. */
+void snap_pump_errand(snap_pump *pump, void (*run)(void *), void *of);
+/* Waits for it. 0; -EPIPE: run has ended, and it did not come to it. */
+int snap_pump_await_errand(snap_pump *pump);
+/* It shall not be begun any more; waits if it has been. */
+void snap_pump_forget_errand(snap_pump *pump);
 int snap_pump_order_hold(snap_pump *pump);
 /* Before settle: to the pages at these addresses the caller may have written since the look, or the kernel
  * for calls that it had the target make. */

@@ -174,6 +174,7 @@ struct snap_pump {
     VECTOR(int) children;       /* their userfaultfds, held until shared memory is saved */
     bool passes;                /* writers wait for nobody, and only the page tables tell (written.c) */
     bool looked;                /* at T0, at what was written: written_look */
+    bool surveyed;              /* … and at all that has to be looked at: settle_ahead */
     bool empties;               /* protecting covers empty pages, and pagemap tells them apart */
     bool verify;                /* at T0 look at everything, and compare */
     int loadavg;                /* /proc/loadavg, -1: not open yet */
@@ -227,6 +228,9 @@ struct snap_pump {
     bool last_closed;     /* no more will come */
     int order;
     bool look_due;     /* ordered, and not begun; it may be held afterwards by now */
+    void (*errand)(void *); /* before the look; NULL: none, or it has begun */
+    void *errand_of;
+    bool errand_runs;
     addresses to_open; /* for ORDER_OPEN */
     addresses touched; /* see snap_pump_touched */
     bool held, released;
@@ -342,8 +346,6 @@ int written_list(snap_pump *p);
 int written_look(snap_pump *p);
 /* By who waits for it, with the lock: he takes his share of it, if it has begun. */
 void written_assist(snap_pump *p);
-/* Lists what may have been written since, for the caller's sake. */
-int written_touched(snap_pump *p);
 /* The same of [start, end) of w, covered or not: what is known of it. */
 int written_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, bool protect);
 
@@ -355,6 +357,8 @@ int ahead_slice(snap_pump *p, bool copies);
 /* settle.c */
 /* See snap_pump_order_settle. */
 int settle(snap_pump *p, uint64_t most, int trust);
+/* What of it can be done while it is not known yet whether the windows are those of T0, nor what to trust. */
+int settle_ahead(snap_pump *p);
 
 /* pace.c */
 /* A piece of what nobody waits for has been done since then. */

@@ -358,6 +358,7 @@ static int handle(snap_pump *p, const uffd_message *m)
     p->counters.events++;
     p->counters.changes += m->event == UFFD_EVENT_UNMAP || m->event == UFFD_EVENT_REMAP;
     pthread_mutex_unlock(&p->lock);
+    p->surveyed = false;
     int r = m->event == UFFD_EVENT_FORK         ? child_born(p, (int)m->arg[0])
             : p->after_t0 || p->letting_go ? event(p, m)
                                            : event_ahead(p, m);

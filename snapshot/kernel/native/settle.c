@@ -166,9 +166,8 @@ static int look_at_listed(snap_pump *p, uint32_t space, uint64_t start, uint64_t
 
 static int look(snap_pump *p, seen *found)
 {
-    int r = 0;
-    if (p->passes)
-        r = p->looked ? written_touched(p) : written_look(p);
+    p->counters.looked_chunks = 0;
+    int r = p->passes && !p->looked ? written_look(p) : 0;
     if (!r)
         r = list_gaps(p);
     if (!r && !p->passes)
@@ -191,7 +190,22 @@ static int look(snap_pump *p, seen *found)
     }
     for (size_t k = 0; !r && k < p->windows.count; k++)
         r = look_at_gaps(p, &p->windows.at[k].is, found);
-    sort_listed(p);
+    return r;
+}
+
+/* Once more at what may have been written since, for the caller's sake. */
+static int look_at_touched(snap_pump *p, seen *found)
+{
+    int r = 0;
+    for (size_t i = 0; !r && i < p->touched.count; i++) {
+        const window *at = ledger_find(p, p->touched.at[i]);
+        if (!at)
+            continue;
+        const snap_window w = at->is;
+        uint64_t where = (p->touched.at[i] - w.start + w.at) & ~(CHUNK - 1);
+        uint64_t start = where > w.at ? where - w.at + w.start : w.start, end = where + CHUNK - w.at + w.start;
+        r = look_at(p, &w, start, end < w.end ? end : w.end, found);
+    }
     return r;
 }
 
@@ -407,6 +421,17 @@ static void distrust_copies(snap_pump *p, bool all)
     }
 }
 
+int settle_ahead(snap_pump *p)
+{
+    seen *found = malloc(sizeof *found * BLOCK_CHUNKS);
+    if (!found)
+        return -ENOMEM;
+    int r = look(p, found);
+    free(found);
+    p->surveyed = !r && !p->aliased && !p->huge_removed;
+    return r;
+}
+
 int settle(snap_pump *p, uint64_t most, int trust)
 {
     if (p->counters.stale)
@@ -414,7 +439,8 @@ int settle(snap_pump *p, uint64_t most, int trust)
     seen *found = malloc(sizeof *found * BLOCK_CHUNKS);
     if (!found)
         return -ENOMEM;
-    p->counters.looked_chunks = p->counters.missed_pages = 0;
+    p->counters.missed_pages = 0;
+    bool looked = p->passes && p->surveyed && trust == (SNAP_TRUST_COPIES | SNAP_TRUST_COVER);
     distrust_copies(p, !(trust & SNAP_TRUST_COPIES));
     for (size_t k = 0; p->forked && k < p->windows.count; k++)
         if (p->windows.at[k].is.object >= 0)
@@ -422,8 +448,11 @@ int settle(snap_pump *p, uint64_t most, int trust)
     if (!(trust & SNAP_TRUST_COVER))
         p->covered.count = 0;
     int r = distrust_discarded(p);
-    if (!r)
+    if (!r && !looked)
         r = look(p, found);
+    if (!r)
+        r = look_at_touched(p, found);
+    sort_listed(p);
     if (!r && p->verify)
         r = verify(p, found);
     free(found);

@@ -308,17 +308,3 @@ int written_look(snap_pump *p)
     p->looked = !r;
     return r;
 }
-
-int written_touched(snap_pump *p)
-{
-    int r = 0;
-    for (size_t i = 0; !r && i < p->touched.count; i++) {
-        const window *at = ledger_find(p, p->touched.at[i]);
-        if (!at)
-            continue;
-        uint64_t where = (p->touched.at[i] - at->is.start + at->is.at) & ~(CHUNK - 1);
-        chunk *c = ledger_chunk(p, at->is.space, where);
-        r = c ? list_chunk(p, at->is.space, where, c) : 0;
-    }
-    return r;
-}
