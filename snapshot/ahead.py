@@ -64,8 +64,16 @@ class Ahead:
         that was copied counts."""
         self._dirty = EVERYTHING  # what the next round has to copy
         self._objects: dict[int, int] = {}
+        self._planned = False
         self._origin = origin
         self._stack = stack
+        self._maps = procfs.open_file(pump.pid, "maps")
+        stack.callback(os.close, self._maps)
+
+    def prepare(self) -> None:
+        """Before the first stop: what `plan` needs, if nothing changes until then."""
+        self._open_objects()
+        self.pump.prepare(self.examination.plan, self._objects)
 
     def copy(self, report: Callable[[], None], *, patient: bool) -> None:
         """All rounds. `report` is called ten times a second. If they are not `patient`, and writers
@@ -171,11 +179,13 @@ class Ahead:
         `needed`, `problems`: what its descriptors lead to, where they have been looked at; `maps`:
         its /proc/PID/maps, if that has been read. Raises UnsupportedError."""
         before = self.examination
-        if problems or not before.holds(before.needed if needed is None else needed, maps):
+        now = procfs.read_again(self._maps) if maps is None else maps
+        if problems or not before.holds(before.needed if needed is None else needed, now):
             self.examination = examine.examine(self.pump.pid, needed, before)
             examine.refuse(self.pump.pid, self.examination.plan, list(problems))
-        elif not self.pump.stale:
+        elif self._planned and not self.pump.stale:
             return
+        self._planned = True
         self._open_objects()
         self.pump.plan(self.examination.plan, self._objects)
 

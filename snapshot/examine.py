@@ -30,13 +30,10 @@ class Examination:
     elsewhere: frozenset[tuple[int, int]]
     plan: Plan
 
-    def holds(
-        self, needed: dict[tuple[int, int], SharedMemory], maps: bytes | None = None
-    ) -> bool:
-        """Whether the plan still fits the target, which is stopped and needs `needed`. `maps`: of
-        now, if they have been read."""
-        now = procfs.read(self.pid, "maps") if maps is None else maps
-        if now != self.maps or needed != self.needed:
+    def holds(self, needed: dict[tuple[int, int], SharedMemory], maps: bytes) -> bool:
+        """Whether the plan still fits the target, which is stopped and has these /proc/PID/maps and
+        needs `needed`."""
+        if maps != self.maps or needed != self.needed:
             return False
         return not self.plan.objects or others.written(self.pid) == self.written
 

@@ -192,6 +192,7 @@ class Pump(Closing):
         )
         self._runner: Worker | None = None
         self._storers: list[Worker] = []
+        self._prepared: tuple[Plan, tuple[Any, int]] | None = None
         self.storing = Gate()
         self.passes = False
         """Writers wait for nobody: WriteProtection.passes."""
@@ -316,22 +317,23 @@ class Pump(Closing):
             lib.snap_pump_pass(self._pump)
         self.passes = protection.passes
 
-    def read_before_look(self, reading: Reading) -> None:
-        """Where writers wait for nobody: the fault thread is to read the descriptors when it is
-        ordered to look. Before that; `forget_reading` afterwards. (Elsewhere it must serve writers:
-        fdinfo of an epoll waits for who waits for his page.)"""
+    def read_beside(self, reading: Reading) -> None:
+        """Where writers wait for nobody: the fault thread is to read the descriptors when it has
+        looked. Before that is ordered; `forget_reading` afterwards. (Elsewhere it must serve
+        writers: fdinfo of an epoll waits for who waits for his page.)"""
         if self.passes:
             lib.snap_pump_errand(self._pump, *reading.errand)
 
-    def order_look(self) -> None:
-        """Where writers wait for nobody: the fault thread shall look at what they have written.
-        This is T0 for them: what is written from here on is so on behalf of the caller."""
+    def order_look(self, most: int) -> None:
+        """Where writers wait for nobody: the fault thread shall look at what they have written, and
+        copy it if it is at most `most` bytes. This is T0 for them: what is written from here on is
+        so on behalf of the caller."""
         if self.passes:
-            self._order(lib.snap_pump_order_look)
+            self._order(lambda pump: lib.snap_pump_order_look(pump, most))
 
     def await_reading(self) -> None:
-        """It has read, if it was to: `Reading.listed`."""
-        self._answered(lib.snap_pump_await_errand(self._pump), "reading /proc", "snap check")
+        """It has read, if it was to, or the caller has: `Reading.listed`."""
+        lib.snap_pump_await_errand(self._pump)
 
     def forget_reading(self) -> None:
         """Its memory may go."""
@@ -354,10 +356,15 @@ class Pump(Closing):
         """Whether memory was unmapped or moved since the plan: another is due."""
         return bool(self._raw().stale)
 
+    def prepare(self, plan: Plan, objects: dict[int, int]) -> None:
+        """Before the target is stopped: for this plan."""
+        self._prepared = plan, _windows(plan, objects)
+
     def plan(self, plan: Plan, objects: dict[int, int]) -> None:
         """What to save, in place of an earlier plan; registers what can be armed. `objects`:
         SharedObject.id → descriptor to read it from, open until the end."""
-        windows, count = _windows(plan, objects)
+        ready = self._prepared if self._prepared and self._prepared[0] is plan else None
+        windows, count = ready[1] if ready else _windows(plan, objects)
         address = ffi.new("uint64_t *")
         result = lib.snap_pump_plan(self._pump, windows, count, address)
         _check(result, f"registering the memory at {address[0]:#x}", f"snap check {self.pid}")

@@ -211,6 +211,8 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
         passes = _passes(job, before.plan, copying)
         try:
             faults.point("begun")
+            ahead.prepare()
+            empties = shows_empty_pages()
             statement = _statement(job, scratch, after_pump)
             room = find_room(Tracee(job.pid, 0))
             with freeze(job.pid, room=room, scratch=scratch) as first:
@@ -218,7 +220,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                 if statement is not None:
                     statement.open(first)
                 protection = after_pump.enter_context(
-                    WriteProtection.create(first, forks=shares, passes=passes)
+                    WriteProtection.create(first, forks=shares, passes=passes, empties=empties)
                 )
                 faults.point("created")
                 if statement is not None:
@@ -306,7 +308,7 @@ def _instant(
         Preparation(job.pid, first.data, statement) as prepared,  # before what has to be the last
         ExitStack() as held,
     ):
-        pump.read_before_look(prepared.reading)
+        pump.read_beside(prepared.reading)
         held.callback(pump.forget_reading)
         ahead.last_rounds(lambda: _report(job, pump, "protecting"))
         # A thread that goes on, also from one injected call to the next, would wait for its page.
@@ -345,7 +347,7 @@ def _pause(
     allowed = capable()
     with freeze(job.pid, earlier=first) as frozen:
         faults.point("second-stop")
-        pump.order_look()
+        pump.order_look(most)
         clock.stages_us["freeze"] = frozen.freeze_us
         with clock.stage("capture"):
             gathered = gather(frozen, prepared)
@@ -359,6 +361,8 @@ def _pause(
         with clock.stage("descriptors"):
             pump.await_reading()
             table = descriptors.Capture(frozen.pid, frozen.pidfd, prepared.reading)
+            if pump.passes:  # it still looks; else it has more to do when it settles
+                table.ask()
         with clock.stage("maps"):
             pump.await_hold()
             ahead.plan(table.needed, table.problems, files.beside("maps"))
@@ -366,7 +370,8 @@ def _pause(
         with clock.stage("settle"):
 
             def meanwhile() -> None:
-                table.ask()
+                if not pump.passes:
+                    table.ask()
                 gathered.complete()
 
             direct_io = ahead.direct_io or table.direct_io

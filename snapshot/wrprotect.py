@@ -60,11 +60,11 @@ class WriteProtection(Closing):
 
     @classmethod
     def create(
-        cls, frozen: Frozen, *, forks: bool = False, passes: bool = False
+        cls, frozen: Frozen, *, forks: bool = False, passes: bool = False, empties: bool = False
     ) -> WriteProtection:
         """Inject the creation into the stopped target; nothing of it stays there. `forks`: it shall
         tell of children, if that is allowed (CAP_SYS_PTRACE). `passes`: writers shall wait for
-        nobody, which takes `shows_empty_pages`.
+        nobody. `empties`: protecting shall cover empty pages. Both take `shows_empty_pages`.
 
         Raises DeniedError when neither userfaultfd(2) nor /dev/userfaultfd is allowed,
         UnsupportedError when the kernel lacks one of NEEDED.
@@ -82,7 +82,6 @@ class WriteProtection(Closing):
             )
         uffd = Uffd(made)
         try:
-            empties = shows_empty_pages()
             forks = _handshake(uffd, forks, empties, passes)
             clear = 0 if lib.snap_pump_has_robust_list(frozen.pid) else _clear_child_tid(frozen)
         except BaseException:

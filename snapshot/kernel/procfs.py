@@ -36,6 +36,25 @@ def read(pid: int, name: str, tid: int | None = None) -> bytes:
         fail(error, pid, name, tid)
 
 
+def open_file(pid: int, name: str, tid: int | None = None) -> int:
+    """A descriptor to read it from, again and again (`read_again`): it stays that process's."""
+    try:
+        return os.open(path(pid, name, tid), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        fail(error, pid, name, tid)
+
+
+def read_again(fd: int) -> bytes:
+    """All that is in such a file now; nothing when the process has ended."""
+    found = b""
+    try:
+        while part := os.pread(fd, 65536, len(found)):
+            found += part
+    except ProcessLookupError:
+        return b""
+    return found
+
+
 def write(pid: int, name: str, data: bytes, tid: int | None = None) -> None:
     """Write a setting, e.g. `write(pid, "oom_score_adj", b"0")`; OSError is left to the caller,
     who knows which refusals matter."""

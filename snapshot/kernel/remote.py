@@ -60,6 +60,7 @@ import signal
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import DeniedError, KernelError, SnapError, TargetError
@@ -532,6 +533,14 @@ def suspend_seccomp(tracee: Tracee) -> None:
         )
 
 
+@lru_cache(maxsize=4)
+def signals_in(text: bytes) -> tuple[int, int]:
+    """Those caught, and those ignored, in a /proc/PID/status. Known, if that has been seen before
+    (in the pause that counts)."""
+    found = dict(_SIGNALS.findall(text))
+    return int(found[b"SigCgt"], 16), int(found[b"SigIgn"], 16)
+
+
 def dispositions(pid: int, every: bool = False, text: bytes = b"") -> tuple[int, int]:
     """Signals with a handler, and those that the process ignores and that may be sent to it
     without any effect (`every`: all that it says it ignores), bit n-1 for signal n. `text`: its
@@ -539,8 +548,7 @@ def dispositions(pid: int, every: bool = False, text: bytes = b"") -> tuple[int,
     if not text:
         with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
             text = file.readall()
-    found = dict(_SIGNALS.findall(text))
-    caught, ignored = int(found[b"SigCgt"], 16), int(found[b"SigIgn"], 16)
+    caught, ignored = signals_in(text)
     if every:
         return caught, ignored
     return caught, (ignored | _IGNORED_BY_DEFAULT) & ~caught & ~_JOB_CONTROL

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ..kernel.closing import Closing
+from ..kernel.remote import signals_in
 from ..kernel.task_iterator import ProcessRecord, TaskProgram
 from . import timers
 from .facts import Facts, Open
@@ -38,6 +39,7 @@ class Statement(Closing):
             self.questions = Questions(Facts.read(pid, [pid], self._files), *place)
             if after.read() != self._meant:
                 self._meant = None
+            signals_in(self.questions.facts.status_texts[pid])  # for the first use of `remote`
             self._held = stack.pop_all()
 
     def open(self, frozen: Frozen) -> None:

@@ -311,7 +311,7 @@ static void hold_and_plan(snap_pump *pump)
 static void look_and_hold(snap_pump *pump)
 {
     snap_pump_release(pump);
-    CHECK(!snap_pump_order_look(pump));
+    CHECK(!snap_pump_order_look(pump, (uint64_t)(rand() % 4) * REGION / 4));
     hold(pump);
 }
 

@@ -515,8 +515,9 @@ int snap_pump_order_open(snap_pump *p, const uint64_t *addresses, size_t count)
     return r ? r : give_order(p, ORDER_OPEN);
 }
 
-int snap_pump_order_look(snap_pump *p)
+int snap_pump_order_look(snap_pump *p, uint64_t most)
 {
+    p->most_ahead = most;
     return give_order(p, ORDER_LOOK);
 }
 
@@ -528,38 +529,40 @@ void snap_pump_errand(snap_pump *p, void (*run)(void *), void *of)
     pthread_mutex_unlock(&p->lock);
 }
 
-int snap_pump_await_errand(snap_pump *p)
-{
-    pthread_mutex_lock(&p->lock);
-    while ((p->errand && !p->ended) || p->errand_runs)
-        pthread_cond_wait(&p->told, &p->lock);
-    int r = p->errand ? -EPIPE : 0;
-    pthread_mutex_unlock(&p->lock);
-    return r;
-}
-
-void snap_pump_forget_errand(snap_pump *p)
-{
-    pthread_mutex_lock(&p->lock);
-    p->errand = NULL;
-    pthread_mutex_unlock(&p->lock);
-    (void)snap_pump_await_errand(p);
-}
-
+/* By the first of two: the pump's thread when it has looked, or who waits for it. Caller holds the lock. */
 static void run_errand(snap_pump *p)
 {
-    pthread_mutex_lock(&p->lock);
     void (*run)(void *) = p->errand;
-    p->errand = NULL;
-    p->errand_runs = run != NULL;
-    pthread_mutex_unlock(&p->lock);
     if (!run)
         return;
+    p->errand = NULL;
+    p->errand_runs = true;
+    pthread_mutex_unlock(&p->lock);
     run(p->errand_of);
     pthread_mutex_lock(&p->lock);
     p->errand_runs = false;
     pthread_cond_broadcast(&p->told);
+}
+
+static void await_errand(snap_pump *p, bool run)
+{
+    pthread_mutex_lock(&p->lock);
+    if (run)
+        run_errand(p);
+    p->errand = NULL;
+    while (p->errand_runs)
+        pthread_cond_wait(&p->told, &p->lock);
     pthread_mutex_unlock(&p->lock);
+}
+
+void snap_pump_await_errand(snap_pump *p)
+{
+    await_errand(p, true);
+}
+
+void snap_pump_forget_errand(snap_pump *p)
+{
+    await_errand(p, false);
 }
 
 int snap_pump_touched(snap_pump *p, const uint64_t *addresses, size_t count)
@@ -624,6 +627,8 @@ static int stand(snap_pump *p)
         beat(p);
     }
     p->held = false;
+    if (!p->after_t0) /* the target runs on: no look is good any more */
+        p->looked = p->surveyed = false;
     pthread_mutex_unlock(&p->lock);
     return atomic_load(&p->stop) ? -ECANCELED : 0;
 }
@@ -759,10 +764,12 @@ static int open_pages(snap_pump *p)
 /* Somebody may want it to be held afterwards, and have said so. */
 static int look_at_t0(snap_pump *p)
 {
-    run_errand(p);
     int r = written_look(p);
+    pthread_mutex_lock(&p->lock);
+    run_errand(p);
+    pthread_mutex_unlock(&p->lock);
     if (!r)
-        r = settle_ahead(p);
+        settle_ahead(p, p->most_ahead);
     pthread_mutex_lock(&p->lock);
     be_urgent(p, true);
     p->order = p->order == ORDER_LOOK ? NO_ORDER : p->order;

@@ -153,7 +153,8 @@ void snap_pump_stop(snap_pump *pump);
  * written: where writers pass, only protect what was written, and count it.
  * arm: only protect it, so that T0 finds little to do; it is saved afterwards.
  * open: let through writes to the pages at these addresses, as if somebody had tried them.
- * look: with the target stopped, where writers pass: find what was written. T0 does that otherwise.
+ * look: with the target stopped, where writers pass: find what was written, and what else has to be looked at,
+ * and copy it if it is at most `most` bytes. T0 does that otherwise.
  * hold: answer all that waits, then stand still until release or go; plan and settle meanwhile. May be
  * given while it still looks, or has not begun to: who awaits it then takes his share of that. */
 int snap_pump_order_round(snap_pump *pump, int patient);
@@ -161,12 +162,12 @@ int snap_pump_order_last_round(snap_pump *pump);
 int snap_pump_order_written(snap_pump *pump);
 int snap_pump_order_arm(snap_pump *pump);
 int snap_pump_order_open(snap_pump *pump, const uint64_t *addresses, size_t count);
-int snap_pump_order_look(snap_pump *pump);
-/* Before order_look: run(of) comes before that look, in the same thread. It must wait for nothing that the
- * target may hold while it waits for its events to be read. */
+int snap_pump_order_look(snap_pump *pump, uint64_t most);
+/* Before order_look: run(of) is to come after that look, in the same thread, unless somebody waits for it before:
+ * he makes it himself. It must wait for nothing that the target may hold while it waits for its events to be
+ * read. */
 void snap_pump_errand(snap_pump *pump, void (*run)(void *), void *of);
-/* Waits for it. 0; -EPIPE: run has ended, and it did not come to it. */
-int snap_pump_await_errand(snap_pump *pump);
+void snap_pump_await_errand(snap_pump *pump);
 /* It shall not be begun any more; waits if it has been. */
 void snap_pump_forget_errand(snap_pump *pump);
 int snap_pump_order_hold(snap_pump *pump);

@@ -175,6 +175,8 @@ struct snap_pump {
     bool passes;                /* writers wait for nobody, and only the page tables tell (written.c) */
     bool looked;                /* at T0, at what was written: written_look */
     bool surveyed;              /* … and at all that has to be looked at: settle_ahead */
+    uint64_t held_ahead;        /* pages that it has copied */
+    uint64_t most_ahead;        /* bytes that it may copy */
     bool empties;               /* protecting covers empty pages, and pagemap tells them apart */
     bool verify;                /* at T0 look at everything, and compare */
     int loadavg;                /* /proc/loadavg, -1: not open yet */
@@ -357,8 +359,9 @@ int ahead_slice(snap_pump *p, bool copies);
 /* settle.c */
 /* See snap_pump_order_settle. */
 int settle(snap_pump *p, uint64_t most, int trust);
-/* What of it can be done while it is not known yet whether the windows are those of T0, nor what to trust. */
-int settle_ahead(snap_pump *p);
+/* What of it can be done where writers pass while it is not known yet whether the windows are those of T0, nor
+ * what to trust; as far as it can. */
+void settle_ahead(snap_pump *p, uint64_t most);
 
 /* pace.c */
 /* A piece of what nobody waits for has been done since then. */

@@ -166,7 +166,7 @@ static int look_at_listed(snap_pump *p, uint32_t space, uint64_t start, uint64_t
 
 static int look(snap_pump *p, seen *found)
 {
-    p->counters.looked_chunks = 0;
+    p->counters.looked_chunks = p->held_ahead = 0;
     int r = p->passes && !p->looked ? written_look(p) : 0;
     if (!r)
         r = list_gaps(p);
@@ -204,7 +204,11 @@ static int look_at_touched(snap_pump *p, seen *found)
         const snap_window w = at->is;
         uint64_t where = (p->touched.at[i] - w.start + w.at) & ~(CHUNK - 1);
         uint64_t start = where > w.at ? where - w.at + w.start : w.start, end = where + CHUNK - w.at + w.start;
+        const chunk *c = ledger_chunk(p, w.space, where);
+        int held = c ? __builtin_popcount(c->early) : 0;
         r = look_at(p, &w, start, end < w.end ? end : w.end, found);
+        if (c && p->held_ahead) /* those are copied again */
+            p->held_ahead -= (uint64_t)(held - __builtin_popcount(c->early));
     }
     return r;
 }
@@ -245,11 +249,18 @@ static int drop(snap_pump *p, uint32_t space, uint64_t address)
     return r;
 }
 
+static void judge_chunk(snap_pump *p, chunk *c)
+{
+    c->bare = missing(c);
+    early_drop(p, c, (uint16_t)~c->bare);
+    c->state = c->want && (c->bare || c->kept != c->want) ? UNSAVED : SAVED;
+}
+
 /* What of the copies is good: what was copied and has been protected ever since. Counts the
  * remainder. */
 static int judge(snap_pump *p)
 {
-    uint64_t remainder = 0, lacking = 0;
+    uint64_t remainder = p->held_ahead, lacking = 0;
     for (size_t i = 0; i < p->listed.count; i++) {
         const place where = p->listed.at[i];
         chunk *c = ledger_chunk(p, where.space, where.address);
@@ -258,9 +269,7 @@ static int judge(snap_pump *p)
             if (r)
                 return r;
         }
-        c->bare = missing(c);
-        early_drop(p, c, (uint16_t)~c->bare);
-        c->state = c->want && (c->bare || c->kept != c->want) ? UNSAVED : SAVED;
+        judge_chunk(p, c);
         account(p, where.space, c);
         remainder += (uint64_t)__builtin_popcount(c->bare & ~c->early);
         lacking += (uint64_t)__builtin_popcount(c->lacking);
@@ -421,15 +430,32 @@ static void distrust_copies(snap_pump *p, bool all)
     }
 }
 
-int settle_ahead(snap_pump *p)
+/* What was found to have no good copy is copied, if it is not too much: it has to be in any case, unless there
+ * is no T0 at all. What is written since is found by look_at, which drops such a copy. */
+static int hold_ahead(snap_pump *p, uint64_t most)
 {
-    seen *found = malloc(sizeof *found * BLOCK_CHUNKS);
+    uint64_t pages = 0;
+    for (size_t i = 0; i < p->listed.count; i++) {
+        chunk *c = ledger_chunk(p, p->listed.at[i].space, p->listed.at[i].address);
+        judge_chunk(p, c);
+        pages += is_unsaved(c) ? (uint64_t)__builtin_popcount(lacking(c)) : 0;
+    }
+    if (pages * PAGE > most)
+        return 0;
+    p->held_ahead = pages;
+    return early_hold_listed(p);
+}
+
+void settle_ahead(snap_pump *p, uint64_t most)
+{
+    seen *found = p->counters.stale ? NULL : malloc(sizeof *found * BLOCK_CHUNKS);
     if (!found)
-        return -ENOMEM;
+        return;
     int r = look(p, found);
     free(found);
-    p->surveyed = !r && !p->aliased && !p->huge_removed;
-    return r;
+    sort_listed(p);
+    if (!r && !p->aliased && !p->huge_removed)
+        p->surveyed = hold_ahead(p, most) == 0;
 }
 
 int settle(snap_pump *p, uint64_t most, int trust)
