@@ -193,6 +193,7 @@ class Pump(Closing):
         self._runner: Worker | None = None
         self._storers: list[Worker] = []
         self._prepared: tuple[Plan, tuple[Any, int]] | None = None
+        self._has_time = False
         self.storing = Gate()
         self.passes = False
         """Writers wait for nobody: WriteProtection.passes."""
@@ -322,6 +323,7 @@ class Pump(Closing):
         looked. Before that is ordered; `forget_reading` afterwards. (Elsewhere it must serve
         writers: fdinfo of an epoll waits for who waits for his page.)"""
         if self.passes:
+            self._has_time = reading.look_ahead()
             lib.snap_pump_errand(self._pump, *reading.errand)
 
     def order_look(self, most: int) -> None:
@@ -338,6 +340,12 @@ class Pump(Closing):
     def forget_reading(self) -> None:
         """Its memory may go."""
         lib.snap_pump_forget_errand(self._pump)
+
+    def assist(self) -> None:
+        """The caller takes his share of that look, if it goes on, and there are no descriptors that
+        he will have to ask."""
+        if self._has_time:
+            lib.snap_pump_assist(self._pump)
 
     def order_hold(self) -> None:
         """The fault thread shall answer what waits, and stand still until `release` or `go`."""

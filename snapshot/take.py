@@ -227,7 +227,8 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                     statement.make(first)
                 first.close_remote()
                 faults.point("clean")
-                ahead.touched = rseq_addresses(first.threads)
+                if not passes:
+                    ahead.touched = rseq_addresses(first.threads)
                 pump.attach(protection)
                 ahead.plan()  # what is registered tells of its events
                 faults.point("registered")
@@ -356,6 +357,7 @@ def _pause(
             faults.point("clean-again")
             pump.order_hold()
             gathered.read_states()
+            pump.assist()
             touched = rseq_addresses(frozen.threads) if gathered.asked else []
             files.look()
         with clock.stage("descriptors"):

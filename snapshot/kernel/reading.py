@@ -58,6 +58,12 @@ class Reading:
 
     # --- descriptors --------------------------------------------------------------------------
 
+    def look_ahead(self) -> bool:
+        """Before the process is stopped: `told`, as it would be now."""
+        lib.snap_read_table(self._made)
+        self._made.listed = 0
+        return self.told
+
     @property
     def errand(self) -> tuple[Any, Any]:
         """The function of C that reads the descriptors, and its argument."""

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import select
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
+from snapshot.kernel._native import lib
 
 from snapshot.errors import DeniedError, KernelError, TargetError
-from snapshot.kernel import fdcalls, fdtable, filesystem, kcmp, pidfd
+from snapshot.freeze import freeze
+from snapshot.kernel import fdcalls, fdtable, filesystem, kcmp, pidfd, procfs
+from snapshot.kernel.reading import Reading
 from snapshot.kernel.sockdiag import TCP_ESTABLISHED, TCP_LISTEN, Diag, UnixSocket, parse_unix
+from snapshot.resources.openfile import FASYNC, O_CLOEXEC
+from snapshot.units import PAGE
+from tests.harness.processes import wait_until
 
 
 @contextmanager
@@ -174,6 +183,91 @@ def test_entries_are_what_python_reads() -> None:
             assert found[fd].mode == 0
         for fd in (reader, writer, event):
             os.close(fd)
+
+
+def test_what_has_more_to_say_than_its_record(tmp_path: Path) -> None:
+    """Files with a name, eventfd and signalfd have not; what is in others /proc does not tell."""
+    (tmp_path / "file").write_bytes(b"x" * PAGE)
+    os.mkfifo(tmp_path / "fifo")
+    with ExitStack() as stack:
+
+        def keep(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        told = [
+            keep(os.open(tmp_path / "file", os.O_RDONLY)),
+            keep(os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)),
+            keep(os.open("/dev/null", os.O_RDWR)),
+            keep(os.eventfd(3)),
+            keep(lib.snap_signalfd(1 << 9, 0)),
+        ]
+        (one, other), unnamed = os.pipe(), stack.enter_context(tempfile.TemporaryFile())
+        asks = [
+            *(keep(one), keep(other), unnamed.fileno()),
+            keep(os.open(tmp_path / "fifo", os.O_RDWR)),
+            keep(os.memfd_create("m")),
+            keep(lib.snap_timerfd_create(time.CLOCK_MONOTONIC, 0)),
+            stack.enter_context(select.epoll()).fileno(),
+            stack.enter_context(socket.socket()).fileno(),
+            keep(os.open(tmp_path / "fifo", os.O_RDWR | FASYNC)),
+        ]
+        found = {entry.fd: entry for entry in fdtable.entries(os.getpid())}
+        assert {fd: bool(found[fd].asks) for fd in told + asks} == {
+            **dict.fromkeys(told, False),
+            **dict.fromkeys(asks, True),
+        }
+        for fd in told + asks:
+            cloexec = 0 if os.get_inheritable(fd) else O_CLOEXEC
+            assert found[fd].flags == fcntl.fcntl(fd, fcntl.F_GETFL) | cloexec
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("", True),
+        ("a = os.open('/etc/passwd', os.O_RDONLY); b = os.dup(a); c = os.eventfd(4)", True),
+        ("a = os.pipe()", False),
+        ("a = os.open('/var/tmp', os.O_TMPFILE | os.O_RDWR)", False),
+        ("a = os.open(sys.executable, os.O_RDONLY | os.O_DIRECT)", False),
+    ],
+)
+def test_a_reading_is_what_proc_says(code: str, told: bool, tmp_path: Path) -> None:
+    (tmp_path / "in").touch()
+    code = f"import os, sys\n{code}\nos.rename('in', 'done')\nwhile True: os.sched_yield()"
+    with open(tmp_path / "in") as nothing, open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=nothing, stdout=out, stderr=out, cwd=tmp_path
+        )
+    try:
+        wait_until((tmp_path / "done").exists, "its files to be open")
+        pid = process.pid
+        files = [procfs.open_file(pid, name) for name in ("cmdline", "limits", "maps")]
+        with freeze(pid):
+            reading = Reading(pid, files)
+            assert not reading.listed
+            assert reading.look_ahead() is told
+            assert not reading.listed
+            run, of = reading.errand
+            run(of)
+            assert (reading.listed, reading.told) == (True, told)
+            assert reading.entries == fdtable.entries(pid, grouped=True)
+            assert reading.read()
+            for i, name in enumerate(("cmdline", "limits", "maps")):
+                assert reading.file(i) == procfs.read(pid, name) == procfs.read_again(files[i])
+            links = tuple(procfs.link(pid, name) for name in ("exe", "cwd", "root"))
+            assert reading.links == links
+        process.kill()
+        process.wait()
+        assert not reading.read()
+        assert procfs.read_again(files[2]) == b""
+        run(of)
+        assert not reading.listed
+        for fd in files:
+            os.close(fd)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_many_descriptors_and_long_fdinfo() -> None:

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from snapshot.errors import RestoreError
 from snapshot.freeze import freeze
-from snapshot.resources import descriptors
+from snapshot.kernel.reading import Reading
+from snapshot.manifest import unpack
+from snapshot.resources import descriptors, eventfd
+from tests.harness.processes import wait_until
 
 from .interpreters import Interpreter, captured, pidfd_of, rebuilt
 
@@ -74,6 +79,55 @@ os.set_inheritable(20, True)
             assert opened(new) == {0, 1, 2, *fds.values()}
             assert new.context.warnings == []
         assert target.ask("os.lseek(a, 0, 1)") == 4
+
+
+def test_a_table_is_understood_when_the_process_runs_on(tmp_path: Path) -> None:
+    """Where nothing has to be asked: it is as it was, whatever the process has done since."""
+    (tmp_path / "data").write_bytes(b"0123456789")
+    code = """
+import os
+a = os.open("data", os.O_RDONLY)
+os.lseek(a, 4, os.SEEK_SET)
+b, c = os.dup(a), os.eventfd(7)
+os.open("data", os.O_RDONLY)
+os.rename("begin", "begun")
+while not os.path.exists("go"):
+    os.sched_yield()
+os.lseek(a, 0, os.SEEK_SET)
+os.eventfd_write(c, 1)
+os.closerange(0, 100)
+os.rename("begun", "closed")
+while True:
+    os.sched_yield()
+"""
+    (tmp_path / "begin").touch()
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=null, stdout=null, stderr=null, cwd=tmp_path
+    )
+    try:
+        wait_until((tmp_path / "begun").exists, "its files to be open")
+        with freeze(process.pid) as frozen:
+            reading = Reading(process.pid, [])
+            run, of = reading.errand
+            run(of)
+            table = descriptors.Capture(process.pid, frozen.pidfd, reading)
+            table.ask()
+            assert (table.needed, table.problems, table.direct_io) == ({}, [], False)
+        (tmp_path / "go").touch()
+        wait_until((tmp_path / "closed").exists, "it to close them")
+        files, fds = table.complete()
+        assert table.problems == []
+        kinds = {file.id: file for file in files}
+        found = {one.fd: kinds[one.file] for one in fds}
+        assert [(found[fd].kind, found[fd].offset) for fd in (3, 4, 6)] == [
+            *[("files", 4), ("files", 4), ("files", 0)]
+        ]
+        assert (found[3] is found[4], found[3] is found[6]) == (True, False)
+        assert unpack(found[5].state, eventfd.State) == eventfd.State(count=7)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_deleted_file_keeps_its_bytes(tmp_path: Path) -> None:

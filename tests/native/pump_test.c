@@ -307,12 +307,31 @@ static void hold_and_plan(snap_pump *pump)
     plan_anew(pump);
 }
 
-/* What was written is looked for before T0, by an order that need not be done when the next one is given. */
+static void count_errand(void *of)
+{
+    ++*(int *)of;
+}
+
+/* What was written is looked for before T0, by an order that need not be done when the next one is given; others
+ * may help. */
 static void look_and_hold(snap_pump *pump)
 {
+    int errands = 0, how = rand() % 4;
     snap_pump_release(pump);
+    snap_pump_errand(pump, count_errand, &errands);
     CHECK(!snap_pump_order_look(pump, (uint64_t)(rand() % 4) * REGION / 4));
+    if (how == 0)
+        snap_pump_assist(pump);
+    if (how == 1) {
+        snap_pump_await_errand(pump);
+        CHECK(errands == 1);
+    }
+    if (how == 2) {
+        snap_pump_forget_errand(pump);
+        CHECK(errands <= 1);
+    }
     hold(pump);
+    CHECK(errands == 1 || how == 2);
 }
 
 static void unpark(void)

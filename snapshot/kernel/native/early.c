@@ -80,7 +80,7 @@ static void make_ready(snap_pump *p, uint64_t count)
 /* Cells of staging that are left to the pause. */
 static uint64_t left_alone(const snap_pump *p)
 {
-    return p->passes && !p->held ? MOST_AT_ONCE : 0;
+    return p->passes && !p->held && !p->at_t0 ? MOST_AT_ONCE : 0;
 }
 
 /* The number of a free one, 0: none, and nothing that one could be cut from. */

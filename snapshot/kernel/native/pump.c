@@ -570,6 +570,13 @@ int snap_pump_touched(snap_pump *p, const uint64_t *addresses, size_t count)
     return set_addresses(p, &p->touched, addresses, count);
 }
 
+void snap_pump_assist(snap_pump *p)
+{
+    pthread_mutex_lock(&p->lock);
+    written_assist(p);
+    pthread_mutex_unlock(&p->lock);
+}
+
 int snap_pump_order_hold(snap_pump *p)
 {
     return give_order(p, ORDER_HOLD);
@@ -628,7 +635,7 @@ static int stand(snap_pump *p)
     }
     p->held = false;
     if (!p->after_t0) /* the target runs on: no look is good any more */
-        p->looked = p->surveyed = false;
+        p->at_t0 = p->looked = p->surveyed = false;
     pthread_mutex_unlock(&p->lock);
     return atomic_load(&p->stop) ? -ECANCELED : 0;
 }
@@ -764,13 +771,12 @@ static int open_pages(snap_pump *p)
 /* Somebody may want it to be held afterwards, and have said so. */
 static int look_at_t0(snap_pump *p)
 {
+    p->at_t0 = true;
     int r = written_look(p);
-    pthread_mutex_lock(&p->lock);
-    run_errand(p);
-    pthread_mutex_unlock(&p->lock);
     if (!r)
         settle_ahead(p, p->most_ahead);
     pthread_mutex_lock(&p->lock);
+    run_errand(p);
     be_urgent(p, true);
     p->order = p->order == ORDER_LOOK ? NO_ORDER : p->order;
     pthread_mutex_unlock(&p->lock);

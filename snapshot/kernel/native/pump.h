@@ -163,7 +163,9 @@ int snap_pump_order_written(snap_pump *pump);
 int snap_pump_order_arm(snap_pump *pump);
 int snap_pump_order_open(snap_pump *pump, const uint64_t *addresses, size_t count);
 int snap_pump_order_look(snap_pump *pump, uint64_t most);
-/* Before order_look: run(of) is to come after that look, in the same thread, unless somebody waits for it before:
+/* The caller takes his share of a look, if one goes on. */
+void snap_pump_assist(snap_pump *pump);
+/* Before order_look: run(of) is to come after that, in the same thread, unless somebody waits for it before:
  * he makes it himself. It must wait for nothing that the target may hold while it waits for its events to be
  * read. */
 void snap_pump_errand(snap_pump *pump, void (*run)(void *), void *of);

@@ -173,7 +173,8 @@ struct snap_pump {
                                    T0; where one ends is not known if it is empty here */
     VECTOR(int) children;       /* their userfaultfds, held until shared memory is saved */
     bool passes;                /* writers wait for nobody, and only the page tables tell (written.c) */
-    bool looked;                /* at T0, at what was written: written_look */
+    bool at_t0;                 /* the target stands still: a look has been ordered */
+    bool looked;                /* at what was written: written_look */
     bool surveyed;              /* … and at all that has to be looked at: settle_ahead */
     uint64_t held_ahead;        /* pages that it has copied */
     uint64_t most_ahead;        /* bytes that it may copy */
