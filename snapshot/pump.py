@@ -406,8 +406,11 @@ class Pump(Closing):
         if result == -errno.E2BIG:
             raise OutrunError(f"{mib(self._raw().remainder_bytes)} had been written again at T0")
         unsaved = self._answered(result, what, "snap check") > 0
-        if VERIFY and (missed := self._raw().missed_pages):
-            raise SnapError(f"{missed} pages have changed and nothing told of it")
+        if VERIFY and (raw := self._raw()).missed_pages:
+            raise SnapError(
+                f"{raw.missed_pages} pages have changed and nothing told of it: at "
+                f"{raw.missed_address:#x} found {raw.missed_found:#x} known {raw.missed_known:#x}"
+            )
         self.t0_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * procfs.CLOCK_TICKS)
         return unsaved
 

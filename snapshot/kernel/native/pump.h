@@ -78,6 +78,9 @@ typedef struct {
     uint64_t peak_slots;    /* most staging slots in use at once */
     uint64_t looked_chunks; /* at T0 */
     uint64_t missed_pages;  /* of what was not looked at, with `verify`: others than were known */
+    uint64_t missed_address; /* the chunk of the first of them; what of it was found: */
+    uint64_t missed_found;   /* want, bare and mask, */
+    uint64_t missed_known;   /* and known: want, kept, bare, 16 bits each, state and listed */
     uint64_t lost_bytes;
     uint64_t lost_address;
     uint32_t lost_reason;   /* SNAP_LOST_* */

@@ -213,6 +213,19 @@ static int look_at_touched(snap_pump *p, seen *found)
     return r;
 }
 
+static void missed(snap_pump *p, uint64_t address, const seen *found, const chunk *c)
+{
+    unsigned other = found->want ^ (c ? c->want & found->mask : 0u);
+    if (!p->counters.missed_pages) {
+        p->counters.missed_address = address;
+        p->counters.missed_found = (uint64_t)found->want << 32 | (uint64_t)found->bare << 16 | found->mask;
+        p->counters.missed_known = c ? (uint64_t)c->want << 48 | (uint64_t)c->kept << 32 |
+                                           (uint64_t)c->bare << 16 | c->state << 8 | c->listed
+                                     : 0;
+    }
+    p->counters.missed_pages += (uint64_t)__builtin_popcount(other | found->bare);
+}
+
 /* What is covered and not listed is as it is known. */
 static int verify(snap_pump *p, seen *found)
 {
@@ -229,8 +242,8 @@ static int verify(snap_pump *p, seen *found)
                 const chunk *c = ledger_chunk(p, w->space, at + i * CHUNK);
                 if (c && c->listed && was_looked_at(p, w->space, at + i * CHUNK))
                     continue;
-                unsigned other = found[i].want ^ (c ? c->want & found[i].mask : 0u);
-                p->counters.missed_pages += (uint64_t)__builtin_popcount(other | found[i].bare);
+                if ((found[i].want ^ (c ? c->want & found[i].mask : 0u)) | found[i].bare)
+                    missed(p, at + i * CHUNK, &found[i], c);
             }
         }
     }
