@@ -50,9 +50,10 @@ def room_for(pid: int) -> int:
 
 
 def entries(pid: int, *, only_files: bool = False, grouped: bool = False) -> list[Entry]:
-    """Every descriptor, in ascending order. `grouped`: with those that share a struct file told by
-    kcmp(2), which needs CONFIG_KCMP: O(n log n) calls of 0.5 µs for those of one inode.
-    `only_files`: of sockets, pipes and anonymous inodes
+    """Every descriptor, in ascending order.
+
+    `grouped`: those that share a struct file are told by kcmp(2), which needs CONFIG_KCMP: O(n log
+    n) calls of 0.5 µs for those of one inode. `only_files`: of sockets, pipes and anonymous inodes
     nothing is read. fdinfo of an epoll takes a lock that a thread in epoll_wait(2) holds while it
     stores the events: where that memory is write-protected by us, the reader cannot even be killed
     before somebody has served the fault.

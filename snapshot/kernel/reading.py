@@ -12,17 +12,17 @@ from . import fdtable
 from ._native import ffi, lib
 from .touched import touched
 
-_BYTES = 256 * 1024
 _LINKS = 3
 
 
 class Reading:
     """Made before the process is stopped: where all of it will be. `files`: descriptors of ours, of
-    files of /proc that stay open as long as this may be read."""
+    files of /proc that stay open as long as this may be read; `size`: bytes that they may have."""
 
-    def __init__(self, pid: int, files: Sequence[int]) -> None:
+    def __init__(self, pid: int, files: Sequence[int], size: int) -> None:
+        """TargetError (gone) or DeniedError."""
         count = len(files)
-        self._room = touched(_BYTES)
+        self._room = touched(size)
         self._table = touched(fdtable.room_for(pid))
         self._links = touched(_LINKS * lib.SNAP_LINK_MAX)
         self._kept = ffi.new("int[]", files), ffi.new("int64_t[]", count)

@@ -79,9 +79,10 @@ class Open(Closing):
         for name in _BESIDE:
             self._open(name)
         if self.pid not in self._threads:
-            self._open_thread(self.pid)
+            self._threads[self.pid] = procfs.open_file(self.pid, "status", self.pid)
         files = {**self._files, _STATUS: self._threads[self.pid]}
-        self._reading = Reading(self.pid, [*files.values()])
+        maps = len(procfs.read_again(self._files["maps"]))
+        self._reading = Reading(self.pid, [*files.values()], _BYTES + 2 * maps)
         self._places = {name: i for i, name in enumerate(files)}
         return self._reading
 

@@ -244,7 +244,7 @@ def test_a_reading_is_what_proc_says(code: str, told: bool, tmp_path: Path) -> N
         pid = process.pid
         files = [procfs.open_file(pid, name) for name in ("cmdline", "limits", "maps")]
         with freeze(pid):
-            reading = Reading(pid, files)
+            reading = Reading(pid, files, 1 << 20)
             assert not reading.listed
             assert reading.look_ahead() is told
             assert not reading.listed

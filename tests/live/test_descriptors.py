@@ -108,7 +108,7 @@ while True:
     try:
         wait_until((tmp_path / "begun").exists, "its files to be open")
         with freeze(process.pid) as frozen:
-            reading = Reading(process.pid, [])
+            reading = Reading(process.pid, [], 1)
             run, of = reading.errand
             run(of)
             table = descriptors.Capture(process.pid, frozen.pidfd, reading)

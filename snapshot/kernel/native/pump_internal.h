@@ -231,7 +231,7 @@ struct snap_pump {
     bool last_closed;     /* no more will come */
     int order;
     bool look_due;     /* ordered, and not begun; it may be held afterwards by now */
-    void (*errand)(void *); /* before the look; NULL: none, or it has begun */
+    void (*errand)(void *); /* after the look; NULL: none, or it has begun */
     void *errand_of;
     bool errand_runs;
     addresses to_open; /* for ORDER_OPEN */
