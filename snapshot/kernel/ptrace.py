@@ -20,11 +20,11 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import KernelError, TargetError, UnsupportedError
-from ..units import PAGE
 from . import arch_x86_64 as arch
 from ._native import ffi, lib
 from .closing import Closing
 from .refusal import fail, refused, status, stuck
+from .touched import touched
 
 EXITKILL: int = lib.SNAP_PTRACE_O_EXITKILL
 """The tracee is killed when its tracer ends (PTRACE_O_EXITKILL)."""
@@ -379,9 +379,7 @@ class StateRoom:
     def __init__(self, most: int) -> None:
         self.most = max(1, most)
         self.raw = ffi.new("snap_thread_state[]", self.most)
-        self.areas = bytearray(self.most * arch.XSTATE_MAX)
-        pages = len(self.areas) // PAGE
-        self.areas[::PAGE] = bytes(pages)
+        self.areas = touched(self.most * arch.XSTATE_MAX)
 
 
 class States:

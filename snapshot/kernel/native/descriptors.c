@@ -211,91 +211,59 @@ int64_t snap_descriptors_read(int pid, int only_files, char *buffer, uint64_t si
     return result < 0 ? result : (int64_t)used;
 }
 
-static int precedes(int pid, int a, int b, int *error) {
-    int order = snap_kcmp_file(pid, a, b);
-    if (order < 0 && !*error)
-        *error = order;
-    return order == SNAP_KCMP_LESS;
+/* Whether two descriptors may share a struct file: 0, or their order. */
+static int by_likeness(const snap_descriptor *a, const snap_descriptor *b) {
+    if (a->inode != b->inode)
+        return a->inode < b->inode ? -1 : 1;
+    if (a->device != b->device)
+        return a->device < b->device ? -1 : 1;
+    if (a->link_length != b->link_length)
+        return a->link_length < b->link_length ? -1 : 1;
+    return memcmp(a + 1, b + 1, a->link_length);
 }
 
-/* Sorts descriptors by their struct files, those of one in their order before. same[i]: it is the file
- * of the one before. -> 0 or -errno, of the comparison that failed. */
-static int sort_by_file(int pid, int *fds, unsigned char *same, int count) {
-    int error = 0;
-    for (int i = 1; i < count && !error; i++) {
-        int fd = fds[i], low = 0, high = i; /* behind all that it does not precede */
-        while (low < high) {
-            int middle = (low + high) / 2;
-            if (precedes(pid, fd, fds[middle], &error))
-                high = middle;
-            else
-                low = middle + 1;
-        }
-        memmove(fds + low + 1, fds + low, (size_t)(i - low) * sizeof *fds);
-        fds[low] = fd;
-    }
-    for (int i = 0; i < count && !error; i++) {
-        int order = i ? snap_kcmp_file(pid, fds[i - 1], fds[i]) : SNAP_KCMP_LESS;
-        error = order < 0 ? order : 0;
-        same[i] = order == SNAP_KCMP_SAME;
-    }
-    return error;
-}
+typedef struct {
+    int pid;
+    int error; /* -errno of the first comparison that failed, 0: none */
+} comparing;
 
-/* Whether two descriptors may share a struct file. */
-static int alike(const snap_descriptor *a, const snap_descriptor *b) {
-    return a->device == b->device && a->inode == b->inode && a->link_length == b->link_length &&
-           !memcmp(a + 1, b + 1, a->link_length);
-}
-
-static int by_likeness(const void *a, const void *b) {
+/* By struct file, those of one by their numbers: the kernel has an order of them (kcmp(2)). */
+static int by_file(const void *a, const void *b, void *of) {
     const snap_descriptor *x = *(snap_descriptor *const *)a, *y = *(snap_descriptor *const *)b;
-    if (x->inode != y->inode)
-        return x->inode < y->inode ? -1 : 1;
-    if (x->device != y->device)
-        return x->device < y->device ? -1 : 1;
-    if (x->link_length != y->link_length)
-        return x->link_length < y->link_length ? -1 : 1;
-    int order = memcmp(x + 1, y + 1, x->link_length);
-    return order ? order : (x->fd > y->fd) - (x->fd < y->fd);
-}
-
-/* `records` are alike, in the order of their numbers. */
-static int group(int pid, snap_descriptor **records, int *fds, unsigned char *same, int count) {
-    for (int i = 0; i < count; i++)
-        fds[i] = records[i]->fd;
-    int result = sort_by_file(pid, fds, same, count);
-    for (int i = 1, first = fds[0]; i < count && !result; i++) {
-        first = same[i] ? first : fds[i];
-        for (int k = 0; k < count; k++)
-            if (records[k]->fd == fds[i])
-                records[k]->file = first;
-    }
-    return result;
+    comparing *c = of;
+    int order = by_likeness(x, y);
+    if (order)
+        return order;
+    order = c->error ? SNAP_KCMP_SAME : snap_kcmp_file(c->pid, x->fd, y->fd);
+    if (order < 0)
+        c->error = order;
+    if (order == SNAP_KCMP_LESS || order == SNAP_KCMP_GREATER)
+        return order == SNAP_KCMP_LESS ? -1 : 1;
+    return (x->fd > y->fd) - (x->fd < y->fd);
 }
 
 int snap_descriptors_group(int pid, char *buffer, uint64_t used) {
-    int count = 0, result = 0;
+    size_t count = 0;
     for (uint64_t at = 0; at < used; at += ((snap_descriptor *)(buffer + at))->length)
         count++;
-    const size_t each = sizeof(snap_descriptor *) + sizeof(int) + 1;
-    snap_descriptor **records = malloc((size_t)count * each + 1);
+    snap_descriptor **records = malloc((count + 1) * sizeof *records);
     if (!records)
         return -ENOMEM;
-    int *fds = (int *)(records + count);
-    unsigned char *same = (unsigned char *)(fds + count);
     count = 0;
     for (uint64_t at = 0; at < used; at += records[count++]->length)
         records[count] = (snap_descriptor *)(buffer + at);
-    qsort(records, (size_t)count, sizeof *records, by_likeness);
-    for (int i = 0, n; i < count && !result; i += n) {
-        for (n = 1; i + n < count && alike(records[i], records[i + n]);)
-            n++;
-        if (n > 1)
-            result = group(pid, records + i, fds, same, n);
+    comparing c = {.pid = pid};
+    qsort_r(records, count, sizeof *records, by_file, &c);
+    for (size_t i = 1; i < count && !c.error; i++) {
+        const snap_descriptor *before = records[i - 1];
+        int order = by_likeness(before, records[i]) ? SNAP_KCMP_LESS
+                                                    : snap_kcmp_file(pid, before->fd, records[i]->fd);
+        if (order == SNAP_KCMP_SAME)
+            records[i]->file = before->file;
+        c.error = order < 0 ? order : 0;
     }
     free(records);
-    return result;
+    return c.error;
 }
 
 static int32_t option(int fd, int name) {

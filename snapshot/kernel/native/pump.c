@@ -573,7 +573,7 @@ int snap_pump_touched(snap_pump *p, const uint64_t *addresses, size_t count)
 void snap_pump_assist(snap_pump *p)
 {
     pthread_mutex_lock(&p->lock);
-    written_assist(p);
+    (void)written_assist(p);
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -588,11 +588,9 @@ int snap_pump_await(snap_pump *p, int timeout_ms, snap_pump_round *round)
     deadline(&until, timeout_ms);
     int waited = 0;
     pthread_mutex_lock(&p->lock);
-    while (p->order != NO_ORDER && !p->ended && waited != ETIMEDOUT) {
-        written_assist(p);
-        if (p->order != NO_ORDER && !p->ended)
+    while (p->order != NO_ORDER && !p->ended && waited != ETIMEDOUT)
+        if (!written_assist(p))
             waited = pthread_cond_timedwait(&p->told, &p->lock, &until);
-    }
     int r = p->ended ? -EPIPE : p->order != NO_ORDER ? -ETIMEDOUT : 0;
     if (!r && round)
         *round = p->round;
@@ -668,11 +666,9 @@ int snap_pump_order_settle(snap_pump *p, uint64_t most, int trust)
 int snap_pump_await_settled(snap_pump *p)
 {
     pthread_mutex_lock(&p->lock);
-    while (p->settles && !p->ended) {
-        written_assist(p);
-        if (p->settles && !p->ended)
+    while (p->settles && !p->ended)
+        if (!written_assist(p))
             pthread_cond_wait(&p->told, &p->lock);
-    }
     int r = p->settles ? -EPIPE : p->settled;
     pthread_mutex_unlock(&p->lock);
     return r;
@@ -774,7 +770,7 @@ static int look_at_t0(snap_pump *p)
     p->at_t0 = true;
     int r = written_look(p);
     if (!r)
-        settle_ahead(p, p->most_ahead);
+        settle_ahead(p);
     pthread_mutex_lock(&p->lock);
     run_errand(p);
     be_urgent(p, true);

@@ -347,8 +347,8 @@ int spare_save(snap_pump *p);
 int written_list(snap_pump *p);
 /* The same at T0: nothing is protected any more. Serves unless the pump is held. */
 int written_look(snap_pump *p);
-/* By who waits for it, with the lock: he takes his share of it, if it has begun. */
-void written_assist(snap_pump *p);
+/* By who waits for it, with the lock: he takes his share of it. false: none goes on; the lock was kept. */
+bool written_assist(snap_pump *p);
 /* The same of [start, end) of w, covered or not: what is known of it. */
 int written_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, bool protect);
 
@@ -362,7 +362,7 @@ int ahead_slice(snap_pump *p, bool copies);
 int settle(snap_pump *p, uint64_t most, int trust);
 /* What of it can be done where writers pass while it is not known yet whether the windows are those of T0, nor
  * what to trust; as far as it can. */
-void settle_ahead(snap_pump *p, uint64_t most);
+void settle_ahead(snap_pump *p);
 
 /* pace.c */
 /* A piece of what nobody waits for has been done since then. */

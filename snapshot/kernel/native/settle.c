@@ -213,17 +213,18 @@ static int look_at_touched(snap_pump *p, seen *found)
     return r;
 }
 
-static void missed(snap_pump *p, uint64_t address, const seen *found, const chunk *c)
+/* A chunk that no look has listed is compared with what is known of it. */
+static void compare(snap_pump *p, uint64_t address, const seen *found, const chunk *c)
 {
-    unsigned other = found->want ^ (c ? c->want & found->mask : 0u);
-    if (!p->counters.missed_pages) {
+    unsigned other = (found->want ^ (c ? c->want & found->mask : 0u)) | found->bare;
+    if (other && !p->counters.missed_pages) {
         p->counters.missed_address = address;
         p->counters.missed_found = (uint64_t)found->want << 32 | (uint64_t)found->bare << 16 | found->mask;
         p->counters.missed_known = c ? (uint64_t)c->want << 48 | (uint64_t)c->kept << 32 |
                                            (uint64_t)c->bare << 16 | c->state << 8 | c->listed
                                      : 0;
     }
-    p->counters.missed_pages += (uint64_t)__builtin_popcount(other | found->bare);
+    p->counters.missed_pages += (uint64_t)__builtin_popcount(other);
 }
 
 /* What is covered and not listed is as it is known. */
@@ -240,10 +241,8 @@ static int verify(snap_pump *p, seen *found)
             uint64_t at = (start - w->start + w->at) & ~(CHUNK - 1);
             for (size_t i = 0; covered && !r && i < survey_chunks(w, start, until); i++) {
                 const chunk *c = ledger_chunk(p, w->space, at + i * CHUNK);
-                if (c && c->listed && was_looked_at(p, w->space, at + i * CHUNK))
-                    continue;
-                if ((found[i].want ^ (c ? c->want & found[i].mask : 0u)) | found[i].bare)
-                    missed(p, at + i * CHUNK, &found[i], c);
+                if (!c || !c->listed || !was_looked_at(p, w->space, at + i * CHUNK))
+                    compare(p, at + i * CHUNK, &found[i], c);
             }
         }
     }
@@ -445,7 +444,7 @@ static void distrust_copies(snap_pump *p, bool all)
 
 /* What was found to have no good copy is copied, if it is not too much: it has to be in any case, unless there
  * is no T0 at all. What is written since is found by look_at, which drops such a copy. */
-static int hold_ahead(snap_pump *p, uint64_t most)
+static int hold_ahead(snap_pump *p)
 {
     uint64_t pages = 0;
     for (size_t i = 0; i < p->listed.count; i++) {
@@ -453,13 +452,13 @@ static int hold_ahead(snap_pump *p, uint64_t most)
         judge_chunk(p, c);
         pages += is_unsaved(c) ? (uint64_t)__builtin_popcount(lacking(c)) : 0;
     }
-    if (pages * PAGE > most)
+    if (pages * PAGE > p->most_ahead)
         return 0;
     p->held_ahead = pages;
     return early_hold_listed(p);
 }
 
-void settle_ahead(snap_pump *p, uint64_t most)
+void settle_ahead(snap_pump *p)
 {
     seen *found = p->counters.stale ? NULL : malloc(sizeof *found * BLOCK_CHUNKS);
     if (!found)
@@ -468,7 +467,7 @@ void settle_ahead(snap_pump *p, uint64_t most)
     free(found);
     sort_listed(p);
     if (!r && !p->aliased && !p->huge_removed)
-        p->surveyed = hold_ahead(p, most) == 0;
+        p->surveyed = hold_ahead(p) == 0;
 }
 
 int settle(snap_pump *p, uint64_t most, int trust)

@@ -253,11 +253,11 @@ static int look_too(snap_pump *p, looking *all)
     return r;
 }
 
-void written_assist(snap_pump *p)
+bool written_assist(snap_pump *p)
 {
     looking *all = p->looking;
     if (!all)
-        return;
+        return false;
     all->helped = true;
     pthread_mutex_unlock(&p->lock);
     help(&all->waiting);
@@ -265,18 +265,26 @@ void written_assist(snap_pump *p)
     p->looking = NULL; /* nothing is left to be looked at */
     all->helped = false;
     pthread_cond_broadcast(&p->told);
+    return true;
 }
 
-/* Whether others may help. In the end all have done so. */
-static void let_help(snap_pump *p, looking *all, bool may)
+static void let_help(snap_pump *p, looking *all)
 {
     pthread_mutex_lock(&p->lock);
-    p->looking = may ? all : NULL;
+    p->looking = all;
     pthread_cond_broadcast(&p->told);
-    while (!may && all->helped)
+    pthread_mutex_unlock(&p->lock);
+    start_helpers(p, all);
+}
+
+static void end_help(snap_pump *p, looking *all)
+{
+    pthread_mutex_lock(&p->lock);
+    p->looking = NULL;
+    while (all->helped)
         pthread_cond_wait(&p->told, &p->lock);
     pthread_mutex_unlock(&p->lock);
-    for (size_t i = 0; !may && i < all->started; i++)
+    for (size_t i = 0; i < all->started; i++)
         pthread_join(all->helpers[i].thread, NULL);
 }
 
@@ -295,11 +303,10 @@ int written_look(snap_pump *p)
     all.waiting.all = &all;
     int r = cut(p, &all);
     if (!r) {
-        let_help(p, &all, true);
-        start_helpers(p, &all);
+        let_help(p, &all);
         r = look_too(p, &all);
+        end_help(p, &all);
     }
-    let_help(p, &all, false);
     for (size_t i = 0; i <= all.started; i++) {
         int e = gather(p, i < all.started ? &all.helpers[i] : &all.waiting);
         r = r ? r : e;
