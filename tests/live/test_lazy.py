@@ -74,6 +74,13 @@ class Lazy:
         self.directory = directory
         self.restored = restored
         self.pid = restored.pid
+        self._log = directory / "store" / "pageserver.log"
+        self._logged = self._log.stat().st_size if self._log.exists() else 0
+
+    @property
+    def log(self) -> str:
+        """What the servers of this one have had to say."""
+        return self._log.read_bytes()[self._logged :].decode()
 
     def command(self, word: str) -> None:
         (self.directory / "do.new").write_text(word)
@@ -200,11 +207,13 @@ def test_the_server_ends_with_the_memory_it_serves(lazily: Lazy, command: str) -
 
 @pytest.mark.parametrize("command", ["all", "move", "fork", "dontneed", "threads"])
 def test_a_server_that_is_killed_is_replaced(lazily: Lazy, command: str) -> None:
-    """Again and again, while the process works on memory that is missing."""
+    """Again and again, while the process works on memory that is missing; the first time before a
+    page that it needs has come. The guardian stays who it is."""
+    os.kill(lazily.server, signal.SIGSTOP)
     lazily.command(command)
+    os.kill(lazily.server, signal.SIGKILL)
     done = lazily.directory / "done"
-    guardian = lazily.guardian
-    killed = 0
+    killed = 1
     deadline = time.monotonic() + 20
     while not done.exists() and time.monotonic() < deadline and killed < 4:
         for pid in servers("snap-pages"):
@@ -212,9 +221,8 @@ def test_a_server_that_is_killed_is_replaced(lazily: Lazy, command: str) -> None
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
     assert lazily.answer() == "ok"
-    assert killed
-    assert guardian in servers() or not servers()
-    assert "starting another one" in log(lazily)
+    assert "starting another one" in lazily.log
+    assert "the guardian ended" not in lazily.log
 
 
 @pytest.mark.parametrize("lazily", [20], indirect=True)
@@ -229,22 +237,18 @@ def test_decoders_that_say_nothing_are_done_without(lazily: Lazy, number: int) -
     assert lazily.does("all") == "ok"
 
 
-def log(lazily: Lazy) -> str:
-    return (lazily.directory / "store" / "pageserver.log").read_text()
-
-
 def test_events_that_a_dead_server_had_read_are_not_lost(lazily: Lazy) -> None:
     """Memory given up stays given up, memory moved is found by the server that takes over."""
     assert lazily.does("change") == "ok"
     os.kill(lazily.server, signal.SIGKILL)
     assert lazily.does("changed") == "ok"
-    assert "starting another one" in log(lazily)
+    assert "starting another one" in lazily.log
 
 
 def test_a_guardian_that_is_killed_is_replaced(lazily: Lazy) -> None:
     guardian = lazily.guardian
     os.kill(guardian, signal.SIGKILL)
-    wait_until(lambda: "takes its place" in log(lazily), "another guardian")
+    wait_until(lambda: "takes its place" in lazily.log, "another guardian")
     os.kill(lazily.server, signal.SIGKILL)
     assert lazily.does("all") == "ok"
 
@@ -257,7 +261,7 @@ def test_server_and_guardian_killed_at_once_are_replaced(lazily: Lazy) -> None:
     os.kill(server, signal.SIGKILL)
     os.kill(guardian, signal.SIGKILL)
     assert lazily.does("changed") == "ok"
-    assert "starting another one" in log(lazily)
+    assert "starting another one" in lazily.log
 
 
 @pytest.mark.parametrize("first", ["snap-guardian", "snap-pages"])
@@ -280,7 +284,7 @@ def test_a_keeper_that_is_killed_is_replaced(lazily: Lazy) -> None:
     wait_until(lambda: len(servers("snap-keeper")) == 1, "the keeper")
     (keeper,) = servers("snap-keeper")
     os.kill(keeper, signal.SIGKILL)
-    wait_until(lambda: "the keeper ended" in log(lazily), "another keeper")
+    wait_until(lambda: "the keeper ended" in lazily.log, "another keeper")
     test_server_and_guardian_killed_at_once_are_replaced(lazily)
 
 
