@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import subprocess
-from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .beats import Span, overlap
 from .commands import Failed
 from .figures import Row, distribution
-from .targets import BIN, build
+from .targets import BIN, build, numbers
 
 STALL_NS = 1_000_000
+MACHINE = "the machine"
+"""The cause of a stall in most of which a processor did not run."""
 VALUE_BYTES = 2304
 """Of a key, on average."""
 KEY_BYTES = VALUE_BYTES + 150
@@ -48,7 +50,8 @@ class Watched:
 class Stall:
     """Requests that were late together: from the first one's due time to the last one's answer.
     What passed of it, in ns: the client was not awake, the server wanted a CPU that others had, the
-    server ran, the host had a CPU; the rest it was stopped, or waited in a fault."""
+    server ran, the host had a CPU; the rest it was stopped, or waited in a fault. Whatever these
+    say, in `silent` of it there was a processor that did not run."""
 
     begin: int
     end: int
@@ -57,6 +60,7 @@ class Stall:
     waited: int
     ran: int
     stolen: int
+    silent: int
 
     @property
     def length(self) -> int:
@@ -64,6 +68,8 @@ class Stall:
 
     @property
     def cause(self) -> str:
+        if 2 * self.silent > self.length:
+            return MACHINE
         parts = {"client": self.client, "no CPU": self.waited, "busy": self.ran}
         parts["stolen"] = self.stolen
         parts["stopped"] = self.length - sum(parts.values())
@@ -74,6 +80,8 @@ class Stall:
 class Log:
     requests: list[Request]
     watched: list[Watched]
+    silent: Sequence[Span] = ()
+    """When there was a processor that did not run (beats.py)."""
 
     def between(self, begin: int, end: int) -> list[Request]:
         """Those that were due in [begin, end)."""
@@ -109,6 +117,7 @@ class Log:
             waited=min(after.waited - before.waited, end - begin),
             ran=min(after.ran - before.ran, end - begin),
             stolen=min(after.stolen - before.stolen, end - begin),
+            silent=overlap(self.silent, begin, end),
         )
 
     def _watched(self, begin: int, end: int) -> tuple[Watched, Watched]:
@@ -123,11 +132,6 @@ class Log:
 def latencies(requests: Sequence[Request], prefix: str) -> Row:
     found = distribution((one.latency for one in requests), "us", 1e-3)
     return {f"{prefix}_{name}": value for name, value in found.items()}
-
-
-def _numbers(path: Path, fields: int) -> Iterator[tuple[int, ...]]:
-    flat = array("Q", path.read_bytes())
-    return zip(*(flat[field::fields] for field in range(fields)), strict=True)
 
 
 class Client:
@@ -148,8 +152,8 @@ class Client:
             raise Failed(f"the client: {notes}")
         watched = self._log.with_name(f"{self._log.name}.watch")
         return Log(
-            [Request(*one) for one in _numbers(self._log, 3)],
-            [Watched(*one) for one in _numbers(watched, 4)],
+            [Request(*one) for one in numbers(self._log, 3)],
+            [Watched(*one) for one in numbers(watched, 4)],
         )
 
     def stop(self) -> Log:
@@ -170,5 +174,3 @@ def fill(directory: Path, socket: str, mib: int) -> int:
     finally:
         filling.kill()
     return keys
-
-

@@ -10,7 +10,8 @@ import pytest
 
 from bench import __main__ as command
 from bench import cases, compare, report
-from bench.client import Log, Request, Watched
+from bench.beats import overlap, union
+from bench.client import MACHINE, Log, Request, Watched
 from bench.figures import Part, Rows, Table, distribution, number, percentile, ratio, spread
 from bench.pages import Gap
 from bench.session import Bench, Choice, in_turn, session
@@ -73,6 +74,17 @@ def test_late_requests_that_overlap_are_one_stall() -> None:
     late = [request(1, 8, sent=0.1), request(2, 7, sent=6), request(3, 6, sent=5)]
     (stall,) = Log(late, []).stalls(0, 100 * MS)
     assert (stall.client, stall.cause) == (int(6.1 * MS), "client")
+    silent = [(0, 3 * MS), (4 * MS, 50 * MS)]
+    (stall,) = Log(late, [], silent).stalls(0, 100 * MS)
+    assert (stall.silent, stall.cause) == (7 * MS, MACHINE)
+    (stall,) = Log(late, [], silent[:1]).stalls(0, 100 * MS)
+    assert (stall.silent, stall.cause) == (2 * MS, "client")
+
+
+def test_spans_that_overlap_are_counted_once() -> None:
+    spans = union([(40, 60), (10, 50), (70, 80), (80, 90), (12, 13)])
+    assert spans == [(10, 60), (70, 90)]
+    assert overlap(spans, 25, 75) == 40
 
 
 def test_a_thread_that_was_stopped_and_preempted_was_stopped() -> None:
