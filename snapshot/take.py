@@ -30,7 +30,7 @@ from .kernel.background import Background
 from .kernel.exits import Exits
 from .kernel.ptrace import Tracee, rseq_addresses
 from .kernel.refusal import capable
-from .kernel.remote import SCRATCH_SIZE, data_area
+from .kernel.remote import NOTHING, SCRATCH_SIZE, Interview, data_area
 from .kernel.room import find_room
 from .kernel.task_iterator import TaskProgram
 from .kernel.watchdog import Watchdog
@@ -42,13 +42,14 @@ from .records import ProcessIdentity
 from .regions import Plan
 from .resources import descriptors, preflight
 from .resources.capture import Gathered, Preparation, gather
+from .resources.inquiry import Answers
 from .resources.statement import Statement
 from .stats import Progress, ProgressCallback, Stopwatch
 from .store import Store, check_name
 from .tracer import Tracer
 from .units import PAGE
 from .writer import ImageWriter
-from .wrprotect import WriteProtection, shows_empty_pages
+from .wrprotect import MAKING, WriteProtection, shows_empty_pages
 
 ATTEMPTS = 3
 STALL = 10.0
@@ -217,13 +218,18 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
             room = find_room(Tracee(job.pid, 0))
             with freeze(job.pid, room=room, scratch=scratch) as first:
                 faults.point("first-stop")
-                if statement is not None:
-                    statement.open(first)
+                made = _make(first, statement)
                 protection = after_pump.enter_context(
-                    WriteProtection.create(first, forks=shares, passes=passes, empties=empties)
+                    WriteProtection.create(
+                        first,
+                        forks=shares,
+                        passes=passes,
+                        empties=empties,
+                        fetched=made.fetched if made is not None else None,
+                    )
                 )
                 faults.point("created")
-                if statement is not None:
+                if statement is not None and made is None:
                     statement.make(first)
                 first.close_remote()
                 faults.point("clean")
@@ -289,6 +295,18 @@ def _statement(job: _Take, scratch: int, held: ExitStack) -> Statement | None:
         with suppress(OSError):
             return held.enter_context(Statement(job.pid, job.program, data_area(scratch)))
     return None
+
+
+def _make(first: Frozen, statement: Statement | None) -> Interview | None:
+    """The userfaultfd, and the statement with it, in one go; None: step by step."""
+    asked = statement.look(first) if statement is not None else NOTHING
+    if asked is None:
+        return None
+    made = first.make(MAKING, asked, statement.status_text if statement is not None else b"")
+    if made is not None and statement is not None:
+        (_, *results), data = made.of(0)
+        statement.note(Answers.single(results, data))
+    return made
 
 
 def _instant(

@@ -32,6 +32,8 @@ NEEDED = ("PAGEFAULT_FLAG_WP", "EVENT_REMAP", "EVENT_REMOVE", "EVENT_UNMAP", "WP
 child drops the userfaultfd and runs free, its parent stays armed, and a fork costs nothing."""
 DEVICE = "/dev/userfaultfd"
 USERFAULTFD_IOC_NEW = 0xAA00  # _IO(0xAA, 0), include/uapi/linux/userfaultfd.h
+FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
+MAKING = Call(NR.userfaultfd, (FLAGS,))
 SOCKET_FLAGS = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
 
 
@@ -60,21 +62,27 @@ class WriteProtection(Closing):
 
     @classmethod
     def create(
-        cls, frozen: Frozen, *, forks: bool = False, passes: bool = False, empties: bool = False
+        cls,
+        frozen: Frozen,
+        *,
+        forks: bool = False,
+        passes: bool = False,
+        empties: bool = False,
+        fetched: int | None = None,
     ) -> WriteProtection:
         """Inject the creation into the stopped target; nothing of it stays there. `forks`: it shall
         tell of children, if that is allowed (CAP_SYS_PTRACE). `passes`: writers shall wait for
         nobody. `empties`: protecting shall cover empty pages. Both take `shows_empty_pages`.
+        `fetched`: what has come of MAKING, if that has been tried (`Frozen.make`).
 
         Raises DeniedError when neither userfaultfd(2) nor /dev/userfaultfd is allowed,
         UnsupportedError when the kernel lacks one of NEEDED.
         """
-        flags = os.O_CLOEXEC | os.O_NONBLOCK
-        made = _make(frozen, Call(NR.userfaultfd, (flags,)))
+        made = _make(frozen, MAKING) if fetched is None else fetched
         if made in (-errno.EPERM, -errno.ENOSYS):
             # A target without CAP_SYS_PTRACE may not, whoever injects it; through the device it
             # may, when the device was opened by somebody who was allowed to.
-            made = _through_device(frozen, flags)
+            made = _through_device(frozen)
         if made < 0:
             raise KernelError(
                 f"userfaultfd in process {frozen.pid}: {error_name(made)}",
@@ -132,7 +140,7 @@ def _make(frozen: Frozen, call: Call) -> int:
         return fetched
 
 
-def _through_device(frozen: Frozen, flags: int) -> int:
+def _through_device(frozen: Frozen) -> int:
     """A userfaultfd of the target's, made from /dev/userfaultfd, or -errno.
 
     The device is opened here and handed to the target over a socketpair of its own; these three
@@ -160,7 +168,7 @@ def _through_device(frozen: Frozen, flags: int) -> int:
         if received < 0:
             return received
         faults.point("passed")
-        return _make(frozen, Call(NR.ioctl, (received, USERFAULTFD_IOC_NEW, flags)))
+        return _make(frozen, Call(NR.ioctl, (received, USERFAULTFD_IOC_NEW, FLAGS)))
     finally:
         if mine >= 0:
             os.close(mine)

@@ -120,6 +120,8 @@ class Interview(NamedTuple):
 
     first: tuple[Packed, bytearray, bytearray]
     others: tuple[Packed, bytearray, bytearray]
+    fetched: int
+    """A duplicate of the descriptor that the first one has made, or -errno."""
 
     def of(self, i: int) -> tuple[list[int], bytes]:
         """Results and answers of thread i, in the order in which they were asked."""
@@ -236,9 +238,11 @@ class Remote:
         others: Packed,
         tracees: Sequence[Tracee],
         status_text: bytes = b"",
+        pidfd: int = -1,
     ) -> Interview | None:
         """`open` with the scratch at `near`, the calls `first` here, `others` in other threads, and
-        `close`, all at once. None, and nothing is open: it has to be done step by step."""
+        `close`, all at once. None, and nothing is open: it has to be done step by step. `pidfd` of
+        the process: the first of all calls is `making` a descriptor, which is to be fetched."""
         self._begin(status_text)
         if not self._guard or not self.tracee.options & SUSPEND_SECCOMP or not near:
             self._abandon()
@@ -247,14 +251,18 @@ class Remote:
         each = ffi.new("snap_injection[]", max(1, threads))
         numbers = [tracee.tid for tracee in tracees]
         stops = ffi.new("int[]", [tracee.stop for tracee in tracees])
-        made = Interview(_room_for(first, 1), _room_for(others, threads))
-        both = [questions(*one) for one in made]
+        rooms = _room_for(first, 1), _room_for(others, threads)
+        asked, asked_others = (questions(*one) for one in rooms)
+        making = ffi.new("snap_making *", (pidfd, -1)) if pidfd >= 0 else ffi.NULL
         step = ffi.new("int *")
         self._last = each
         result = lib.snap_interview(
-            *(self._at, near, PAGE, near + self._data_offset, *both),
+            *(self._at, near, PAGE, near + self._data_offset, asked, making, asked_others),
             *(each, numbers, stops, threads, options, step),
         )
+        made = Interview(*rooms, making.fetched if making else -1)
+        if result != 0 and made.fetched >= 0:
+            os.close(made.fetched)
         self.tracee.stop, self.scratch = self._at.stop, self._at.scratch
         failed = step[0] - lib.SNAP_STEP_ASK - 1  # which of the others
         asked = threads if step[0] == lib.SNAP_STEP_UNMAP else max(0, failed + 1)
@@ -464,6 +472,20 @@ class Remote:
 
 _CALL = struct.Struct("7Qq")
 _RESULT = struct.Struct("56xq")
+
+
+NOTHING = Packed((), b"", 0)
+"""No calls."""
+
+
+def making(call: Call, packed: Packed) -> Packed | None:
+    """A call of at most three arguments that makes a descriptor, and others after it, as
+    `Remote.interview` wants them (native/interview.h). None: they are too many."""
+    assert len(call.args) <= 3
+    if len(packed.calls) >= CAPACITY:
+        return None
+    first = _CALL.pack(call.nr, *(*call.args, *_NOTHING)[:3], arch.NO_SYSCALL, 0, 0, -1)
+    return Packed([call, *packed.calls], first + packed.data, packed.size)
 
 
 def pack(calls: Sequence[Call]) -> bytes:

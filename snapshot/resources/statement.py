@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ..kernel.closing import Closing
-from ..kernel.remote import signals_in
+from ..kernel.remote import Packed, signals_in
 from ..kernel.task_iterator import ProcessRecord, TaskProgram
 from . import timers
 from .facts import Facts, Open
@@ -42,20 +42,32 @@ class Statement(Closing):
             signals_in(self.questions.facts.status_texts[pid])  # for the first use of `remote`
             self._held = stack.pop_all()
 
-    def open(self, frozen: Frozen) -> None:
-        """In the stop, at the first use of `frozen.remote`."""
+    def look(self, frozen: Frozen) -> Packed | None:
+        """In the stop: what is to be asked, if it is one batch and the answers go where they were
+        to go. Then `note`, or `make`."""
         facts = self.questions.facts
         if self._meant is None or self._stopped.read() != self._meant:
             facts = Facts.first(frozen.pid, self._files)
-        remote = frozen.open_remote(facts.status_texts[frozen.pid])
-        self.questions = self.questions.now(facts, remote.data, remote.data_size)
+        self.questions = self.questions.now(facts, *self.questions.place)
+        return self.questions.packed[0]
 
-    def make(self, frozen: Frozen) -> None:
-        """In the same stop: asks."""
-        first, _ = self.questions.packed
-        self.answers = self.questions.first.run(frozen.remote, first)
+    @property
+    def status_text(self) -> bytes:
+        """/proc/PID/status as it was at `look`."""
+        facts = self.questions.facts
+        return facts.status_texts[facts.pid]
+
+    def note(self, answers: Answers) -> None:
+        """In the same stop: what has been answered to that."""
+        self.answers = answers
         # Memory that is mapped for the calls may change the flags of mm_struct.
         self._record = self._asked.read()
+
+    def make(self, frozen: Frozen) -> None:
+        """In the same stop: asks, through `frozen.remote`."""
+        remote = frozen.remote
+        self.questions = self.questions.now(self.questions.facts, remote.data, remote.data_size)
+        self.note(self.questions.first.run(remote, self.questions.packed[0]))
 
     def lasts(self) -> bool:
         """Whether it may hold: no timer runs, whose time changes by itself."""

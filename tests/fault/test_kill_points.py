@@ -36,6 +36,8 @@ pytestmark = [pytest.mark.live, pytest.mark.timeout(3600)]
 
 POINTS: tuple[faults.Point, ...] = get_args(faults.Point)
 DEVICE = ("paired", "passed")
+"""Only of a target that may not make a userfaultfd itself. (`made` and `fetched` because threads16
+blocks all signals: what others make is made in one go, see tests/kernel/test_guard.py.)"""
 """Points of the way through /dev/userfaultfd, which a target without CAP_SYS_PTRACE needs."""
 UNSAVED = ("stays",)
 """Where a take comes only if something is unsaved at T0."""

@@ -15,7 +15,9 @@ import pytest
 from snapshot.freeze import freeze
 from snapshot.kernel import refusal
 from snapshot.kernel.arch_x86_64 import NR, Registers
+from snapshot.kernel.remote import NOTHING, SCRATCH_SIZE, Call
 from snapshot.kernel.room import find_syscall
+from snapshot.maps import gap, parse_maps
 
 from ..live.freezing import Victim, proc_state, wait_until
 from ..live.test_freeze import BLOCKED, REGISTERS, TIMED_OUT, WOKEN
@@ -50,6 +52,33 @@ from snapshot.kernel.remote import Call, Remote
 pid, Remote.die_at = int(sys.argv[1]), int(sys.argv[2])
 with freeze(pid) as frozen, frozen.remote.making(Call(NR.eventfd2, (0, 0))) as made:
     assert made > 2
+"""
+
+AMONG_OTHERS = f"""
+import os, sys
+sys.path.insert(0, {ROOT!r})
+from snapshot.freeze import freeze
+from snapshot.kernel.arch_x86_64 import NR
+from snapshot.kernel.remote import SCRATCH_SIZE, Call, Packed, Remote, pack
+from snapshot.maps import gap, parse_maps
+pid, Remote.die_at = int(sys.argv[1]), int(sys.argv[2])
+asked = [Call(NR.getpid), Call(NR.gettid)]
+places = [(line.start, line.end) for line in parse_maps(open(f"/proc/{{pid}}/maps", "rb").read())]
+with freeze(pid, scratch=gap(places, SCRATCH_SIZE)) as frozen:
+    files = set(os.listdir(f"/proc/{{pid}}/fd"))
+    found = frozen.make(Call(NR.eventfd2, (0, 0)), Packed(asked, pack(asked), 0), b"")
+    assert found is not None
+    (made, *results), _ = found.of(0)
+    assert made > 2 and results == [pid, pid], (made, results)
+    assert set(os.listdir(f"/proc/{{pid}}/fd")) == files
+    assert "eventfd" in os.readlink(f"/proc/self/fd/{{found.fetched}}")
+"""
+
+SLEEPING = """
+import signal, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {})
+print("on", flush=True)
+time.sleep(1000)
 """
 
 # A child of this process makes takes in an endless loop until it is killed from outside.
@@ -127,6 +156,43 @@ def test_registers_after_death_at_every_point() -> None:
             assert victim.get("bad") == 0, point
             if not died:
                 break
+
+
+def test_a_descriptor_made_among_other_calls_is_closed() -> None:
+    """At whatever point the tracer dies: before it is made, when it is, or later."""
+    with Victim(REGISTERS) as victim:
+        before = proc_state(victim.pid)
+        for point in range(1, POINTS):
+            died = die(victim.pid, point, script=AMONG_OTHERS)
+            settles(victim.pid, before, point)
+            count = victim.get("count")
+            wait_until(lambda: victim.get("count") > count + 8, f"it runs on after {point}")  # noqa: B023
+            assert victim.get("bad") == 0, point
+            if not died:
+                break
+        assert not died, "POINTS is too small"
+        assert point > 20
+
+
+@pytest.mark.parametrize("why", ["all signals blocked", "no room"])
+def test_a_descriptor_that_cannot_be_made_among_others(why: str) -> None:
+    """With no signal to tell by, or something where the scratch was to be: nothing is left."""
+    blocked = "range(1, 65)" if why == "all signals blocked" else "()"
+    program = SLEEPING.format(blocked)
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as sleeping:
+        try:
+            assert sleeping.stdout is not None
+            assert sleeping.stdout.readline() == b"on\n"
+            before = proc_state(sleeping.pid)
+            lines = parse_maps(Path(f"/proc/{sleeping.pid}/maps").read_bytes())
+            places = [(line.start, line.end) for line in lines]
+            scratch = places[0][0] if why == "no room" else gap(places, SCRATCH_SIZE)
+            with freeze(sleeping.pid, scratch=scratch) as frozen:
+                assert frozen.make(Call(NR.eventfd2, (0, 0)), NOTHING, b"") is None
+                assert frozen.remote.call(NR.getpid) == sleeping.pid
+            settles(sleeping.pid, before, 0)
+        finally:
+            sleeping.kill()
 
 
 @pytest.mark.parametrize("mode", ["epoll_wait", "poll", "futex", "sigsuspend", "pause", "semop"])

@@ -109,7 +109,7 @@ def stated(tasks: TaskProgram, victim: Victim) -> Iterator[tuple[Statement, Froz
     """With the statement made in a first stop."""
     with Statement(victim.pid, tasks, data_area(0)) as statement:
         with freeze(victim.pid) as first:
-            statement.open(first)
+            statement.look(first)
             statement.make(first)
         yield statement, first
 

@@ -3,9 +3,17 @@
 
 #include "ptrace.h"
 
+#include <errno.h>
+#include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <unistd.h>
+
+/* What is owed begins at the fourth argument of the call that makes it: two descriptors, 16 bytes, and
+   its result. */
+#define OWED offsetof(snap_call, args[3])
+_Static_assert(offsetof(snap_call, result) == OWED + 24, "snap_home.owed");
 
 static int map(snap_injection *at, uint64_t near, uint64_t array)
 {
@@ -36,6 +44,27 @@ static int ask(snap_injection *at, uint64_t data, const snap_questions *q, int i
                       : snap_read_memory(at->tid, data, q->answers + (uint64_t)i * q->size, q->size);
 }
 
+/* The same of `at`, which makes a descriptor first. The memory says that there is none before the way
+   home is told to look there. */
+static int ask_and_make(snap_injection *at, uint64_t data, const snap_questions *q, snap_making *making)
+{
+    if (!at->quiet) /* it would make call by call, and leave no result where it looks */
+        return 1;
+    int result = snap_write_memory(at->tid, at->array, q->calls, sizeof *q->calls);
+    if (result < 0)
+        return result;
+    at->owed = at->array + OWED;
+    result = ask(at, data, q, 0);
+    if (result < 0)
+        return result;
+    making->fetched = (int)q->results[0];
+    if (making->fetched >= 0)
+        making->fetched = (int)syscall(SYS_pidfd_getfd, making->pidfd, making->fetched, 0);
+    if (making->fetched == -1 && q->results[0] >= 0)
+        making->fetched = -errno;
+    return 0;
+}
+
 /* Another thread, with what `like` has, which has made calls before. */
 static int ask_another(const snap_injection *like, snap_injection *at, int tid, int stop,
                        unsigned long options, uint64_t data, const snap_questions *q, int i)
@@ -58,15 +87,16 @@ static int unmap(snap_injection *at, snap_injection *last)
 }
 
 int snap_interview(snap_injection *at, uint64_t near, uint64_t array, uint64_t data,
-                   const snap_questions *first, const snap_questions *others, snap_injection *each,
-                   const int *tids, int *stops, int threads, unsigned long options, int *step)
+                   const snap_questions *first, snap_making *making, const snap_questions *others,
+                   snap_injection *each, const int *tids, int *stops, int threads,
+                   unsigned long options, int *step)
 {
     *step = SNAP_STEP_MAP;
     int result = map(at, near, array);
     if (result)
         return result;
     *step = SNAP_STEP_ASK;
-    result = ask(at, data, first, 0);
+    result = making ? ask_and_make(at, data, first, making) : ask(at, data, first, 0);
     snap_injection *last = at;
     for (int i = 0; result == 0 && i < threads; i++) {
         *step = SNAP_STEP_ASK + 1 + i;
@@ -74,7 +104,7 @@ int snap_interview(snap_injection *at, uint64_t near, uint64_t array, uint64_t d
         result = ask_another(at, last, tids[i], stops[i], options, data, others, i);
         stops[i] = last->stop;
     }
-    if (result < 0)
+    if (result)
         return result;
     *step = SNAP_STEP_UNMAP;
     result = unmap(at, last);
