@@ -221,14 +221,18 @@ class _Command:
         }
         if "error" in context.extra:
             environment["SNAP_ERROR"] = str(context.extra["error"])
-        # A session of its own: all that the shell started can be ended together.
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", self.command],
-            stdin=subprocess.DEVNULL,
-            stdout=2,
-            env=environment,
-            start_new_session=True,
-        )
+        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])  # (ptrace.py)
+        try:
+            # A session of its own: all that the shell started can be ended together.
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                env=environment,
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         try:
             status = process.wait(limit)
         except BaseException as error:

@@ -28,7 +28,7 @@ from .kernel import procfs, vdso
 from .kernel.awake import awake
 from .kernel.background import Background
 from .kernel.exits import Exits
-from .kernel.ptrace import Tracee, rseq_addresses
+from .kernel.ptrace import Tracee, child_signals, rseq_addresses
 from .kernel.refusal import capable
 from .kernel.remote import NOTHING, SCRATCH_SIZE, Interview, data_area
 from .kernel.room import find_room
@@ -138,6 +138,7 @@ def take(
     """
     hooks = hooks or Hooks(installed=False)
     with ExitStack() as stack:
+        stack.enter_context(child_signals())
         program = stack.enter_context(TaskProgram())  # loads while the rest is prepared
         if not isinstance(store, Store):
             store = Store.open(store, create=True)

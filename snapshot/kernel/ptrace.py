@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ..errors import KernelError, TargetError, UnsupportedError
@@ -347,6 +349,23 @@ def seize_and_stop(
         stopped.append(tracee)
     reap([tid for tid, number in failed.items() if number == errno.ESRCH], timeout=0)
     return stopped, failed
+
+
+@contextmanager
+def child_signals() -> Iterator[None]:
+    """Before other threads are made: for the length of the block nobody but who waits for a stop is
+    told of it (SIGCHLD), and so looks more rarely. Threads that begin in it do not get that signal.
+    Of no effect where this process has other threads already, or does something with the signal."""
+    if signal.getsignal(signal.SIGCHLD) != signal.SIG_DFL or len(os.listdir("/proc/self/task")) > 1:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    lib.snap_hear_stops(1)
+    try:
+        yield
+    finally:
+        lib.snap_hear_stops(0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def call_set(numbers: Collection[int]) -> Any:

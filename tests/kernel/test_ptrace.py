@@ -21,6 +21,7 @@ from snapshot.kernel.arch_x86_64 import NR, REGISTERS_SIZE, Registers, numbers
 
 from ..live.freezing import Victim, wait_until
 
+ROOT = str(Path(__file__).parents[2])
 SLEEPER = ["sleep", "1000"]
 
 
@@ -51,6 +52,40 @@ def stopped(pid: int, options: int = 0) -> ptrace.Tracee:
     tracee = ptrace.seize(pid, options)
     tracee.halt()
     return tracee
+
+
+HEARING = f"""
+import signal, sys, threading
+sys.path.insert(0, {ROOT!r})
+from snapshot.kernel.ptrace import child_signals
+
+def blocked():
+    return signal.SIGCHLD in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+def of_a_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(blocked()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+with child_signals():
+    assert blocked() and of_a_thread()
+assert not blocked() and not of_a_thread()
+signal.signal(signal.SIGCHLD, lambda *_: None)
+with child_signals():
+    assert not blocked()
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+end = threading.Event()
+threading.Thread(target=end.wait).start()
+with child_signals():
+    assert not blocked()  # that thread would be told
+end.set()
+"""
+
+
+def test_who_is_told_of_stops() -> None:
+    subprocess.run([sys.executable, "-c", HEARING], check=True)
 
 
 def test_registers_round_trip() -> None:

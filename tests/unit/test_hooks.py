@@ -85,6 +85,18 @@ def test_later_failure_is_a_warning_and_the_others_run(stage: str) -> None:
     assert "exit status 3" in given.warnings[1]
 
 
+def test_a_command_has_no_signal_blocked_that_a_take_blocks(tmp_path: Path) -> None:
+    command = f"grep SigBlk /proc/self/status > {tmp_path}/out"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    try:
+        Hooks(commands=[("frozen", command)], installed=False).run("frozen", pid=42, image="one")
+        assert signal.SIGCHLD in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    blocked = int((tmp_path / "out").read_text().split()[1], 16)
+    assert not blocked >> signal.SIGCHLD - 1 & 1
+
+
 @pytest.mark.parametrize(
     ("command", "reason"),
     [("exit 3", "exit status 3"), ("kill -TERM $$", "SIGTERM"), ("no-such-program-x", "127")],

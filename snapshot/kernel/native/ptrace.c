@@ -12,6 +12,7 @@
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
+#include <stdatomic.h>
 #include <unistd.h>
 
 #ifndef NT_X86_XSTATE
@@ -20,8 +21,12 @@
 #define GET_RSEQ_CONFIGURATION 0x420f
 #define EVENT_STOP 128 /* PTRACE_EVENT_STOP */
 #define SIGSET_BYTES 8
-/* SIGCHLD tells of stops; where the program has turned that off we look this often. */
+/* SIGCHLD tells of stops; where the program has turned that off, or another thread may be told in our
+   place, we look this often. */
 #define LOOK_US 500
+/* Where neither can be: later than the next tick. A timer that is sooner has to be programmed, which
+   takes a virtual processor 5 to 10 us, and as much again when it is not needed any more. */
+#define LOOK_RARELY_US 12000
 #define REAP_NS 50000
 
 static int done(long result)
@@ -149,6 +154,13 @@ static void child_signal(sigset_t *set)
     sigaddset(set, SIGCHLD);
 }
 
+static atomic_int all_hear;
+
+void snap_hear_stops(int all)
+{
+    atomic_store(&all_hear, all);
+}
+
 void snap_doze_begin(snap_doze *doze)
 {
     sigset_t child;
@@ -160,12 +172,13 @@ void snap_doze_begin(snap_doze *doze)
 void snap_doze_until(snap_doze *doze, int64_t deadline)
 {
     int64_t left = deadline - snap_now_us();
+    int64_t most = atomic_load(&all_hear) ? LOOK_RARELY_US : LOOK_US;
     if (left <= 0)
         return;
     sigset_t child;
     child_signal(&child);
     siginfo_t info;
-    struct timespec limit = {0, (left < LOOK_US ? left : LOOK_US) * 1000};
+    struct timespec limit = {0, (left < most ? left : most) * 1000};
     int number = sigtimedwait(&child, &info, &limit);
     if (number == SIGCHLD && info.si_code != CLD_TRAPPED && info.si_code != CLD_STOPPED &&
         info.si_code != SI_TKILL)

@@ -40,6 +40,10 @@ int snap_detach(int tid, int signal);
    …) stays so, and tells when that is over. */
 int snap_run_on(int tid, int stop);
 
+/* Whether no thread of this process but the one that waits for a stop can take the SIGCHLD that tells
+   of it: all have it blocked. */
+void snap_hear_stops(int all);
+
 /* Waits for the next stop of the thread, for at most timeout_us: spins, then sleeps. -ETIMEDOUT;
    -ESRCH when it ended (see snap_reap). */
 int snap_wait(int tid, int64_t timeout_us, int *stop);

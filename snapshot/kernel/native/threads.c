@@ -136,7 +136,7 @@ static int wait_all(const int *tids, int *stops, int count, int64_t timeout_us,
 {
     int64_t now = snap_now_us(), deadline = now + timeout_us;
     int64_t ask_at = now + SNAP_ASK_AFTER_US, spin_until = now + SNAP_SPIN_US;
-    int before = count, running;
+    int before = count, running, slept = 0;
     snap_doze doze;
     snap_doze_begin(&doze);
     for (;;) {
@@ -152,10 +152,13 @@ static int wait_all(const int *tids, int *stops, int count, int64_t timeout_us,
             ask_at = now + SNAP_ASK_AFTER_US;
         if (running > MANY)
             nanosleep(&(struct timespec){.tv_nsec = REST_NS + rest_each(running)}, NULL);
-        if (running < before)
+        /* Who had to wait until we slept has others behind it, on this processor. */
+        if (running < before && !slept)
             spin_until = now + SNAP_SPIN_US;
-        else if (now >= spin_until)
+        else if (now >= spin_until) {
+            slept = 1;
             snap_doze_until(&doze, deadline);
+        }
         before = running;
     }
     snap_doze_end(&doze);
