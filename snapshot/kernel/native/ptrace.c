@@ -27,6 +27,7 @@
 /* Where neither can be: later than the next tick. A timer that is sooner has to be programmed, which
    takes a virtual processor 5 to 10 us, and as much again when it is not needed any more. */
 #define LOOK_RARELY_US 12000
+#define LOOK_ONCE_MORE_US 2
 #define REAP_NS 50000
 
 static int done(long result)
@@ -240,11 +241,14 @@ static int sleep_until_stop(int tid, int64_t deadline, int *stop)
 
 int snap_wait(int tid, int64_t timeout_us, int *stop)
 {
+    static _Thread_local int slept_for; /* it runs on this processor, as soon as we sleep */
     int64_t begin = snap_now_us();
+    int64_t spin_us = tid == slept_for ? LOOK_ONCE_MORE_US : SNAP_SPIN_US;
     int found;
     do
         found = poll_stop(tid, stop);
-    while (found == 0 && snap_now_us() - begin < SNAP_SPIN_US);
+    while (found == 0 && snap_now_us() - begin < spin_us);
+    slept_for = found == 0 ? tid : 0;
     if (found == 0)
         found = sleep_until_stop(tid, begin + timeout_us, stop);
     return found < 0 ? found : 0;
