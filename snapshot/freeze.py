@@ -29,7 +29,7 @@ from typing import NoReturn
 from .errors import KernelError, SnapError, TargetError
 from .kernel import arch_x86_64 as arch
 from .kernel import ptrace, refusal, room
-from .kernel._native import lib
+from .kernel._native import ffi, lib
 from .kernel.arch_x86_64 import NR, Registers
 from .kernel.ptrace import STOP_TIMEOUT, LateError, Reaper, StateRoom, States, Tracee
 from .kernel.remote import NOTHING, Call, Interview, Packed, Remote, data_area, making
@@ -99,7 +99,7 @@ class Frozen:
         """From the first thread that is told to stop to the last that has."""
         self.stopped_us = 0
         """The pause: from the same to the last thread let go; known afterwards."""
-        self._began_ns = 0
+        self._told_us = ffi.new("int64_t *")  # when the first thread was told to stop, or 0
         self.restarted = 0
         """Threads whose system call would have returned EINTR but for `RESTARTED`."""
         self._stays: Tracee | None = None
@@ -257,10 +257,9 @@ class Frozen:
             new = [tid for tid in listed if tid not in known]
             if not new:
                 time.sleep(_ENDING_SECONDS)  # for those that are ending: we may be `urgent`
-            self._began_ns = self._began_ns or time.monotonic_ns()
             try:
                 stopped, failed = ptrace.seize_and_stop(
-                    new, self.threads, reaper, timeout, RESTARTED
+                    new, self.threads, reaper, timeout, RESTARTED, self._told_us
                 )
             except LateError as late:
                 self._begin_again(late)
@@ -334,7 +333,7 @@ class Frozen:
                 self._restarting.append(tracee)
 
     def _since_us(self) -> int:
-        return (time.monotonic_ns() - self._began_ns) // 1000 if self._began_ns else 0
+        return time.monotonic_ns() // 1000 - self._told_us[0] if self._told_us[0] else 0
 
     def thaw(self) -> None:
         """Lets every thread go, with nothing of ours left in it."""

@@ -316,10 +316,12 @@ def seize_and_stop(
     reaper: Reaper | None = None,
     timeout: float = STOP_TIMEOUT,
     again: Collection[int] = (),
+    since_us: Any = None,
 ) -> tuple[list[Tracee], dict[int, int]]:
     """Seizes threads of one process, then waits until each is in an event stop. `known`: those of
     it that are ours already; `reaper`: where it may have more than one; `again`: system calls that
-    are made again when the stop has made them return EINTR.
+    are made again when the stop has made them return EINTR; `since_us`: int64_t *, which becomes
+    the time (CLOCK_MONOTONIC) at which the first one is told to stop, if it is 0.
 
     -> the stopped ones, and by tid the errno of those that could not be had (ESRCH: it ended;
     EPERM: ending, or see `refused`). LateError when one does not stop in time; the others of `tids`
@@ -332,6 +334,7 @@ def seize_and_stop(
         *(numbers, stops, before, count, reaper.handle if reaper is not None else ffi.NULL),
         *(TRACESYSGOOD, int(timeout * 1e6)),
         call_set(again),
+        ffi.new("int64_t *") if since_us is None else since_us,
     )
     results = list(stops)[before:]
     if running:

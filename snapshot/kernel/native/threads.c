@@ -166,11 +166,13 @@ static int wait_all(const int *tids, int *stops, int count, int64_t timeout_us,
 }
 
 static int stop_all(const int *tids, int *stops, int count, unsigned long options,
-                    int64_t timeout_us, const uint64_t *again)
+                    int64_t timeout_us, const uint64_t *again, int64_t *since_us)
 {
     /* All are ours before the first one stands still. */
     for (int i = 0; i < count; i++)
         stops[i] = snap_seize(tids[i], options);
+    if (count && *since_us == 0)
+        *since_us = snap_now_us();
     int first = 0; /* of those that may run on */
     for (int i = 0; i < count; i++) {
         /* EPERM for one that is ours already: seized by another tid, before an execve. */
@@ -183,10 +185,12 @@ static int stop_all(const int *tids, int *stops, int count, unsigned long option
 }
 
 int snap_stop_all(const int *tids, int *stops, int known, int count, snap_reaper *reaper,
-                  unsigned long options, int64_t timeout_us, const uint64_t *again)
+                  unsigned long options, int64_t timeout_us, const uint64_t *again,
+                  int64_t *since_us)
 {
     watch(reaper, tids, known + count);
-    int running = stop_all(tids + known, stops + known, count, options, timeout_us, again);
+    int running =
+        stop_all(tids + known, stops + known, count, options, timeout_us, again, since_us);
     watch(reaper, NULL, 0);
     return running;
 }

@@ -22,9 +22,12 @@ void snap_reaper_stop(snap_reaper *reaper);
    seized already. reaper: NULL where there is but one thread.
    again: a bit for each system call below SNAP_AGAIN_CALLS that is made again when the stop has made
    it return EINTR, or NULL. As soon as the thread stands: a tracer that dies before has the program
-   see EINTR. */
+   see EINTR.
+   since_us: if it is 0, it becomes the time (CLOCK_MONOTONIC) at which the first one was interrupted:
+   until then all run. */
 int snap_stop_all(const int *tids, int *stops, int known, int count, snap_reaper *reaper,
-                  unsigned long options, int64_t timeout_us, const uint64_t *again);
+                  unsigned long options, int64_t timeout_us, const uint64_t *again,
+                  int64_t *since_us);
 /* Seizes one more thread, which runs on, when `known` is seized, with a reaper of its own. */
 int snap_seize_beside(int tid, int known, int leader, unsigned long options);
 /* Has the system call that a stopped thread is in made again if it is one of `again` and would return
