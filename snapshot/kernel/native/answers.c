@@ -4,6 +4,7 @@
 #include <asm/prctl.h>
 #include <errno.h>
 #include <limits.h>
+#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -17,6 +18,7 @@
 #define ASK_PERSONALITY 0xFFFFFFFFu
 #define STACK_AUTODISARM (1u << 31)
 #define IOPRIO_OF_PROCESS 1
+#define DEFAULT_PRIORITY 120 /* of nice 0 (include/linux/sched/prio.h) */
 
 typedef struct {
     const snap_task *task;
@@ -63,13 +65,14 @@ static int64_t alternate_stack(const thread *t, uint64_t address)
 
 static int64_t robust_list(const thread *t, uint64_t head, uint64_t length)
 {
-    void *to[] = {room_at(t, head, 8), room_at(t, length, 8)};
-    return to[0] && to[1] ? result_of(syscall(SYS_get_robust_list, t->task->tid, to[0], to[1])) : -EFAULT;
+    const uint64_t size = sizeof(struct robust_list_head);
+    const int64_t result = write_to(t, length, &size, sizeof size);
+    return result < 0 ? result : write_to(t, head, &t->task->robust_list, sizeof t->task->robust_list);
 }
 
 static int64_t timer_slack(const thread *t)
 {
-    const int policy = sched_getscheduler(t->task->tid) & ~SCHED_RESET_ON_FORK;
+    const uint32_t policy = t->task->policy;
     if (policy == SCHED_FIFO || policy == SCHED_RR || policy == 6 /* SCHED_DEADLINE */)
         return 0; /* they have none, whatever the field says */
     return t->task->timer_slack_ns > INT_MAX ? INT_MAX : (int64_t)t->task->timer_slack_ns;
@@ -116,7 +119,7 @@ static int64_t answer(const thread *t, const snap_call *call)
     case SYS_getpriority:
         if (args[0] != PRIO_PROCESS || args[1])
             return -ENOSYS;
-        return result_of(syscall(SYS_getpriority, PRIO_PROCESS, tid));
+        return DEFAULT_PRIORITY + 20 - t->task->static_priority; /* 20 - nice: 1 to 40 */
     case SYS_ioprio_get:
         if (args[0] != IOPRIO_OF_PROCESS || args[1])
             return -ENOSYS;

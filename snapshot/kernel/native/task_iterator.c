@@ -40,6 +40,7 @@ static const field of_thread[] = {
     AT(8, {"task_struct", "sas_ss_sp"}),
     AT(8, {"task_struct", "sas_ss_size"}),
     AT(8, {"task_struct", "clear_child_tid"}),
+    AT(8, {"task_struct", "robust_list"}),
     AT(8, {"task_struct", "timer_slack_ns"}),
     AT(8, {"task_struct", "thread_info"}), /* begins with its flags */
     {.size = 8, .steps = {{"task_struct", "pending"}}, .inside = {"sigpending", "signal"}},
@@ -50,6 +51,8 @@ static const field of_thread[] = {
     AT(4, {"task_struct", "personality"}),
     AT(4, {"task_struct", "pdeath_signal"}),
     AT(4, {"task_struct", "cred"}, {"cred", "securebits"}),
+    AT(4, {"task_struct", "policy"}),
+    AT(4, {"task_struct", "static_prio"}),
     {.size = 4, .steps = {{"task_struct", "seccomp"}}, .inside = {"seccomp", "mode"}},
     AT(16, {"task_struct", "comm"}),
 };

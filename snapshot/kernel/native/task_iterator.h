@@ -11,7 +11,7 @@
 /* One thread. The fields of the kernel's structs have other types, and no holes. */
 typedef struct {
     uint64_t alternate_stack, alternate_size; /* sas_ss_sp, sas_ss_size */
-    uint64_t clear_child_tid;
+    uint64_t clear_child_tid, robust_list;
     uint64_t timer_slack_ns;
     uint64_t flags;                           /* of thread_info */
     uint64_t pending;                         /* signals that wait for it: of sigpending */
@@ -19,6 +19,8 @@ typedef struct {
     uint64_t credentials, atomic_flags; /* real_cred; no_new_privs and others */
     int32_t tid;                              /* in the initial pid namespace */
     uint32_t alternate_flags, personality, death_signal, securebits;
+    uint32_t policy;                          /* SCHED_… */
+    int32_t static_priority;                  /* 120 + nice */
     int32_t seccomp; /* its mode, for comparisons as well */
     char comm[16];
 } snap_task;
