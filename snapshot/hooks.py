@@ -221,7 +221,8 @@ class _Command:
         }
         if "error" in context.extra:
             environment["SNAP_ERROR"] = str(context.extra["error"])
-        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])  # (ptrace.py)
+        # A take has it blocked (ptrace.child_signals).
+        blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         try:
             # A session of its own: all that the shell started can be ended together.
             process = subprocess.Popen(

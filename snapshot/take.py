@@ -230,8 +230,8 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
                     )
                 )
                 faults.point("created")
-                if statement is not None and made is None:
-                    statement.make(first)
+                if statement is not None:
+                    _state(first, statement, made)
                 first.close_remote()
                 faults.point("clean")
                 if not passes:
@@ -299,15 +299,20 @@ def _statement(job: _Take, scratch: int, held: ExitStack) -> Statement | None:
 
 
 def _make(first: Frozen, statement: Statement | None) -> Interview | None:
-    """The userfaultfd, and the statement with it, in one go; None: step by step."""
+    """The userfaultfd, and what the statement needs, in one go; None: step by step."""
     asked = statement.look(first) if statement is not None else NOTHING
     if asked is None:
         return None
-    made = first.make(MAKING, asked, statement.status_text if statement is not None else b"")
-    if made is not None and statement is not None:
-        (_, *results), data = made.of(0)
-        statement.note(Answers.single(results, data))
-    return made
+    return first.make(MAKING, asked, statement.status_text if statement is not None else b"")
+
+
+def _state(first: Frozen, statement: Statement, made: Interview | None) -> None:
+    """`made`: what has been answered when the userfaultfd was made, if anything has."""
+    if made is None:
+        statement.make(first)
+        return
+    (_, *results), data = made.of(0)
+    statement.note(Answers.single(results, data))
 
 
 def _instant(

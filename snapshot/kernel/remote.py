@@ -242,7 +242,7 @@ class Remote:
     ) -> Interview | None:
         """`open` with the scratch at `near`, the calls `first` here, `others` in other threads, and
         `close`, all at once. None, and nothing is open: it has to be done step by step. `pidfd` of
-        the process: the first of all calls is `making` a descriptor, which is to be fetched."""
+        the process: the first of all calls makes a descriptor (`making`), which is fetched."""
         self._begin(status_text)
         if not self._guard or not self.tracee.options & SUSPEND_SECCOMP or not near:
             self._abandon()
@@ -253,14 +253,14 @@ class Remote:
         stops = ffi.new("int[]", [tracee.stop for tracee in tracees])
         rooms = _room_for(first, 1), _room_for(others, threads)
         asked, asked_others = (questions(*one) for one in rooms)
-        making = ffi.new("snap_making *", (pidfd, -1)) if pidfd >= 0 else ffi.NULL
+        fetching = ffi.new("snap_making *", (pidfd, -1)) if pidfd >= 0 else ffi.NULL
         step = ffi.new("int *")
         self._last = each
         result = lib.snap_interview(
-            *(self._at, near, PAGE, near + self._data_offset, asked, making, asked_others),
+            *(self._at, near, PAGE, near + self._data_offset, asked, fetching, asked_others),
             *(each, numbers, stops, threads, options, step),
         )
-        made = Interview(*rooms, making.fetched if making else -1)
+        made = Interview(*rooms, fetching.fetched if fetching else -1)
         if result != 0 and made.fetched >= 0:
             os.close(made.fetched)
         self.tracee.stop, self.scratch = self._at.stop, self._at.scratch

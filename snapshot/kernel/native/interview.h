@@ -31,10 +31,12 @@ typedef struct {
 
 /* `at` is prepared, with a guard that has not been placed, and at->undo bytes of scratch, which are to
  * lie at `near`: the calls have been made up for an array at near + array and answers at `data`.
- * `making`, if it is not NULL, is for `at`. Thread i of the others: its stop is stops[i], before and after; options: PTRACE_O_*, set in each;
+ * making: of `at`, or NULL.
+ * Thread i of the others: its stop is stops[i], before and after; options: PTRACE_O_*, set in each;
  * each[i] lives as long as `at`.
- * 0: all have answered, and nothing of ours is left. 1: there was no room at `near`, or the thread
- * cannot see to what it makes; else -errno, as snap_inject has it, of *step. Then `at` is to be closed like one that was opened by hand. */
+ * 0: all have answered, and nothing of ours is left. 1: there was no room at `near`, or no signal by
+ * which the thread can tell that it is done, and something was to be made; else -errno, as snap_inject
+ * has it, of *step. Then `at` is to be closed like one that was opened by hand. */
 int snap_interview(snap_injection *at, uint64_t near, uint64_t array, uint64_t data,
                    const snap_questions *first, snap_making *making, const snap_questions *others,
                    snap_injection *each, const int *tids, int *stops, int threads,
