@@ -40,8 +40,8 @@ Point = Literal[
     "synced",
 ]
 """In the order in which a take comes to them (`put` and `written` may come earlier); `paired` and
-`passed` only with a target that may not make a userfaultfd itself, `stays` only if something is
-unsaved at T0."""
+`passed` only with a target that may not make a userfaultfd itself, `made` and `fetched` only where
+it is made step by step (`Frozen.make`), `stays` only if something is unsaved at T0."""
 
 Succession = Literal["keeper-made", "generation-set", "keepers-replaced", "led", "followed"]
 """Of guardian and keeper, in the same order: the first three when a server is replaced, `led` when

@@ -35,10 +35,9 @@ from tests.live.test_harmless import lasting_changes, observed, settled
 pytestmark = [pytest.mark.live, pytest.mark.timeout(3600)]
 
 POINTS: tuple[faults.Point, ...] = get_args(faults.Point)
-DEVICE = ("paired", "passed")
-"""Only of a target that may not make a userfaultfd itself. (`made` and `fetched` because threads16
-blocks all signals: what others make is made in one go, see tests/kernel/test_guard.py.)"""
-"""Points of the way through /dev/userfaultfd, which a target without CAP_SYS_PTRACE needs."""
+DEVICE = ("paired", "passed", "made", "fetched")
+"""Points of the way through /dev/userfaultfd, which a target without CAP_SYS_PTRACE needs. (Others
+make it in one go, with a death at every point of that: tests/kernel/test_guard.py.)"""
 UNSAVED = ("stays",)
 """Where a take comes only if something is unsaved at T0."""
 IMAGE_EXISTS = ("committed", "synced")
