@@ -55,3 +55,6 @@ def test_the_end_is_told_of_work_that_fails_too() -> None:
     worker = Worker("work", fails)
     worker.join()
     assert worker.wait(0)
+    for thread in threading.enumerate():  # pytest is told of the error after that, in this test
+        if thread.name == "work":
+            thread.join()
