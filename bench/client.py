@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from .beats import Span, overlap
+from snapshot.ranges import Ranges
+
 from .commands import Failed
 from .figures import Row, distribution
 from .targets import BIN, build, numbers
@@ -80,7 +81,7 @@ class Stall:
 class Log:
     requests: list[Request]
     watched: list[Watched]
-    silent: Sequence[Span] = ()
+    silent: Ranges = field(default_factory=Ranges)
     """When there was a processor that did not run (beats.py)."""
 
     def between(self, begin: int, end: int) -> list[Request]:
@@ -117,7 +118,7 @@ class Log:
             waited=min(after.waited - before.waited, end - begin),
             ran=min(after.ran - before.ran, end - begin),
             stolen=min(after.stolen - before.stolen, end - begin),
-            silent=overlap(self.silent, begin, end),
+            silent=sum(high - low for low, high in self.silent.within(begin, end)),
         )
 
     def _watched(self, begin: int, end: int) -> tuple[Watched, Watched]:

@@ -140,24 +140,6 @@ class Frozen:
         return (self.threads[0].stop >> 8 & 0xFF) in _STOPPING
 
     def interview(
-        self, first: Packed, others: Packed, tracees: Sequence[Tracee], status_text: bytes
-    ) -> Interview | None:
-        """What the leader and others of these threads answer, in one go, with the scratch where it
-        was the last time. None: they have to be asked step by step."""
-        return self._interview(first, others, tracees, status_text)
-
-    def make(self, call: Call, packed: Packed, status_text: bytes) -> Interview | None:
-        """Likewise a descriptor that the leader makes by a call, and what else it is asked, with
-        the scratch where it may be: `Interview.fetched`; its first answer is that of the call."""
-        first = making(call, packed)
-        if first is None:
-            return None
-        found = self._interview(first, NOTHING, self.threads[:1], status_text, self.pidfd)
-        if found is not None:
-            self.data = data_area(self.scratch)
-        return found
-
-    def _interview(
         self,
         first: Packed,
         others: Packed,
@@ -165,9 +147,23 @@ class Frozen:
         status_text: bytes,
         pidfd: int = -1,
     ) -> Interview | None:
+        """What the leader and others of these threads answer, in one go, with the scratch where it
+        was the last time, or may be. None: they have to be asked step by step. `pidfd`: as of
+        `Remote.interview`."""
         remote = self._remote = Remote(self.threads[0], room=self._room)
         found = remote.interview(self.scratch, first, others, tracees[1:], status_text, pidfd)
         self._remote, self._room = None, remote.room
+        return found
+
+    def make(self, call: Call, packed: Packed, status_text: bytes) -> Interview | None:
+        """Likewise a descriptor that the leader makes by a call, and what else it is asked:
+        `Interview.fetched`; its first answer is that of the call."""
+        first = making(call, packed)
+        if first is None:
+            return None
+        found = self.interview(first, NOTHING, self.threads[:1], status_text, self.pidfd)
+        if found is not None:
+            self.data = data_area(self.scratch)
         return found
 
     def states(self, room: StateRoom | None = None) -> States:

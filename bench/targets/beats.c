@@ -8,19 +8,12 @@
  * may be in a part of the kernel that is not preempted; all at once are the host's. (perf's cpu-clock,
  * from an interrupt, sees the same times, but stops on an idle processor.) */
 #define _GNU_SOURCE
-#include <errno.h>
+#include "common.h"
+
 #include <pthread.h>
 #include <sched.h>
-#include <signal.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 
-#define SECOND 1000000000UL
 #define BEAT_NS 1000000UL
 #define LATE_NS 500000UL
 #define MOST_LATE 65536         /* of one processor */
@@ -32,29 +25,6 @@ struct watch {
     size_t count;
     struct late late[MOST_LATE];
 };
-
-static volatile sig_atomic_t stopping;
-
-static void stop(int number)
-{
-    (void)number;
-    stopping = 1;
-}
-
-static void must(bool ok, const char *what)
-{
-    if (ok)
-        return;
-    fprintf(stderr, "beats: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
-}
 
 static void *watch(void *argument)
 {

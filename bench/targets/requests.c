@@ -13,23 +13,16 @@
  * ordinary threads, and before the urgent one of a take (SCHED_FIFO, 2), where that is allowed: a
  * client on another machine would not wait for this one's threads either. */
 #define _GNU_SOURCE
-#include <errno.h>
+#include "common.h"
+
 #include <fcntl.h>
 #include <sched.h>
-#include <signal.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
 
-#define SECOND 1000000000UL
 #define WATCH_NS 1000000UL      /* between two looks, which cost 20 us or so */
 #define LATE_NS 1000000UL
 #define GIVEN_UP_NS (60 * SECOND)
@@ -62,21 +55,6 @@ static int watch_fd = -1, stat_fd, poll_fd;
 static uint64_t keys;
 static bool get, filling;
 static char pool[POOL];
-static volatile sig_atomic_t stopping;
-
-static void stop(int number)
-{
-    (void)number;
-    stopping = 1;
-}
-
-static void must(bool ok, const char *what)
-{
-    if (ok)
-        return;
-    fprintf(stderr, "requests: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
 
 static const char *option(const char *name, const char *otherwise)
 {
@@ -89,13 +67,6 @@ static const char *option(const char *name, const char *otherwise)
 static uint64_t number(const char *name, const char *otherwise)
 {
     return strtoull(option(name, otherwise), NULL, 10);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * SECOND + (uint64_t)t.tv_nsec;
 }
 
 static uint64_t mix(uint64_t x)

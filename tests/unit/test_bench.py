@@ -10,11 +10,11 @@ import pytest
 
 from bench import __main__ as command
 from bench import cases, compare, report
-from bench.beats import overlap, union
 from bench.client import MACHINE, Log, Request, Watched
 from bench.figures import Part, Rows, Table, distribution, number, percentile, ratio, spread
 from bench.pages import Gap
 from bench.session import Bench, Choice, in_turn, session
+from snapshot.ranges import Ranges
 
 MS = 1_000_000
 
@@ -74,17 +74,11 @@ def test_late_requests_that_overlap_are_one_stall() -> None:
     late = [request(1, 8, sent=0.1), request(2, 7, sent=6), request(3, 6, sent=5)]
     (stall,) = Log(late, []).stalls(0, 100 * MS)
     assert (stall.client, stall.cause) == (int(6.1 * MS), "client")
-    silent = [(0, 3 * MS), (4 * MS, 50 * MS)]
-    (stall,) = Log(late, [], silent).stalls(0, 100 * MS)
+    silent = [(4 * MS, 50 * MS), (0, 3 * MS), (1 * MS, 2 * MS)]  # of two processors
+    (stall,) = Log(late, [], Ranges(silent)).stalls(0, 100 * MS)
     assert (stall.silent, stall.cause) == (7 * MS, MACHINE)
-    (stall,) = Log(late, [], silent[:1]).stalls(0, 100 * MS)
+    (stall,) = Log(late, [], Ranges(silent[1:])).stalls(0, 100 * MS)
     assert (stall.silent, stall.cause) == (2 * MS, "client")
-
-
-def test_spans_that_overlap_are_counted_once() -> None:
-    spans = union([(40, 60), (10, 50), (70, 80), (80, 90), (12, 13)])
-    assert spans == [(10, 60), (70, 90)]
-    assert overlap(spans, 25, 75) == 40
 
 
 def test_a_thread_that_was_stopped_and_preempted_was_stopped() -> None:

@@ -1,14 +1,13 @@
 #define _GNU_SOURCE
 #include "interview.h"
 
+#include "descriptors.h"
 #include "ptrace.h"
 
-#include <errno.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 
 /* What is owed begins at the fourth argument of the call that makes it: two descriptors, 16 bytes, and
    its result. */
@@ -57,11 +56,8 @@ static int ask_and_make(snap_injection *at, uint64_t data, const snap_questions 
     result = ask(at, data, q, 0);
     if (result < 0)
         return result;
-    making->fetched = (int)q->results[0];
-    if (making->fetched >= 0)
-        making->fetched = (int)syscall(SYS_pidfd_getfd, making->pidfd, making->fetched, 0);
-    if (making->fetched == -1 && q->results[0] >= 0)
-        making->fetched = -errno;
+    const int made = (int)q->results[0];
+    making->fetched = made < 0 ? made : snap_pidfd_getfd(making->pidfd, made);
     return 0;
 }
 
