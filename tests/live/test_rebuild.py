@@ -124,18 +124,33 @@ def test_mappings_and_memory_are_those_of_the_image(
         victim.kill()
 
 
-def shape(copied: StoppedCopy) -> list[tuple[object, ...]]:
+Area = tuple[int, int, tuple[object, ...]]
+"""Start, end and what else it is."""
+
+
+def without_boundaries(areas: Iterable[tuple[Area, bool]]) -> list[Area]:
+    """Whether each is anonymous is said as well: of two such neighbours that are alike, which the
+    kernel would make one of, there may have been two anon_vma, which a new process has not."""
+    found: list[Area] = []
+    for (start, end, what), anonymous in areas:
+        if anonymous and found and found[-1][1:] == (start, what):
+            start = found.pop()[0]
+        found.append((start, end, what))
+    return found
+
+
+def shape(copied: StoppedCopy) -> list[Area]:
     """Of each mapping what a restore must bring back. The kernel adds and removes some flags by
     itself: "sd" (soft-dirty), "ac" (accounted) of memory that cannot be written."""
-    found: list[tuple[object, ...]] = []
+    found: list[tuple[Area, bool]] = []
     for mapping in copied.manifest.processes[0].mappings:
         flags = frozenset(mapping.vm_flags) - {"sd"}
         if mapping.kind == "anon" and not mapping.prot & 2:
             flags -= {"ac"}  # lost by mprotect of memory that is still empty
         name = b"" if mapping.object is not None else mapping.name
-        place = (mapping.start, mapping.end, mapping.prot, mapping.shared, mapping.kind)
-        found.append((*place, mapping.offset, name, flags))
-    return found
+        what = (mapping.prot, mapping.shared, mapping.kind, mapping.offset, name, flags)
+        found.append(((mapping.start, mapping.end, what), mapping.kind == "anon"))
+    return without_boundaries(found)
 
 
 def test_the_same_image_five_times(tmp_path: Path, again: Callable[..., Restored]) -> None:
@@ -415,18 +430,11 @@ def shown(pid: int) -> dict[str, object]:
     }
 
 
-def joined(mappings: Iterable[Mapping | Line]) -> list[tuple[int, int, int, bytes]]:
-    """Start, end, protection and name, without the boundaries between anonymous neighbours that are
-    alike: of two that the kernel would make one of there may have been two anon_vma, which a new
-    process has not."""
-    found: list[tuple[int, int, int, bytes]] = []
-    for one in mappings:
-        start = one.start
-        alike = not one.inode and (start, one.prot, one.name)
-        if found and found[-1][1:] == alike:
-            start = found.pop()[0]
-        found.append((start, one.end, one.prot, one.name))
-    return found
+def joined(mappings: Iterable[Mapping | Line]) -> list[Area]:
+    """Protection and name of each."""
+    return without_boundaries(
+        ((one.start, one.end, (one.prot, one.name)), not one.inode) for one in mappings
+    )
 
 
 def test_nothing_of_the_stub_stays(tmp_path: Path, again: Callable[..., Restored]) -> None:
