@@ -13,7 +13,8 @@ LOCK := flock $(VENV)
 PYTEST := $(BIN)/python -m pytest -q
 NATIVE_ROUNDS ?= 5
 SANITIZE := -std=gnu11 -g -O1 -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer \
-	-fsanitize=address,undefined -fno-sanitize-recover=all -DSNAP_LOOK_THREADS=3 -DSNAP_DENSE_BLOCK=8
+	-fsanitize=address,undefined -fno-sanitize-recover=all -DSNAP_LOOK_THREADS=3 -DSNAP_DENSE_BLOCK=8 \
+	-DSNAP_CHUNK_COST=1
 
 .PHONY: help build demo bench bench-quick test check stress lint types native-test dist clean
 
@@ -76,6 +77,8 @@ native-test: build ## the C core under AddressSanitizer and UndefinedBehaviorSan
 	done
 	@echo "tests/native/pump_test.c, huge pages" && build/native/pump_test $(NATIVE_ROUNDS) 1 wdmh
 	@echo "tests/native/pump_test.c, writers pass" && build/native/pump_test $(NATIVE_ROUNDS) 1 wdmp
+	@echo "tests/native/pump_test.c, writers pass, listed" && build/native/pump_test $(NATIVE_ROUNDS) 1 wp
+	@echo "tests/native/pump_test.c, written from outside" && build/native/pump_test $(NATIVE_ROUNDS) 1 wpg
 
 dist: build ## wheel and sdist, in dist/
 	@$(BIN)/python -m build -q

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 from . import examine, faults, others
 from .errors import DeniedError
 from .examine import Examination
 from .kernel import procfs
+from .kernel.fault_list import FaultList
+from .kernel.task_iterator import TaskProgram
 from .maps import Line
 from .pump import LostError, OutrunError, Pump, Round
 from .resources import descriptors
@@ -43,6 +45,8 @@ MOST_LEFT = 2 * MIB
 """… and of those that are let through, that are written while as many are copied."""
 MOST_PASSED = 8 * MIB
 """Bytes that are copied in the pause where writers pass: some 4 ms. It is mostly far less."""
+LISTED = 512 * MIB
+"""Bytes from which on it takes longer to look at all at T0 (0.15 ms) than at what faults list."""
 VAIN = 4
 SHRINKS = 0.7
 """A round that would copy more than this part of the one before gains nothing on the writers."""
@@ -52,8 +56,15 @@ class Ahead:
     """The pump of an attempt with what it is to save: examined, and kept up to date."""
 
     def __init__(
-        self, pump: Pump, stack: ExitStack, examination: Examination, origin: procfs.Stat
+        self,
+        pump: Pump,
+        stack: ExitStack,
+        examination: Examination,
+        origin: procfs.Stat,
+        lister: TaskProgram | None,
     ) -> None:
+        """`stack` is closed after the pump. `lister`: faults may be listed with that, and T0 be
+        given up because of it."""
         self.pump = pump
         self.examination = examination
         self.rounds = 0
@@ -67,6 +78,7 @@ class Ahead:
         self._planned = False
         self._origin = origin
         self._stack = stack
+        self._lister = lister
         self._maps = procfs.open_file(pump.pid, "maps")
         stack.callback(os.close, self._maps)
 
@@ -103,7 +115,15 @@ class Ahead:
         faults.point("round-begun")
         self._round(report, patient=True)
         faults.point("round-ended")
+        self._list_faults()
         self._gain(report)
+
+    def _list_faults(self) -> None:
+        if self._lister is None or self.pump.counters().ahead_bytes < LISTED:
+            return
+        with suppress(OSError):  # all is looked at then
+            listed = self._stack.enter_context(FaultList(self._lister, self.pump.pid))
+            self.pump.list_faults(listed)
 
     def _sample(self, report: Callable[[], None]) -> None:
         """How fast do they write? Not right after the stop: then they catch up."""

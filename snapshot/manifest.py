@@ -202,6 +202,7 @@ class TakeStats(Record, frozen=True):
     remainder_bytes: int = 0  # what had no good copy when T0 came
     guarded: bool = False  # the remainder was copied in the pause, whatever its size
     writers: str = "wait"  # for their page to be saved, or "pass"
+    listed: bool = False  # T0 looked at the pages that faults were listed of, and not at all
     saved_bytes: int = 0
     stored_bytes: int = 0
     faults: int = 0

@@ -25,6 +25,7 @@ from .kernel.background import Background
 from .kernel.busy import Busy
 from .kernel.closing import Closing
 from .kernel.errnames import error_text
+from .kernel.fault_list import FaultList
 from .kernel.reading import Reading
 from .kernel.urgency import urgent
 from .kernel.watchdog import Watchdog
@@ -58,6 +59,7 @@ REASONS: dict[int, str] = {
     lib.SNAP_LOST_GONE: "the process ended, or called exec, before its memory was saved",
     lib.SNAP_LOST_SHARED: "shared memory was mapped once more (mremap) before it was saved",
     lib.SNAP_LOST_GROWN: "a mapping of shared memory grew over what another shows",
+    lib.SNAP_LOST_UNLISTED: "memory was written, and no page fault told of it",
     lib.SNAP_LOST_STALLED: "the store took nothing for so long that the process was let go",
 }
 
@@ -81,6 +83,7 @@ class Counters(NamedTuple):
     forks_ahead: int
     objects_left: int
     looked_chunks: int
+    listed: int
     stalls: int
     peak_staging_bytes: int
 
@@ -192,6 +195,7 @@ class Pump(Closing):
         )
         self._runner: Worker | None = None
         self._storers: list[Worker] = []
+        self._fault_list: FaultList | None = None
         self._prepared: tuple[Plan, tuple[Any, int]] | None = None
         self._has_time = False
         self.storing = Gate()
@@ -296,6 +300,12 @@ class Pump(Closing):
         self.result()
         raise SnapError("saving was cancelled")
 
+    def list_faults(self, faults: FaultList) -> None:
+        """Where writers wait for nobody: two looks later (`last_round`, `written`) T0 looks at what
+        is listed, and not at all; after it that is proved. `faults` is closed after this pump."""
+        lib.snap_pump_list(self._pump, faults.ring)
+        self._fault_list = faults
+
     def open(self, addresses: Sequence[int]) -> None:
         """What is written to the pages at these addresses waits for nobody."""
         array = ffi.new("uint64_t[]", list(addresses))
@@ -391,8 +401,8 @@ class Pump(Closing):
         `cover`: whether nothing can have taken protection off without an event, so that not all
         need be looked at; `touched`: addresses that may have been written since `order_look`.
         `meanwhile` is called while the fault thread does it. -> whether anything
-        is unsaved now. Where writers wait for nobody all is copied now; OutrunError: that is more
-        than `most`."""
+        is unsaved now, or to be proved. Where writers wait for nobody all is copied now;
+        OutrunError: that is more than `most`."""
         what = f"copying memory of process {self.pid}"
         trust = lib.SNAP_TRUST_COPIES * copies | lib.SNAP_TRUST_COVER * cover
         if self.passes:
@@ -470,6 +480,8 @@ class Pump(Closing):
         finally:
             if self._protection is not None:
                 self._protection.close()
+            if self._fault_list is not None:
+                self._fault_list.end()
             while not self._tracer.let_go(BEAT_SECONDS):
                 self._watchdog.beat()
             self._watchdog.rest()

@@ -155,7 +155,11 @@ def take(
             hooks.run("before-freeze", pid=pid, image=name)
             if guard == "never":
                 attempts = 1
-            while not _attempt(job, guarded=guard == "always" or bool(job.reasons)):
+            while not _attempt(
+                job,
+                guarded=guard == "always" or bool(job.reasons),
+                lists=attempts > 1 and not job.reasons,
+            ):
                 if len(job.reasons) == attempts:
                     raise TakeError(
                         f"no exact image of process {pid} in {attempts} attempts: "
@@ -182,9 +186,9 @@ def _reported(job: _Take) -> Iterator[None]:
         raise
 
 
-def _attempt(job: _Take, *, guarded: bool) -> bool:
+def _attempt(job: _Take, *, guarded: bool, lists: bool) -> bool:
     """One T0. False when its memory could not all be saved but another T0 may do, or writers are
-    not to be let through any more."""
+    not to be let through any more. `lists`: what is proved only after T0 may be relied on."""
     before = examine.examine(job.pid)
     examine.refuse(job.pid, before.plan)
     foreign = preflight.namespaces(job.pid)
@@ -206,7 +210,7 @@ def _attempt(job: _Take, *, guarded: bool) -> bool:
         waited_for = stack.enter_context(ExitStack())  # while the target may wait for us
         if job.pace == ANY:
             waited_for.enter_context(awake())
-        ahead = Ahead(pump, after_pump, before, origin)
+        ahead = Ahead(pump, after_pump, before, origin, job.program if lists else None)
         pump.start()
         # A device writes past the page tables to memory that it was given before.
         copying = (bool(job.reasons) or not job.now) and not descriptors.direct_io(job.pid)
@@ -469,6 +473,7 @@ def _stats(
         remainder_bytes=done.remainder_bytes,
         guarded=guarded,
         writers="pass" if ahead.pump.passes else "wait",
+        listed=bool(done.listed),
         saved_bytes=writer.saved_bytes,
         stored_bytes=writer.stored_bytes,
         faults=done.faults,

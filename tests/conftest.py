@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from snapshot.ahead import EVERYTHING
+from snapshot.kernel.task_iterator import TaskProgram
 from tests.harness import hugepages, kernel, processes, redis, victims
 from tests.harness.ledger import Ledger
 
@@ -132,13 +133,24 @@ def store(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def however_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Writers can be let through however fast they are: all that is left is copied in the pause."""
-    for module, limit in (
-        ("snapshot.ahead", "MOST_WRITTEN"),
-        ("snapshot.ahead", "MOST_LEFT"),
-        ("snapshot.take", "MOST_PASSED"),
+    """Writers can be let through however fast they are: all that is left is copied in the pause.
+    And T0 does with a list of faults however small they are."""
+    for module, limit, value in (
+        ("snapshot.ahead", "MOST_WRITTEN", EVERYTHING),
+        ("snapshot.ahead", "MOST_LEFT", EVERYTHING),
+        ("snapshot.take", "MOST_PASSED", EVERYTHING),
+        ("snapshot.ahead", "LISTED", 0),
     ):
-        monkeypatch.setattr(importlib.import_module(module), limit, EVERYTHING)
+        monkeypatch.setattr(importlib.import_module(module), limit, value)
+
+
+@pytest.fixture
+def listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where writers are let through T0 does with a list of faults, however little memory it is."""
+    with TaskProgram() as program:
+        if program.error:
+            pytest.skip(f"nobody lists faults: {os.strerror(-program.error)}")
+    monkeypatch.setattr(importlib.import_module("snapshot.ahead"), "LISTED", 0)
 
 
 @pytest.fixture

@@ -52,6 +52,10 @@ class TaskProgram(Closing):
             raise OSError(-fd, os.strerror(-fd))
         return fd
 
+    def list_faults(self, pid: int, made: Any) -> int:
+        """`snap_fault_list_open` -> 0 or -errno."""
+        return self.error or int(lib.snap_fault_list_open(self._made[0], pid, made))
+
     @property
     def bits(self) -> Any:
         return self._bits[0]

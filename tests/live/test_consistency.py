@@ -133,6 +133,21 @@ def test_memory_that_is_written_everywhere_is_copied_once(spawn: Spawn, store: P
     writer.verify()
 
 
+def test_t0_looks_at_what_faults_list(listed: None, spawn: Spawn, store: Path) -> None:
+    writer = spawn("writer", kind="anon", mib=128, threads=2, sparse=1, rate=500)
+    used = 0
+    for number in range(TIMES):
+        memory, image = take_with_oracle(writer.pid, store, f"image-{number}", writers="pass")
+        with image:
+            assert oracle.compare(memory, image, writer.pid) == []
+            stats = image.manifest.stats
+        assert (stats.attempts, stats.retry_reasons) == (1, ())
+        used += stats.listed
+    assert used
+    writer.verify()
+    writer.goes_on()
+
+
 def test_every_byte_of_python(spawn: Spawn, store: Path) -> None:
     app = spawn.python(mib=32)
     for number in range(TIMES):

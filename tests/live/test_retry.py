@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import snapshot
+from snapshot import faults
 from snapshot.errors import TakeError
 from snapshot.manifest import TakeStats
 from snapshot.store import Store
@@ -93,6 +94,41 @@ def test_what_was_copied_ahead_cannot_be_lost(
     assert stats.attempts == 1
     assert stats.rounds >= 1
     assert stats.remainder_bytes < 2 << 20
+
+
+def test_what_goes_before_the_list_is_proved(
+    listed: None, victim: subprocess.Popen[str], store: Path
+) -> None:
+    """Where T0 did with a list of faults, memory that is unmapped before all was looked at makes it
+    void, if it is that fast; the next one looks at all."""
+    stats = take_and_unmap(victim, store, writers="pass")
+    assert stats.attempts in (1, 2)
+    assert stats.listed == (stats.attempts == 1)
+    assert all("unmapped" in reason for reason in stats.retry_reasons)
+
+
+def test_who_writes_without_a_fault_is_found(
+    listed: None, victim: subprocess.Popen[str], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process writes between the last look and T0, and no fault tells of it: that T0 is
+    given up, and the next one looks at all."""
+    line = next(line for line in oracle.maps(victim.pid) if line.end - line.start >= 32 << 20)
+    seen: list[oracle.Memory] = []
+
+    def write(name: str) -> None:
+        if name == "second-stop":
+            text = b"%d" % len(seen)
+            with open(f"/proc/{victim.pid}/mem", "r+b", buffering=0) as memory:
+                assert os.pwrite(memory.fileno(), text, line.end - (1 << 20)) == len(text)
+
+    monkeypatch.setattr(faults, "point", write)
+    hooks = {"frozen": lambda _: seen.append(oracle.read(victim.pid))}
+    with snapshot.take(victim.pid, store=store, writers="pass", hooks=hooks) as image:
+        assert oracle.compare(seen[-1], image, victim.pid) == []
+        stats = image.manifest.stats
+    assert len(seen) == stats.attempts == 2
+    assert not stats.listed
+    assert "no page fault told of it" in stats.retry_reasons[0]
 
 
 def test_t0_at_once_loses_it_and_another_is_tried(

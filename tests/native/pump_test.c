@@ -8,9 +8,12 @@
  *
  * usage: pump_test ROUNDS SEED [OPERATIONS]   operations: w write, d discard, m move, f fork (default wdmf)
  *        h: all of it in huge pages of hugetlbfs, which are also read; needs HUGE_PAGES free ones
- *        p: writers wait for nobody; what they share is copied at T0
+ *        p: writers wait for nobody; what they share is copied at T0; where BPF programs can be loaded their
+ *           faults are listed, and where nothing is discarded or moved that is used
+ *        g: with p, another process writes to the target just before T0: no fault tells of that
  */
 #define _GNU_SOURCE
+#include "fault_list.h"
 #include "pagemap.h"
 #include "pump.h"
 #include "uffd.h"
@@ -65,6 +68,10 @@ static int object; /* a memfd */
 static bool told;  /* of forks */
 static bool empties; /* what is empty can be protected too, and told from what is swapped out */
 static bool huge, passes;
+static snap_task_program *tasks; /* NULL: nobody can list faults */
+static bool pokes;
+static int by_list;              /* instants for which the list was used */
+static int unlisted;             /* that were refused because it was not complete */
 
 static uint64_t next_random(uint64_t *state)
 {
@@ -120,8 +127,8 @@ static void *mutate(void *arg)
         }
         uint64_t r = next_random(&random);
         uint64_t page = r % (REGION / PAGE), kind = (r >> 32) % (shared->local ? 10000000 : 100000);
-        if (shared->local && kind > 3) /* 32 pages, other ones from time to time */
-            page = (writes++ >> 14) * 331 % (REGION / PAGE / 32) * 32 + r % 32;
+        if (shared->local && kind > 3) /* 32 pages, other ones from time to time, or never */
+            page = (shared->local > 1 ? 0 : writes++ >> 14) * 331 % (REGION / PAGE / 32) * 32 + r % 32;
         if (kind < 3 && strchr(operations, 'd')) {
             uint64_t pages = 1 + (r >> 44) % 200;
             if (page + pages > REGION / PAGE)
@@ -384,6 +391,15 @@ static void read_oracle(int pid)
     }
 }
 
+/* Where no thread of the target writes. */
+static void poke(int pid, uint64_t value)
+{
+    uint64_t page = (uint64_t)rand() % (REGION / PAGE);
+    struct iovec local = {&value, sizeof value};
+    struct iovec remote = {(void *)(uintptr_t)(shared->base[0] + page * PAGE + 4000), sizeof value};
+    CHECK(process_vm_writev(pid, &local, 1, &remote, 1, 0) == (ssize_t)sizeof value);
+}
+
 /* Returns 0 when the image was exact, 1 when the pump said that it could not be. */
 static int one_instant(int pid, int channel, char *staging, int spill, int number)
 {
@@ -402,24 +418,31 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
     CHECK(!snap_pump_new(pid, pagemap, mem, spill, staging, SLOTS, &pump));
     snap_pump_attach(pump, uffd, info);
     if (passes || (empties && number % 5 != 4))
-        snap_pump_cover(pump, 1);
+        snap_pump_cover(pump, !pokes);
     if (passes)
         snap_pump_pass(pump);
+    snap_fault_list *list = NULL;
+    if (tasks && number % 8) {
+        CHECK(!snap_fault_list_open(tasks, pid, &list));
+        snap_pump_list(pump, snap_fault_list_ring(list));
+    }
     snap_pump_release(pump); /* also before it stands */
     int result = 0, rounds = passes ? number % 7 : number % 4;
     void *runner_parts[] = {pump, &result}, *parts[] = {pump, staging, &spill};
     pthread_t consumer, runner;
     CHECK(!pthread_create(&consumer, NULL, consume, parts));
     CHECK(!pthread_create(&runner, NULL, run, runner_parts));
-    shared->local = number / 4 % 2;
+    shared->local = pokes ? 2 : number / 4 % 2;
     copy_ahead(pump, rounds);
+    if (pokes && rand() % 2)
+        poke(pid, (uint64_t)number + 1);
     park();
     hold_and_plan(pump);
     if (passes && number % 2)
         look_and_hold(pump);
     CHECK(!snap_pump_order_settle(pump, passes || number % 2 ? UINT64_MAX : 0, SNAP_TRUST_COPIES | SNAP_TRUST_COVER));
     int unsaved = snap_pump_await_settled(pump);
-    CHECK(unsaved == 0 || (unsaved == 1 && number % 2 == 0 && !passes));
+    CHECK(unsaved == 0 || (unsaved == 1 && (passes ? list != NULL : number % 2 == 0)));
     read_oracle(pid);
     snap_pump_go(pump);
     unpark();
@@ -428,6 +451,9 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
     snap_pump_counters counters;
     snap_pump_stats(pump, &counters);
     CHECK(!counters.missed_pages);
+    by_list += counters.listed && !result;
+    unlisted += result && counters.lost_reason == SNAP_LOST_UNLISTED;
+    snap_fault_list_close(list);
     close(uffd);
     snap_pump_free(pump);
     close(info);
@@ -466,6 +492,7 @@ int main(int argc, char **argv)
         operations = argv[3];
     huge = strchr(operations, 'h');
     passes = strchr(operations, 'p');
+    pokes = strchr(operations, 'g');
     if (passes && !snap_pagemap_tells()) {
         printf("skipped: needs CAP_SYS_ADMIN\n");
         return 0;
@@ -479,6 +506,8 @@ int main(int argc, char **argv)
         }
         munmap(all, HUGE_PAGES * HUGE);
     }
+    if (passes && snap_task_program_load(&tasks))
+        printf("no list of faults: no BPF\n");
     shared = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     CHECK(shared != MAP_FAILED);
     object = memfd_create("shared", MFD_CLOEXEC);
@@ -508,6 +537,11 @@ int main(int argc, char **argv)
     CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status) && !WEXITSTATUS(status));
     free(oracle);
     free(image);
+    if (tasks)
+        printf("%d with a list of faults\n", by_list);
+    CHECK(!tasks || !pokes || unlisted || rounds < 8);
+    CHECK(!tasks || by_list || strpbrk(operations, "dm") || rounds < 8);
+    snap_task_program_free(tasks);
     printf("%d exact, %d refused\n", rounds - refused, refused);
-    return refused * 2 > rounds; /* a refusal is honest, but it must be rare */
+    return (refused - unlisted) * 2 > rounds; /* a refusal is honest, but it must be rare */
 }

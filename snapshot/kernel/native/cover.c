@@ -132,6 +132,23 @@ int list_chunk(snap_pump *p, uint32_t space, uint64_t address, chunk *c)
     return 0;
 }
 
+int list_range(snap_pump *p, uint64_t start, uint64_t end)
+{
+    int r = 0;
+    for (size_t k = ledger_above(p, start); !r && k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[p->by_start[k]].is;
+        if (w->start >= end)
+            break;
+        uint64_t from = (w->start > start ? w->start : start) - w->start + w->at;
+        uint64_t to = (w->end < end ? w->end : end) - w->start + w->at;
+        for (uint64_t at = from & ~(CHUNK - 1); !r && at < to; at += CHUNK) {
+            chunk *c = ledger_make(p, w->space, at);
+            r = c ? list_chunk(p, w->space, at, c) : -ENOMEM;
+        }
+    }
+    return r;
+}
+
 static int by_place(const void *left, const void *right)
 {
     const place *l = left, *r = right;

@@ -131,6 +131,8 @@ void snap_pump_free(snap_pump *p)
     free(p->closing.at);
     free(p->to_open.at);
     free(p->touched.at);
+    free(p->faulted.at);
+    free(p->looked_at.at);
     free(p->queue.at);
     free(p->waiting.at);
     free(p->free_slots);
@@ -841,8 +843,8 @@ int snap_pump_run(snap_pump *p)
     bool attached = p->uffd >= 0;
     if (!r)
         r = ahead_of_t0(p);
-    if (!r && !p->passes)
-        r = after_t0(p);
+    if (!r)
+        r = p->passes ? faults_prove(p) : after_t0(p);
     if (r == -ESRCH && p->after_t0 && finished(p))
         r = 0; /* it has ended, and nothing of it was needed any more */
     if (r == -ESRCH)

@@ -13,6 +13,7 @@
 #define SNAP_PUMP_H
 
 #include "exits.h"
+#include "fault_list.h"
 #include "watchdog.h"
 
 #include <stddef.h>
@@ -27,6 +28,7 @@
 #define SNAP_LOST_STALLED 5  /* none: the consumers took nothing for too long, and writers waited */
 #define SNAP_LOST_SHARED 6   /* shared memory was mapped once more, by mremap, before it was saved */
 #define SNAP_LOST_GROWN 7    /* the same by a mapping of it that grew in place: perhaps written unseen */
+#define SNAP_LOST_UNLISTED 8 /* perhaps written before T0 by who is in no list of faults */
 
 typedef struct snap_pump snap_pump;
 
@@ -77,6 +79,7 @@ typedef struct {
     uint64_t stalls;        /* times a writer had to wait because staging and spill were full */
     uint64_t peak_slots;    /* most staging slots in use at once */
     uint64_t looked_chunks; /* at T0 */
+    uint64_t listed;        /* 1: at T0 only what snap_pump_list lists was looked at */
     uint64_t missed_pages;  /* of what was not looked at, with `verify`: others than were known */
     uint64_t missed_address; /* the chunk of the first of them; what of it was found: */
     uint64_t missed_found;   /* want, bare and mask, */
@@ -121,6 +124,11 @@ void snap_pump_cover(snap_pump *pump, int verify);
  * and nothing is told of them. No shared object, and nothing of hugetlbfs, may be armed. What has no good
  * copy at T0 is copied then and there, or settle fails with -E2BIG; after it nothing can be lost. */
 void snap_pump_pass(snap_pump *pump);
+
+/* Where writers pass, between two orders: who writes is listed there from now on, until run has returned. After two
+ * more looks T0 can do with that list. What it finds is proved after T0: events must be served until then, and
+ * snap_pump_await_settled tells of it like of something unsaved. */
+void snap_pump_list(snap_pump *pump, const snap_fault_ring *ring);
 
 /* Before the first release: where the kernel writes when any thread of the target ends (set_tid_address(2)),
  * in a C library that has one place for all; known without this is only a place beside the robust list
@@ -189,7 +197,7 @@ int snap_pump_await(snap_pump *pump, int timeout_ms, snap_pump_round *round);
 #define SNAP_TRUST_COPIES 1 /* no device has written past the page tables */
 #define SNAP_TRUST_COVER 2  /* no protection has gone without an event: what is covered is not looked at */
 int snap_pump_order_settle(snap_pump *pump, uint64_t most, int trust);
-/* Waits for it. 1: something is armed and unsaved now; 0: nothing is. -ESTALE: see the counters; -EPIPE: run
+/* Waits for it. 1: something is armed and unsaved now, or to be proved; 0: nothing is. -ESTALE: see the counters; -EPIPE: run
  * has ended. */
 int snap_pump_await_settled(snap_pump *pump);
 /* The pump that is held goes on: after T0, or still ahead of it. */

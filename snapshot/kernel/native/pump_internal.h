@@ -1,4 +1,4 @@
-/* Shared by ledger.c, cover.c, survey.c, spare.c, written.c, ahead.c, settle.c, pace.c, save.c, early.c, queue.c,
+/* Shared by ledger.c, cover.c, survey.c, spare.c, written.c, listed_faults.c, ahead.c, settle.c, pace.c, save.c, early.c, queue.c,
  * serve.c, peek.c, children.c and pump.c: the parts of a pump. */
 #ifndef SNAP_PUMP_INTERNAL_H
 #define SNAP_PUMP_INTERNAL_H
@@ -177,6 +177,13 @@ struct snap_pump {
     bool looked;                /* at what was written: written_look */
     bool surveyed;              /* … and at all that has to be looked at: settle_ahead */
     uint64_t held_ahead;        /* pages that it has copied */
+    const snap_fault_ring *ring; /* see listed_faults.c; NULL: nobody lists */
+    uint64_t marks[2];          /* faults in it when the last look but one began, and the last one */
+    unsigned looks;             /* since there is a ring */
+    bool by_list;               /* at T0 only what it lists was looked at, and that is not proved yet */
+    addresses faulted;          /* pages, sorted: what it lists */
+    ranges looked_at;           /* at T0 because of that */
+    uint64_t event_ns;          /* when the last event came, 0: none has */
     uint64_t most_ahead;        /* bytes that it may copy */
     bool empties;               /* protecting covers empty pages, and pagemap tells them apart */
     bool verify;                /* at T0 look at everything, and compare */
@@ -309,6 +316,8 @@ int uncover(snap_pump *p, uint64_t start, uint64_t end, bool for_good);
 bool is_covered(const snap_pump *p, const snap_window *w, uint64_t at, uint64_t *until);
 /* The chunk is to be looked at at T0. */
 int list_chunk(snap_pump *p, uint32_t space, uint64_t address, chunk *c);
+/* The same of all chunks in the run-time range [start, end). */
+int list_range(snap_pump *p, uint64_t start, uint64_t end);
 /* By space and address, each once, without those that are not to be looked at any more. */
 void sort_listed(snap_pump *p);
 /* After sort_listed at T0: whether the chunk is in the list itself; its mark alone proves nothing. */
@@ -351,6 +360,17 @@ int written_look(snap_pump *p);
 bool written_assist(snap_pump *p);
 /* The same of [start, end) of w, covered or not: what is known of it. */
 int written_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, bool protect);
+
+/* listed_faults.c */
+/* A look at all that is covered begins. */
+void faults_mark(snap_pump *p);
+/* At T0: 1 if chunks with pages that may have been written are listed now; 0: all must be looked at. */
+int faults_list(snap_pump *p);
+/* After T0: whether what is in [start, end), run-time addresses, is not known to be as at T0, and can only be looked
+ * at while it is there. */
+bool faults_unsure(const snap_pump *p, uint64_t start, uint64_t end);
+/* After T0, before anything loses its protection: 0 if the list was complete; -ENODATA. */
+int faults_prove(snap_pump *p);
 
 /* ahead.c */
 /* One slice of a round that copies, or only protects; 1 when the round is over. -ENOBUFS: there is no

@@ -24,24 +24,6 @@ static int release_later(snap_pump *p, uint64_t start, uint64_t end)
     return 0;
 }
 
-/* Ahead of T0: chunks that are about to lose their protection. */
-static int list_range(snap_pump *p, uint64_t start, uint64_t end)
-{
-    int r = 0;
-    for (size_t k = ledger_above(p, start); !r && k < p->windows.count; k++) {
-        const snap_window *w = &p->windows.at[p->by_start[k]].is;
-        if (w->start >= end)
-            break;
-        uint64_t from = (w->start > start ? w->start : start) - w->start + w->at;
-        uint64_t to = (w->end < end ? w->end : end) - w->start + w->at;
-        for (uint64_t at = from & ~(CHUNK - 1); !r && at < to; at += CHUNK) {
-            chunk *c = ledger_make(p, w->space, at);
-            r = c ? list_chunk(p, w->space, at, c) : -ENOMEM;
-        }
-    }
-    return r;
-}
-
 /* Lets the target write [start, end) (run-time) again. Ahead of T0 its chunks are listed each time, also when
  * it was put off: a round may have protected them meanwhile, and struck them off. */
 static int release(snap_pump *p, uint64_t start, uint64_t end)
@@ -325,6 +307,9 @@ static int event(snap_pump *p, const uffd_message *m)
     if (p->counters.objects_left && !p->letting_go && (unmap || remap) &&
         had_grown(p, from, remap ? from + m->arg[2] : to))
         return lost(p, ledger_unsaved_objects(p, &where), from, SNAP_LOST_GROWN);
+    if (faults_unsure(p, from, remap ? from + m->arg[2] : to))
+        return lost(p, (remap ? m->arg[2] : to - from), from,
+                    unmap || remap ? SNAP_LOST_UNMAP : SNAP_LOST_REMOVE);
     if (remap) {
         int r = save_forget(p, from, from + m->arg[2]);
         int e = save_forget(p, to, to + m->arg[2]);
@@ -359,6 +344,7 @@ static int handle(snap_pump *p, const uffd_message *m)
     p->counters.changes += m->event == UFFD_EVENT_UNMAP || m->event == UFFD_EVENT_REMAP;
     pthread_mutex_unlock(&p->lock);
     p->surveyed = false;
+    p->event_ns = now_ns();
     int r = m->event == UFFD_EVENT_FORK         ? child_born(p, (int)m->arg[0])
             : p->after_t0 || p->letting_go ? event(p, m)
                                            : event_ahead(p, m);

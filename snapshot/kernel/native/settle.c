@@ -206,7 +206,10 @@ static int look_at_touched(snap_pump *p, seen *found)
         uint64_t start = where > w.at ? where - w.at + w.start : w.start, end = where + CHUNK - w.at + w.start;
         const chunk *c = ledger_chunk(p, w.space, where);
         int held = c ? __builtin_popcount(c->early) : 0;
-        r = look_at(p, &w, start, end < w.end ? end : w.end, found);
+        end = end < w.end ? end : w.end;
+        r = look_at(p, &w, start, end, found);
+        if (!r && p->by_list)
+            r = ranges_add(&p->looked_at, start, end);
         if (c && p->held_ahead) /* those are copied again */
             p->held_ahead -= (uint64_t)(held - __builtin_popcount(c->early));
     }
@@ -496,8 +499,10 @@ int settle(snap_pump *p, uint64_t most, int trust)
     free(found);
     if (!r)
         r = judge(p);
-    if (!r && p->passes)
-        return hold_all(p, most);
+    if (!r && p->passes) {
+        r = hold_all(p, most);
+        return r ? r : p->by_list;
+    }
     if (!r)
         r = p->counters.remainder_bytes <= most ? save_all(p) : save_unarmed(p);
     if (!r)

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "task_iterator.h"
 
+#include "bpf_internal.h"
 #include "btf_internal.h"
 
 #include <errno.h>
@@ -15,12 +16,9 @@
 #define BTF_PATH "/sys/kernel/btf/vmlinux"
 #define INITIAL_PID_NAMESPACE 0xEFFFFFFCu /* PROC_PID_INIT_INO, include/linux/proc_ns.h */
 #define MOST_STEPS 3
-#define MOST_INSTRUCTIONS 1024
 #define PIECE 256 /* bytes that go over the program's stack at once: that has 512 */
 #define POINTER (-8) /* where on it, relative to its top */
 #define BUFFER (POINTER - PIECE)
-/* The helpers are for GPL-compatible programs only; these few instructions may be had under it. */
-#define LICENSE_OF_PROGRAM "Dual BSD/GPL"
 
 typedef struct {
     const char *structure, *member;
@@ -58,6 +56,7 @@ static const field of_thread[] = {
 };
 
 static const field of_process[] = {
+    AT(8, {"task_struct", "mm"}),
     AT(8, {"task_struct", "mm"}, {"mm_struct", "brk"}),
     AT(8, {"task_struct", "mm"}, {"mm_struct", "flags"}),
     AT(8, {"task_struct", "signal"}, {"signal_struct", "it_real_incr"}),
@@ -71,57 +70,17 @@ static const field of_process[] = {
 };
 
 typedef struct {
-    struct bpf_insn code[MOST_INSTRUCTIONS];
-    int count, failed;
+    snap_bpf_code code;
     uint32_t filled; /* bytes on the stack, of PIECE, that have not gone out */
 } program;
 
-static void emit(program *p, uint8_t code, uint8_t to, uint8_t from, int16_t offset, int32_t value)
-{
-    if (p->count == MOST_INSTRUCTIONS) {
-        p->failed = -E2BIG;
-        return;
-    }
-    p->code[p->count++] =
-        (struct bpf_insn){.code = code, .dst_reg = to, .src_reg = from, .off = offset, .imm = value};
-}
-
-static void move(program *p, uint8_t to, uint8_t from)
-{
-    emit(p, BPF_ALU64 | BPF_MOV | BPF_X, to, from, 0, 0);
-}
-
-static void set(program *p, uint8_t to, int32_t value)
-{
-    emit(p, BPF_ALU64 | BPF_MOV | BPF_K, to, 0, 0, value);
-}
-
-static void add(program *p, uint8_t to, int32_t value)
-{
-    emit(p, BPF_ALU64 | BPF_ADD | BPF_K, to, 0, 0, value);
-}
-
-static void load(program *p, uint8_t to, uint8_t from, int16_t offset)
-{
-    emit(p, BPF_LDX | BPF_MEM | BPF_DW, to, from, offset, 0);
-}
-
-/* `size` bytes at r3 to the stack, `at` relative to its top; zeros where there is no such memory. */
-static void copy_to_stack(program *p, int32_t at, uint32_t size)
-{
-    move(p, BPF_REG_1, BPF_REG_10);
-    add(p, BPF_REG_1, at);
-    set(p, BPF_REG_2, (int32_t)size);
-    emit(p, BPF_JMP | BPF_CALL, 0, 0, 0, BPF_FUNC_probe_read_kernel);
-}
-
 static void flush(program *p)
 {
-    move(p, BPF_REG_1, BPF_REG_8);
-    move(p, BPF_REG_2, BPF_REG_10);
-    add(p, BPF_REG_2, BUFFER);
-    set(p, BPF_REG_3, (int32_t)p->filled);
-    emit(p, BPF_JMP | BPF_CALL, 0, 0, 0, BPF_FUNC_seq_write);
+    snap_bpf_move(&p->code, BPF_REG_1, BPF_REG_8);
+    snap_bpf_move(&p->code, BPF_REG_2, BPF_REG_10);
+    snap_bpf_add(&p->code, BPF_REG_2, BUFFER);
+    snap_bpf_set(&p->code, BPF_REG_3, (int32_t)p->filled);
+    snap_bpf_call(&p->code, BPF_FUNC_seq_write);
     p->filled = 0;
 }
 
@@ -129,7 +88,7 @@ static int32_t offset_of(program *p, const snap_btf *btf, const place *at)
 {
     int64_t offset = snap_btf_offset(btf, at->structure, at->member);
     if (offset < 0)
-        p->failed = -ENOENT;
+        p->code.failed = -ENOENT;
     return (int32_t)offset;
 }
 
@@ -148,14 +107,14 @@ static void copy_field(program *p, const snap_btf *btf, const field *f)
         const uint32_t left = f->size - done, size = left < PIECE ? left : PIECE;
         if (p->filled + size > PIECE)
             flush(p);
-        move(p, BPF_REG_3, BPF_REG_7);
+        snap_bpf_move(&p->code, BPF_REG_3, BPF_REG_7);
         for (int i = 0; i < last; i++) {
-            add(p, BPF_REG_3, offsets[i]);
-            copy_to_stack(p, POINTER, sizeof(uint64_t));
-            load(p, BPF_REG_3, BPF_REG_10, POINTER);
+            snap_bpf_add(&p->code, BPF_REG_3, offsets[i]);
+            snap_bpf_copy(&p->code, POINTER, sizeof(uint64_t));
+            snap_bpf_load(&p->code, BPF_REG_3, BPF_REG_10, POINTER);
         }
-        add(p, BPF_REG_3, offsets[last] + (int32_t)done);
-        copy_to_stack(p, BUFFER + (int32_t)p->filled, size);
+        snap_bpf_add(&p->code, BPF_REG_3, offsets[last] + (int32_t)done);
+        snap_bpf_copy(&p->code, BUFFER + (int32_t)p->filled, size);
         p->filled += size;
     }
 }
@@ -166,34 +125,27 @@ static int make(const snap_btf *btf, const field *fields, size_t count)
     if (!p)
         return -ENOMEM;
     /* struct bpf_iter__task {struct bpf_iter_meta *meta; struct task_struct *task;}, meta->seq first */
-    load(p, BPF_REG_7, BPF_REG_1, 8);
-    load(p, BPF_REG_8, BPF_REG_1, 0);
-    load(p, BPF_REG_8, BPF_REG_8, 0);
-    const int to_end = p->count;
-    emit(p, BPF_JMP | BPF_JEQ | BPF_K, BPF_REG_7, 0, 0, 0); /* the call after the last task */
+    snap_bpf_load(&p->code, BPF_REG_7, BPF_REG_1, 8);
+    snap_bpf_load(&p->code, BPF_REG_8, BPF_REG_1, 0);
+    snap_bpf_load(&p->code, BPF_REG_8, BPF_REG_8, 0);
+    const int to_end = p->code.count;
+    snap_bpf_emit(&p->code, BPF_JMP | BPF_JEQ | BPF_K, BPF_REG_7, 0, 0, 0); /* the call after the last task */
     for (size_t i = 0; i < count; i++)
         copy_field(p, btf, &fields[i]);
     flush(p);
-    p->code[to_end].off = (int16_t)(p->count - to_end - 1);
-    set(p, BPF_REG_0, 0);
-    emit(p, BPF_JMP | BPF_EXIT, 0, 0, 0, 0);
+    p->code.at[to_end].off = (int16_t)(p->code.count - to_end - 1);
+    snap_bpf_return(&p->code);
 
     union bpf_attr attr = {.prog_type = BPF_PROG_TYPE_TRACING, .expected_attach_type = BPF_TRACE_ITER};
-    attr.insns = (uintptr_t)p->code;
-    attr.insn_cnt = (uint32_t)p->count;
-    attr.license = (uintptr_t)LICENSE_OF_PROGRAM;
     attr.attach_btf_id = snap_btf_function(btf, "bpf_iter_task");
-    memcpy(attr.prog_name, "snap_task", sizeof "snap_task");
-    int result = p->failed ? p->failed : attr.attach_btf_id ? 0 : -ENOENT;
-    if (result == 0)
-        result = (int)syscall(SYS_bpf, BPF_PROG_LOAD, &attr, sizeof attr);
-    int error = errno;
+    int result = attr.attach_btf_id ? snap_bpf_load_program(&p->code, &attr, "snap_task") : -ENOENT;
     free(p);
-    return result == -1 ? -error : result;
+    return result;
 }
 
 struct snap_task_program {
     int threads, process;
+    int64_t memory_at;
 };
 
 /* Threads are known by their numbers in the initial pid namespace. */
@@ -218,6 +170,7 @@ int snap_task_program_load(snap_task_program **made)
         p->threads = make(&btf, of_thread, sizeof of_thread / sizeof *of_thread);
         p->process = p->threads < 0 ? p->threads
                                     : make(&btf, of_process, sizeof of_process / sizeof *of_process);
+        p->memory_at = snap_btf_offset(&btf, "task_struct", "mm");
         result = p->process < 0 ? p->process : 0;
     }
     snap_btf_free(&btf);
@@ -275,6 +228,19 @@ int64_t snap_task_read(int fd, void *into, uint64_t size)
             return n < 0 ? -errno : n > 0 ? -E2BIG : (int64_t)have;
         have += (uint64_t)n;
     }
+}
+
+int snap_task_memory(const snap_task_program *p, int id, uint64_t *memory, int32_t *at)
+{
+    snap_process process;
+    int fd = snap_task_iterator(p, id, SNAP_OF_PROCESS);
+    if (fd < 0)
+        return fd;
+    int64_t size = snap_task_read(fd, &process, sizeof process);
+    close(fd);
+    *memory = process.memory;
+    *at = (int32_t)p->memory_at;
+    return size < 0 ? (int)size : size != sizeof process || !process.memory ? -ESRCH : 0;
 }
 
 int snap_task_sort(snap_task *tasks, int known, const int *tids, int count)

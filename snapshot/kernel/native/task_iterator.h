@@ -28,6 +28,7 @@ typedef struct {
 /* One process, beside its threads. Good for nothing but a comparison: what system calls of the process
    itself have set is as it was if these bytes are. */
 typedef struct {
+    uint64_t memory;                 /* mm_struct: its address */
     uint64_t brk, memory_flags;      /* of mm_struct: dumpable, mdwe, thp_disable, memory merging */
     uint64_t real_interval;          /* of signal_struct: ITIMER_REAL */
     uint64_t cpu_timers[4];          /* ITIMER_PROF, ITIMER_VIRTUAL: when, and the interval */
@@ -53,6 +54,9 @@ void snap_task_program_free(snap_task_program *program);
 int snap_task_iterator(const snap_task_program *program, int id, int what);
 /* Reads it to the end. -> bytes, at most `size`; or -errno (-E2BIG: there is more). */
 int64_t snap_task_read(int fd, void *into, uint64_t size);
+/* The address of the mm_struct of the process that thread `id` belongs to, and where in a task_struct it is
+   found. 0 or -errno. */
+int snap_task_memory(const snap_task_program *program, int id, uint64_t *memory, int32_t *at);
 /* Brings `count` of the `known` tasks to the front, in the order of tids. 0; -ESRCH: one is missing. */
 int snap_task_sort(snap_task *tasks, int known, const int *tids, int count);
 /* unlike[i]: whether it has other credentials, no_new_privs or seccomp mode than the first, or a signal

@@ -99,6 +99,7 @@ static int step(snap_pump *p, uint64_t *cursor, bool *done)
 
 int written_list(snap_pump *p)
 {
+    faults_mark(p);
     uint64_t cursor = 0;
     bool done = false, any;
     int r = 0;
@@ -297,7 +298,8 @@ static int gather(snap_pump *p, helper *h)
     return r;
 }
 
-int written_look(snap_pump *p)
+/* At all. */
+static int look_everywhere(snap_pump *p)
 {
     looking all = {.pagemap = p->pagemap, .awaited = p->held};
     all.waiting.all = &all;
@@ -312,6 +314,14 @@ int written_look(snap_pump *p)
         r = r ? r : e;
     }
     free(all.pieces.at);
-    p->looked = !r;
     return r;
+}
+
+int written_look(snap_pump *p)
+{
+    int r = faults_list(p);
+    if (!r)
+        r = look_everywhere(p);
+    p->looked = r >= 0;
+    return r < 0 ? r : 0;
 }

@@ -1,0 +1,148 @@
+#define _GNU_SOURCE
+#include "fault_list.h"
+
+#include "bpf_internal.h"
+#include "fault_list_internal.h"
+
+#include <errno.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define PAGE 4096
+#define BYTES ((sizeof(struct snap_fault_ring) + PAGE - 1) / PAGE * PAGE)
+#define OF_WRITE 2 /* X86_PF_WRITE, arch/x86/include/asm/trap_pf.h */
+#define ADDRESS 0  /* arguments of the tracepoints: address, regs, error_code */
+#define ERROR_CODE 16
+#define POINTER (-8)
+
+static const char *const tracepoints[] = {"page_fault_user", "page_fault_kernel"};
+#define TRACEPOINTS (int)(sizeof tracepoints / sizeof *tracepoints)
+
+struct snap_fault_list {
+    int map, program, links[TRACEPOINTS], linked;
+    struct snap_fault_ring *ring;
+};
+
+static int make_map(void)
+{
+    union bpf_attr attr = {.map_type = BPF_MAP_TYPE_ARRAY, .key_size = sizeof(uint32_t)};
+    attr.value_size = sizeof(struct snap_fault_ring);
+    attr.max_entries = 1;
+    attr.map_flags = BPF_F_MMAPABLE;
+    return snap_bpf(BPF_MAP_CREATE, &attr);
+}
+
+/* To the end of the program, from a place that is known later. */
+static int jump(snap_bpf_code *p, uint8_t condition, uint8_t left, uint8_t right, int32_t value)
+{
+    snap_bpf_emit(p, condition, left, right, 0, value);
+    return p->count - 1;
+}
+
+static void arrive(snap_bpf_code *p, int from)
+{
+    p->at[from].off = (int16_t)(p->count - from - 1);
+}
+
+/* if (error_code & OF_WRITE && current->mm == memory) ring.at[ring.count++ % SNAP_RING_SIZE] = address; */
+static int load_program(int map, uint64_t memory, int32_t memory_at)
+{
+    snap_bpf_code *p = calloc(1, sizeof *p);
+    if (!p)
+        return -ENOMEM;
+    snap_bpf_move(p, BPF_REG_6, BPF_REG_1);
+    snap_bpf_load(p, BPF_REG_1, BPF_REG_6, ERROR_CODE);
+    snap_bpf_emit(p, BPF_ALU64 | BPF_AND | BPF_K, BPF_REG_1, 0, 0, OF_WRITE);
+    int reads = jump(p, BPF_JMP | BPF_JEQ | BPF_K, BPF_REG_1, 0, 0);
+    snap_bpf_call(p, BPF_FUNC_get_current_task);
+    snap_bpf_move(p, BPF_REG_3, BPF_REG_0);
+    snap_bpf_add(p, BPF_REG_3, memory_at);
+    snap_bpf_copy(p, POINTER, sizeof(uint64_t));
+    snap_bpf_load(p, BPF_REG_1, BPF_REG_10, POINTER);
+    snap_bpf_set_wide(p, BPF_REG_2, 0, memory);
+    int others = jump(p, BPF_JMP | BPF_JNE | BPF_X, BPF_REG_1, BPF_REG_2, 0);
+    snap_bpf_set_wide(p, BPF_REG_1, BPF_PSEUDO_MAP_VALUE, (uint64_t)map);
+    snap_bpf_set(p, BPF_REG_2, 1);
+    snap_bpf_emit(p, BPF_STX | BPF_ATOMIC | BPF_DW, BPF_REG_1, BPF_REG_2,
+                  offsetof(struct snap_fault_ring, count), BPF_ADD | BPF_FETCH);
+    snap_bpf_emit(p, BPF_ALU64 | BPF_AND | BPF_K, BPF_REG_2, 0, 0, SNAP_RING_SIZE - 1);
+    snap_bpf_emit(p, BPF_ALU64 | BPF_MUL | BPF_K, BPF_REG_2, 0, 0, sizeof(uint64_t));
+    snap_bpf_emit(p, BPF_ALU64 | BPF_ADD | BPF_X, BPF_REG_1, BPF_REG_2, 0, 0);
+    snap_bpf_load(p, BPF_REG_2, BPF_REG_6, ADDRESS);
+    snap_bpf_emit(p, BPF_STX | BPF_MEM | BPF_DW, BPF_REG_1, BPF_REG_2, offsetof(struct snap_fault_ring, at), 0);
+    arrive(p, reads);
+    arrive(p, others);
+    snap_bpf_return(p);
+    union bpf_attr attr = {.prog_type = BPF_PROG_TYPE_RAW_TRACEPOINT};
+    int result = snap_bpf_load_program(p, &attr, "snap_faults");
+    free(p);
+    return result;
+}
+
+static int attach(snap_fault_list *l)
+{
+    for (; l->linked < TRACEPOINTS; l->linked++) {
+        union bpf_attr attr = {0};
+        attr.raw_tracepoint.name = (uintptr_t)tracepoints[l->linked];
+        attr.raw_tracepoint.prog_fd = (uint32_t)l->program;
+        int link = snap_bpf(BPF_RAW_TRACEPOINT_OPEN, &attr);
+        if (link < 0)
+            return link;
+        l->links[l->linked] = link;
+    }
+    return 0;
+}
+
+int snap_fault_list_open(const snap_task_program *program, int id, snap_fault_list **list)
+{
+    uint64_t memory;
+    int32_t memory_at;
+    *list = NULL;
+    int r = snap_task_memory(program, id, &memory, &memory_at);
+    if (r)
+        return r;
+    snap_fault_list *l = calloc(1, sizeof *l);
+    if (!l)
+        return -ENOMEM;
+    l->ring = MAP_FAILED;
+    l->program = -1;
+    r = l->map = make_map();
+    if (r >= 0)
+        l->ring = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, l->map, 0);
+    if (r >= 0)
+        r = l->ring == MAP_FAILED ? -errno : (l->program = load_program(l->map, memory, memory_at));
+    if (r >= 0)
+        r = attach(l);
+    if (r < 0)
+        snap_fault_list_close(l);
+    else
+        *list = l;
+    return r < 0 ? r : 0;
+}
+
+const snap_fault_ring *snap_fault_list_ring(const snap_fault_list *l)
+{
+    return l->ring;
+}
+
+void snap_fault_list_end(snap_fault_list *l)
+{
+    while (l->linked)
+        close(l->links[--l->linked]);
+}
+
+void snap_fault_list_close(snap_fault_list *l)
+{
+    if (!l)
+        return;
+    snap_fault_list_end(l);
+    if (l->ring != MAP_FAILED)
+        munmap(l->ring, BYTES);
+    if (l->program >= 0)
+        close(l->program);
+    if (l->map >= 0)
+        close(l->map);
+    free(l);
+}

@@ -1,0 +1,229 @@
+/* A list of faults in place of a look at all memory (written.c). The kernel lists the writes that it lets
+ * through, as they fault (fault_list.c): at T0 only those are looked at that fell since a look, so the pause does
+ * not follow the size. A fault is listed before it is handled, perhaps long before: so not the last look counts,
+ * but the one before it.
+ *
+ * The list alone proves nothing: who writes without a fault is not in it. So all that is covered is looked at
+ * after T0, while it is still protected. What is found written then must have been looked at at T0, or be listed;
+ * else it may have been written before T0, and there is no T0. Nor is there one if memory goes meanwhile that
+ * nobody can look at any more. */
+#define _GNU_SOURCE
+#include "fault_list_internal.h"
+#include "pagemap.h"
+#include "pump_internal.h"
+#include "uffd.h"
+
+#include <errno.h>
+#include <stdlib.h>
+
+#define RANGES 512
+#define PART UINT64_C(0x1000000) /* 16 MiB between two looks at who waits for an event to be read */
+#define QUIET_NS UINT64_C(1000000000) /* since the last event: those who unmap memory mostly do so again */
+/* To look at one chunk takes as long as so many pages do in a look at all. */
+#ifdef SNAP_CHUNK_COST /* tests are small */
+#define CHUNK_COST SNAP_CHUNK_COST
+#else
+#define CHUNK_COST 1024
+#endif
+
+void snap_pump_list(snap_pump *p, const snap_fault_ring *ring)
+{
+    pthread_mutex_lock(&p->lock);
+    p->ring = ring;
+    p->looks = 0;
+    pthread_mutex_unlock(&p->lock);
+}
+
+static uint64_t count_of(const snap_fault_ring *ring)
+{
+    return atomic_load_explicit(&ring->count, memory_order_acquire);
+}
+
+void faults_mark(snap_pump *p)
+{
+    if (!p->ring)
+        return;
+    p->marks[0] = p->marks[1];
+    p->marks[1] = count_of(p->ring);
+    p->looks++;
+}
+
+static int by_value(const void *left, const void *right)
+{
+    uint64_t l = *(const uint64_t *)left, r = *(const uint64_t *)right;
+    return l < r ? -1 : l > r;
+}
+
+/* The faults since the look before the last one, as pages in order, each once. False: there were too many. */
+static bool read_ring(snap_pump *p)
+{
+    uint64_t count = count_of(p->ring);
+    addresses *to = &p->faulted;
+    to->count = 0;
+    if (count - p->marks[0] > SNAP_RING_SIZE)
+        return false;
+    for (uint64_t i = p->marks[0]; i != count; i++) {
+        uint64_t *slot = VECTOR_PUSH(to);
+        if (!slot)
+            return false;
+        *slot = p->ring->at[i % SNAP_RING_SIZE] & ~(PAGE - 1);
+    }
+    if (to->count)
+        qsort(to->at, to->count, sizeof *to->at, by_value);
+    size_t kept = 0;
+    for (size_t i = 0; i < to->count; i++)
+        if (!kept || to->at[kept - 1] != to->at[i])
+            to->at[kept++] = to->at[i];
+    to->count = kept;
+    return true;
+}
+
+/* The chunks that it has, each once. False: to look at these takes as long as to look at all. */
+static bool choose(snap_pump *p, addresses *chunks)
+{
+    for (size_t i = 0; i < p->faulted.count; i++) {
+        uint64_t start = p->faulted.at[i] & ~(CHUNK - 1);
+        if (chunks->count && chunks->at[chunks->count - 1] == start)
+            continue;
+        uint64_t *slot = chunks->count < p->wanted_pages / CHUNK_COST ? VECTOR_PUSH(chunks) : NULL;
+        if (!slot)
+            return false;
+        *slot = start;
+    }
+    return true;
+}
+
+int faults_list(snap_pump *p)
+{
+    addresses chunks = {0};
+    int r = 0;
+    bool quiet = !p->event_ns || now_ns() - p->event_ns > QUIET_NS;
+    p->by_list = p->ring && p->looks > 1 && quiet && read_ring(p) && choose(p, &chunks);
+    p->counters.listed = p->by_list;
+    p->looked_at.count = 0;
+    for (size_t i = 0; !r && p->by_list && i < chunks.count; i++) {
+        r = ranges_add(&p->looked_at, chunks.at[i], chunks.at[i] + CHUNK);
+        if (!r)
+            r = list_range(p, chunks.at[i], chunks.at[i] + CHUNK);
+    }
+    free(chunks.at);
+    return r ? r : p->by_list;
+}
+
+/* ---- after T0 ------------------------------------------------------------------------------------- */
+
+bool faults_unsure(const snap_pump *p, uint64_t start, uint64_t end)
+{
+    if (!p->by_list || !p->after_t0)
+        return false;
+    for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
+        const snap_window *w = &p->windows.at[p->by_start[k]].is;
+        if (w->start >= end)
+            break;
+        if (coverable(p, w))
+            return true;
+    }
+    return false;
+}
+
+/* Of what was found written, [start, end) of w, only what was covered: the rest was looked at at T0. */
+static int note(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, ranges *to)
+{
+    for (uint64_t at = start, until; at < end; at = until) {
+        bool covered = is_covered(p, w, at, &until);
+        until = until < end ? until : end;
+        int r = covered ? ranges_add(to, at, until) : 0;
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
+static int look_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, ranges *to)
+{
+    snap_page_range found[RANGES];
+    for (uint64_t next = start; next < end;) {
+        int64_t n = snap_pagemap_written(p->pagemap, next, end, false, found, RANGES, &next);
+        if (n < 0)
+            return (int)n;
+        for (int64_t i = 0; i < n; i++) {
+            int r = note(p, w, found[i].start, found[i].end, to);
+            if (r)
+                return r;
+        }
+    }
+    return 0;
+}
+
+static int look_at_all(snap_pump *p, ranges *to)
+{
+    int r = 0;
+    for (size_t k = 0; !r && k < p->windows.count; k++) {
+        const snap_window w = p->windows.at[p->by_start[k]].is;
+        if (!coverable(p, &w))
+            continue;
+        for (uint64_t start = w.start, end; !r && start < w.end; start = end) {
+            bool any;
+            end = (start | (PART - 1)) + 1;
+            end = end < w.end ? end : w.end;
+            r = serve(p, &any); /* windows stay: an event that changes one ends this */
+            if (!r)
+                r = look_part(p, &w, start, end, to);
+        }
+    }
+    return r;
+}
+
+/* Until it is sure that no event is unread of what had begun when all was looked at, and that the address space
+ * was still there. */
+static int wait_for_events(snap_pump *p)
+{
+    for (;;) {
+        bool any;
+        int r = serve(p, &any);
+        if (!r)
+            r = uffd_writeprotect(p->uffd, PAGE, PAGE, 0);
+        if (r != -EAGAIN) /* any other answer: EAGAIN is looked for before the range is */
+            return r == -ESRCH || r == -ENODATA ? r : 0;
+        if (atomic_load(&p->stop))
+            return -ECANCELED;
+        if (!any)
+            uffd_poll(p->uffd, 1);
+    }
+}
+
+/* Whether each page of it was looked at at T0, or is listed; *where: the first that is not. */
+static bool is_explained(const snap_pump *p, const range *found, uint64_t *where)
+{
+    for (uint64_t at = found->start; at < found->end; at += PAGE) {
+        if (ranges_meet(&p->looked_at, at, at + PAGE))
+            continue;
+        if (!p->faulted.count || !bsearch(&at, p->faulted.at, p->faulted.count, sizeof at, by_value)) {
+            *where = at;
+            return false;
+        }
+    }
+    return true;
+}
+
+int faults_prove(snap_pump *p)
+{
+    ranges found = {0};
+    if (!p->by_list)
+        return 0;
+    be_urgent(p, false);
+    int r = look_at_all(p, &found);
+    if (!r)
+        r = wait_for_events(p);
+    if (r == -ESRCH)
+        r = lost(p, p->wanted_pages * PAGE, 0, SNAP_LOST_GONE);
+    if (!r && found.count && !read_ring(p))
+        r = lost(p, 0, 0, SNAP_LOST_UNLISTED);
+    uint64_t where;
+    for (size_t i = 0; !r && i < found.count; i++)
+        if (!is_explained(p, &found.at[i], &where))
+            r = lost(p, PAGE, where, SNAP_LOST_UNLISTED);
+    free(found.at);
+    p->by_list = false; /* what goes from here on may go */
+    return r;
+}
