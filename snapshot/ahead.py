@@ -32,6 +32,8 @@ SHORT = 32 * MIB
 FEW = 2 * MIB
 FEWEST = 64 * KIB
 FEWEST_CHUNKS = 16 * CHUNK
+MANY_CHUNKS = 128 * CHUNK
+"""To protect so many takes half a millisecond of the pause: worth it that writers wait."""
 ROUNDS = 12
 LAST_ROUNDS = 5
 LAST_ARMS = 8
@@ -170,8 +172,12 @@ class Ahead:
         if self._copies and self._left_by_copying(report) <= REMAINDER:
             return
         # What one of them takes, and the pause, depends on chunks, however little of each changed.
-        arms = (self.pump.arm(report).next_chunks for _ in range(LAST_ARMS))
-        _while_it_shrinks(arms, FEWEST_CHUNKS)
+        if self._arm(report, throttled=False) > MANY_CHUNKS:
+            self._arm(report, throttled=True)
+
+    def _arm(self, report: Callable[[], None], *, throttled: bool) -> int:
+        arms = (self.pump.arm(report, throttled=throttled).next_chunks for _ in range(LAST_ARMS))
+        return _while_it_shrinks(arms, FEWEST_CHUNKS)
 
     def _left_by_copying(self, report: Callable[[], None]) -> int:
         rounds = (self._last_round(report).next for _ in range(LAST_ROUNDS))

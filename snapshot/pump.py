@@ -259,9 +259,10 @@ class Pump(Closing):
         last look."""
         return self._round(lib.snap_pump_order_written, report).written
 
-    def arm(self, report: Callable[[], None]) -> Round:
-        """Protect what is not. What is not copied yet, or not any more, is saved after T0."""
-        return self._round(lib.snap_pump_order_arm, report)
+    def arm(self, report: Callable[[], None], *, throttled: bool = False) -> Round:
+        """Protect what is not. What is not copied yet, or not any more, is saved after T0.
+        `throttled`: who writes meanwhile waits for up to a millisecond each time."""
+        return self._round(lambda pump: lib.snap_pump_order_arm(pump, throttled), report)
 
     def _round(self, order: Callable[[Any], int], report: Callable[[], None]) -> Round:
         self._order(order)

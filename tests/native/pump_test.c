@@ -352,7 +352,7 @@ static int order_one(snap_pump *pump, int i)
 {
     if (passes && i % 3)
         return i % 3 == 1 ? snap_pump_order_last_round(pump) : snap_pump_order_written(pump);
-    return i % 3 == 1 ? snap_pump_order_arm(pump) : snap_pump_order_round(pump, i % 2);
+    return i % 3 == 1 ? snap_pump_order_arm(pump, i % 2) : snap_pump_order_round(pump, i % 2);
 }
 
 static void copy_ahead(snap_pump *pump, int rounds)

@@ -20,6 +20,7 @@
 #define LOOK_NS UINT64_C(2000000)
 #define CATCH_UP_FAULTS 30               /* in that time; fewer: it is done */
 #define OUTRUN_CHUNKS 512                /* 32 MiB */
+#define THROTTLED_NS UINT64_C(1000000)
 #define BEAT_MS 100                      /* the watchdog hears of us at least so often */
 
 /* ---- set up -------------------------------------------------------------------------------- */
@@ -491,8 +492,9 @@ int snap_pump_order_written(snap_pump *p)
     return give_order(p, ORDER_WRITTEN);
 }
 
-int snap_pump_order_arm(snap_pump *p)
+int snap_pump_order_arm(snap_pump *p, int throttled)
 {
+    p->throttled = throttled;
     return give_order(p, ORDER_ARM);
 }
 
@@ -741,6 +743,7 @@ static int go_round(snap_pump *p, int order)
         r = p->round.outrun = 1;
     pace_spent(p, began, p->round.copied_bytes - copied);
     p->round_runs = r != 1;
+    p->throttled = p->throttled && p->round_runs;
     if (r == -ENOBUFS)
         idle(p, true, BEAT_MS);
     if (r != 1)
@@ -805,13 +808,24 @@ static int carry_out(snap_pump *p, int order, bool look_due)
     }
 }
 
+/* Whoever is let through while memory is protected undoes as much: where that gains nothing on writers, they are
+ * let through now and then. */
+static bool may_serve(snap_pump *p)
+{
+    uint64_t now = now_ns();
+    if (p->throttled && p->round_runs && now < p->serve_at_ns)
+        return false;
+    p->serve_at_ns = now + THROTTLED_NS;
+    return true;
+}
+
 static int ahead_of_t0(snap_pump *p)
 {
     while (!p->after_t0) {
         bool any;
         if (atomic_load(&p->stop))
             return -ECANCELED;
-        int r = serve(p, &any);
+        int r = may_serve(p) ? serve(p, &any) : 0;
         if (r)
             return r;
         pthread_mutex_lock(&p->lock);

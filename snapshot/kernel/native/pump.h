@@ -162,7 +162,8 @@ void snap_pump_stop(snap_pump *pump);
  * A round that is not `patient` is given up when writers undo most of what it does.
  * last_round: the same, whatever the pace.
  * written: where writers pass, only protect what was written, and count it.
- * arm: only protect it, so that T0 finds little to do; it is saved afterwards.
+ * arm: only protect it, so that T0 finds little to do; it is saved afterwards. `throttled`: who writes meanwhile
+ * is let through once in a millisecond.
  * open: let through writes to the pages at these addresses, as if somebody had tried them.
  * look: with the target stopped, where writers pass: find what was written, and what else has to be looked at,
  * and copy it if it is at most `most` bytes. T0 does that otherwise.
@@ -171,7 +172,7 @@ void snap_pump_stop(snap_pump *pump);
 int snap_pump_order_round(snap_pump *pump, int patient);
 int snap_pump_order_last_round(snap_pump *pump);
 int snap_pump_order_written(snap_pump *pump);
-int snap_pump_order_arm(snap_pump *pump);
+int snap_pump_order_arm(snap_pump *pump, int throttled);
 int snap_pump_order_open(snap_pump *pump, const uint64_t *addresses, size_t count);
 int snap_pump_order_look(snap_pump *pump, uint64_t most);
 /* The caller takes his share of a look, if one goes on. */

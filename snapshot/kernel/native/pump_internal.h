@@ -220,6 +220,8 @@ struct snap_pump {
     pid_t tid;                  /* this thread */
     bool caught_up;             /* see catching_up */
     uint64_t catch_up_until_ns, look_until_ns, look_faults;
+    bool throttled;             /* this one lets writers through once in a while only (ORDER_ARM) */
+    uint64_t serve_at_ns;
     bool patient;               /* a round is not given up because of writers */
     bool letting_go;            /* nothing is saved any more: faults are released at once */
 
