@@ -112,6 +112,8 @@ class Frozen:
         self._calls_at: dict[int, tuple[tuple[int, int], int]] = {}
         """By tid: where (rip, rsp) a thread is in a call that goes on as restart_syscall, and its
         own number."""
+        self._registers: bytes | None = None
+        """Of all threads in their order, as they stood."""
         self._restarting: list[Tracee] = []
         """In restart_syscall, or about to make it."""
         self.scratch: int = earlier.scratch if earlier is not None else scratch
@@ -170,7 +172,7 @@ class Frozen:
         """What every thread holds, in the order of `threads`; before the first use of `remote`.
         `room`: for that."""
         assert self._remote is None, "calls have been made"
-        return States(self.threads, room)
+        return States(self.threads, room, self._registers)
 
     def restarting(self) -> dict[int, bytes]:
         """By tid: `registers` of the threads of which an image stores others than they have."""
@@ -238,6 +240,7 @@ class Frozen:
         while True:
             count = os.stat(folder).st_nlink - 2
             if count <= len(self.threads):
+                self.threads.sort(key=lambda tracee: (tracee.tid != self.pid, tracee.tid))
                 registers, gone = ptrace.registers_of(self.threads)
                 if not gone and count == len(self.threads):
                     if not self._sent_home(registers):
@@ -388,8 +391,8 @@ def freeze(
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}") from None
         if _ended(pidfd):
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}")
+        frozen._registers = registers
         frozen._note_interrupted(registers)
-        frozen.threads.sort(key=lambda tracee: (tracee.tid != pid, tracee.tid))
         frozen.freeze_us = frozen._since_us()
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
         yield frozen

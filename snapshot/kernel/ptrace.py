@@ -328,6 +328,7 @@ def seize_and_stop(
     are let go.
     """
     before, count = len(known), len(tids)
+    tracees = [Tracee(tid, TRACESYSGOOD) for tid in tids]
     numbers = ffi.new("int[]", [*(tracee.tid for tracee in known), *tids])
     stops = ffi.new("int[]", before + count)
     running = lib.snap_stop_all(
@@ -343,11 +344,10 @@ def seize_and_stop(
         lib.snap_detach_all(numbers + before, stops + before, count)
         raise error
     stopped, failed = [], {}
-    for tid, stop in zip(tids, results, strict=True):
+    for tracee, stop in zip(tracees, results, strict=True):
         if stop < 0:
-            failed[tid] = -stop
+            failed[tracee.tid] = -stop
             continue
-        tracee = Tracee(tid, TRACESYSGOOD)
         tracee.stop = stop
         stopped.append(tracee)
     reap([tid for tid, number in failed.items() if number == errno.ESRCH], timeout=0)
@@ -407,15 +407,22 @@ class StateRoom:
 class States:
     """The `State` of many threads: read at once, in one call, decoded later."""
 
-    def __init__(self, tracees: Sequence[Tracee], room: StateRoom | None = None) -> None:
-        """`room`: for them, if there is any yet."""
+    def __init__(
+        self,
+        tracees: Sequence[Tracee],
+        room: StateRoom | None = None,
+        registers: bytes | None = None,
+    ) -> None:
+        """`room`: for them, if there is any yet; `registers`: as `registers_of` has read them in
+        this stop, if it has."""
         self._tracees = tracees
         count = len(tracees)
         self._room = room if room is not None and room.most >= count else StateRoom(count)
         numbers = ffi.new("int[]", [tracee.tid for tracee in tracees])
         areas = ffi.from_buffer(self._room.areas)
         raw = self._room.raw
-        failed = lib.snap_get_states(numbers, count, raw, areas, arch.XSTATE_MAX)
+        known = ffi.NULL if registers is None else ffi.from_buffer("unsigned char[]", registers)
+        failed = lib.snap_get_states(numbers, count, known, raw, areas, arch.XSTATE_MAX)
         for i in range(count) if failed else ():
             self._check(i)
 

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/uio.h>
 #include <time.h>
 
@@ -233,11 +234,14 @@ void snap_get_rseq_all(const int *tids, int count, uint64_t *addresses)
     }
 }
 
-static int get_state(int tid, snap_thread_state *s, unsigned char *area, uint64_t size)
+static int get_state(int tid, const unsigned char *registers, snap_thread_state *s, unsigned char *area,
+                     uint64_t size)
 {
-    int r;
+    int r = 0;
     s->request = "PTRACE_GETREGSET NT_PRSTATUS";
-    if ((r = snap_get_registers(tid, s->registers, sizeof s->registers)) < 0)
+    if (registers)
+        memcpy(s->registers, registers, sizeof s->registers);
+    else if ((r = snap_get_registers(tid, s->registers, sizeof s->registers)) < 0)
         return r;
     s->request = "PTRACE_GETREGSET NT_X86_XSTATE";
     if ((s->xstate = snap_get_xstate(tid, area, size)) < 0)
@@ -274,12 +278,14 @@ static void get_critical_sections(const int *tids, int count, snap_thread_state 
     }
 }
 
-int snap_get_states(const int *tids, int count, snap_thread_state *states, unsigned char *areas, uint64_t area)
+int snap_get_states(const int *tids, int count, const unsigned char *registers, snap_thread_state *states,
+                    unsigned char *areas, uint64_t area)
 {
     int failed = 0;
     for (int i = 0; i < count; i++) {
+        const unsigned char *known = registers ? registers + (size_t)i * sizeof states->registers : NULL;
         states[i] = (snap_thread_state){0};
-        states[i].failed = get_state(tids[i], &states[i], areas + (uint64_t)i * area, area);
+        states[i].failed = get_state(tids[i], known, &states[i], areas + (uint64_t)i * area, area);
     }
     get_critical_sections(tids, count, states);
     for (int i = 0; i < count; i++)

@@ -54,7 +54,9 @@ typedef struct {
     const char *request;
 } snap_thread_state;
 
-/* Of stopped threads: states[i], and the XSAVE area at areas + i * area. -> of how many that failed. */
-int snap_get_states(const int *tids, int count, snap_thread_state *states, unsigned char *areas, uint64_t area);
+/* Of stopped threads: states[i], and the XSAVE area at areas + i * area. `registers`: as snap_get_registers_all
+   has read them in this stop, NULL: it has not. -> of how many that failed. */
+int snap_get_states(const int *tids, int count, const unsigned char *registers, snap_thread_state *states,
+                    unsigned char *areas, uint64_t area);
 
 #endif
