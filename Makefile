@@ -13,8 +13,7 @@ LOCK := flock $(VENV)
 PYTEST := $(BIN)/python -m pytest -q
 NATIVE_ROUNDS ?= 5
 SANITIZE := -std=gnu11 -g -O1 -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer \
-	-fsanitize=address,undefined -fno-sanitize-recover=all -DSNAP_LOOK_THREADS=3 -DSNAP_DENSE_BLOCK=8 \
-	-DSNAP_CHUNK_COST=1 -DSNAP_QUIET_NS=0
+	-fsanitize=address,undefined -fno-sanitize-recover=all -DSNAP_LOOK_THREADS=3 -DSNAP_DENSE_BLOCK=8
 
 .PHONY: help build demo bench bench-quick test check stress lint types native-test dist clean
 

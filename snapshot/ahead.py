@@ -49,6 +49,10 @@ MOST_PASSED = 8 * MIB
 """Bytes that are copied in the pause where writers pass: some 4 ms. It is mostly far less."""
 LISTED = 512 * MIB
 """Bytes from which on it takes longer to look at all at T0 (0.15 ms) than at what faults list."""
+PAGES_EACH = 1024
+"""Of all take as long to look at as one chunk that is listed, about."""
+QUIET = 1.0
+"""Seconds: who has unmapped nothing for so long will hardly do so before the list is proved."""
 VAIN = 4
 SHRINKS = 0.7
 """A round that would copy more than this part of the one before gains nothing on the writers."""
@@ -125,7 +129,7 @@ class Ahead:
             return
         with suppress(OSError):  # all is looked at then
             listed = self._stack.enter_context(FaultList(self._lister, self.pump.pid))
-            self.pump.list_faults(listed)
+            self.pump.list_faults(listed, PAGES_EACH, QUIET)
 
     def _sample(self, report: Callable[[], None]) -> None:
         """How fast do they write? Not right after the stop: then they catch up."""

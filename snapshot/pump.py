@@ -301,10 +301,12 @@ class Pump(Closing):
         self.result()
         raise SnapError("saving was cancelled")
 
-    def list_faults(self, faults: FaultList) -> None:
+    def list_faults(self, faults: FaultList, pages_each: int, quiet: float) -> None:
         """Where writers wait for nobody: two looks later (`last_round`, `written`) T0 looks at what
-        is listed, and not at all; after it that is proved. `faults` is closed after this pump."""
-        lib.snap_pump_list(self._pump, faults.ring)
+        is listed, and not at all, if that is at most a chunk for `pages_each` pages, and no event
+        has come for `quiet` seconds; after it that is proved. `faults` is closed after this
+        pump."""
+        lib.snap_pump_list(self._pump, faults.ring, pages_each, int(quiet * 1000))
         self._fault_list = faults
 
     def open(self, addresses: Sequence[int]) -> None:

@@ -134,12 +134,14 @@ def store(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def however_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writers can be let through however fast they are: all that is left is copied in the pause.
-    And T0 does with a list of faults however small they are."""
+    And T0 does with a list of faults however small they are, and whatever they unmap."""
     for module, limit, value in (
         ("snapshot.ahead", "MOST_WRITTEN", EVERYTHING),
         ("snapshot.ahead", "MOST_LEFT", EVERYTHING),
         ("snapshot.take", "MOST_PASSED", EVERYTHING),
         ("snapshot.ahead", "LISTED", 0),
+        ("snapshot.ahead", "PAGES_EACH", 1),
+        ("snapshot.ahead", "QUIET", 0),
     ):
         monkeypatch.setattr(importlib.import_module(module), limit, value)
 

@@ -425,7 +425,7 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
     snap_fault_list *list = NULL;
     if (tasks && number % 8) {
         CHECK(!snap_fault_list_open(tasks, pid, &list));
-        snap_pump_list(pump, snap_fault_list_ring(list));
+        snap_pump_list(pump, snap_fault_list_ring(list), 1, 0);
     }
     snap_pump_release(pump); /* also before it stands */
     int result = 0, rounds = passes ? number % 7 : number % 4;

@@ -18,23 +18,13 @@
 
 #define RANGES 512
 #define PART UINT64_C(0x1000000) /* 16 MiB between two looks at who waits for an event to be read */
-/* Since the last event: who unmaps memory mostly does so again. */
-#ifdef SNAP_QUIET_NS /* a test does nothing else */
-#define QUIET_NS SNAP_QUIET_NS
-#else
-#define QUIET_NS UINT64_C(1000000000)
-#endif
-/* To look at one chunk takes as long as so many pages do in a look at all. */
-#ifdef SNAP_CHUNK_COST /* tests are small */
-#define CHUNK_COST SNAP_CHUNK_COST
-#else
-#define CHUNK_COST 1024
-#endif
 
-void snap_pump_list(snap_pump *p, const snap_fault_ring *ring)
+void snap_pump_list(snap_pump *p, const snap_fault_ring *ring, uint64_t pages_each, int quiet_ms)
 {
     pthread_mutex_lock(&p->lock);
     p->ring = ring;
+    p->pages_each = pages_each;
+    p->quiet_ns = (uint64_t)quiet_ms * 1000000;
     p->looks = 0;
     pthread_mutex_unlock(&p->lock);
 }
@@ -90,7 +80,7 @@ static bool choose(snap_pump *p, addresses *chunks)
         uint64_t start = p->faulted.at[i] & ~(CHUNK - 1);
         if (chunks->count && chunks->at[chunks->count - 1] == start)
             continue;
-        uint64_t *slot = chunks->count < p->wanted_pages / CHUNK_COST ? VECTOR_PUSH(chunks) : NULL;
+        uint64_t *slot = chunks->count < p->wanted_pages / p->pages_each ? VECTOR_PUSH(chunks) : NULL;
         if (!slot)
             return false;
         *slot = start;
@@ -102,7 +92,7 @@ int faults_list(snap_pump *p)
 {
     addresses chunks = {0};
     int r = 0;
-    bool quiet = !p->event_ns || now_ns() - p->event_ns > QUIET_NS;
+    bool quiet = !p->event_ns || now_ns() - p->event_ns > p->quiet_ns;
     p->by_list = p->ring && p->looks > 1 && quiet && read_ring(p) && choose(p, &chunks);
     p->counters.listed = p->by_list;
     p->looked_at.count = 0;

@@ -126,9 +126,10 @@ void snap_pump_cover(snap_pump *pump, int verify);
 void snap_pump_pass(snap_pump *pump);
 
 /* Where writers pass, between two orders: who writes is listed there from now on, until run has returned. After two
- * more looks T0 can do with that list. What it finds is proved after T0: events must be served until then, and
- * snap_pump_await_settled tells of it like of something unsaved. */
-void snap_pump_list(snap_pump *pump, const snap_fault_ring *ring);
+ * more looks T0 can do with that list, if there is a chunk in it for pages_each pages at most (to look at so many of
+ * all takes as long), and no event has come for quiet_ms (who unmaps memory mostly does so again). It is proved
+ * after T0, and snap_pump_await_settled tells of that like of something unsaved: what goes until then is lost. */
+void snap_pump_list(snap_pump *pump, const snap_fault_ring *ring, uint64_t pages_each, int quiet_ms);
 
 /* Before the first release: where the kernel writes when any thread of the target ends (set_tid_address(2)),
  * in a C library that has one place for all; known without this is only a place beside the robust list

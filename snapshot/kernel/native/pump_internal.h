@@ -178,6 +178,7 @@ struct snap_pump {
     bool surveyed;              /* … and at all that has to be looked at: settle_ahead */
     uint64_t held_ahead;        /* pages that it has copied */
     const snap_fault_ring *ring; /* see listed_faults.c; NULL: nobody lists */
+    uint64_t pages_each, quiet_ns; /* see snap_pump_list */
     uint64_t marks[2];          /* faults in it when the last look but one began, and the last one */
     unsigned looks;             /* since there is a ring */
     bool by_list;               /* at T0 only what it lists was looked at, and that is not proved yet */
