@@ -150,23 +150,26 @@ static int look_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_
     return 0;
 }
 
+/* By address: an event may take away windows of what is not covered meanwhile. */
 static int look_at_all(snap_pump *p, ranges *to)
 {
-    int r = 0;
-    for (size_t k = 0; !r && k < p->windows.count; k++) {
+    for (uint64_t cursor = 0;;) {
+        bool any;
+        int r = serve(p, &any);
+        if (r)
+            return r;
+        size_t k = ledger_above(p, cursor);
+        while (k < p->windows.count && !coverable(p, &p->windows.at[p->by_start[k]].is))
+            k++;
+        if (k == p->windows.count)
+            return 0;
         const snap_window w = p->windows.at[p->by_start[k]].is;
-        if (!coverable(p, &w))
-            continue;
-        for (uint64_t start = w.start, end; !r && start < w.end; start = end) {
-            bool any;
-            end = (start | (PART - 1)) + 1;
-            end = end < w.end ? end : w.end;
-            r = serve(p, &any); /* windows stay: an event that changes one ends this */
-            if (!r)
-                r = look_part(p, &w, start, end, to);
-        }
+        uint64_t start = w.start > cursor ? w.start : cursor, end = (start | (PART - 1)) + 1;
+        cursor = end < w.end ? end : w.end;
+        r = look_part(p, &w, start, cursor, to);
+        if (r)
+            return r;
     }
-    return r;
 }
 
 /* Until it is sure that no event is unread of what had begun when all was looked at, and that the address space
