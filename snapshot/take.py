@@ -128,7 +128,8 @@ def take(
     so that nothing can be lost; "auto" does so when another T0 has to be tried, at most `attempts`
     times in all; "never" raises TakeError instead. `writers`: what a first write does. "pass": it
     waits for nobody; what was written is copied again until little is left, and that in the pause,
-    after which nothing can be lost, or TakeError is raised. "wait": for its page to be saved.
+    after which nothing can be lost (with much memory, and unless `guard` is "always", after some
+    milliseconds more), or TakeError is raised. "wait": for its page to be saved.
     "auto" lets pass who is slow enough for that. `stall`: seconds that the target waits at most
     for a store that makes no progress, or at its end for what is unsaved (TakeError), or for this
     process, which is ended when it stands still for so long. `pace` limits what is copied that
@@ -156,9 +157,7 @@ def take(
             if guard == "never":
                 attempts = 1
             while not _attempt(
-                job,
-                guarded=guard == "always" or bool(job.reasons),
-                lists=attempts > 1 and not job.reasons,
+                job, guarded=guard == "always" or bool(job.reasons), last=attempts == 1
             ):
                 if len(job.reasons) == attempts:
                     raise TakeError(
@@ -186,9 +185,10 @@ def _reported(job: _Take) -> Iterator[None]:
         raise
 
 
-def _attempt(job: _Take, *, guarded: bool, lists: bool) -> bool:
+def _attempt(job: _Take, *, guarded: bool, last: bool) -> bool:
     """One T0. False when its memory could not all be saved but another T0 may do, or writers are
-    not to be let through any more. `lists`: what is proved only after T0 may be relied on."""
+    not to be let through any more. What is proved only after T0 is relied on if it is neither
+    `guarded` nor the `last`."""
     before = examine.examine(job.pid)
     examine.refuse(job.pid, before.plan)
     foreign = preflight.namespaces(job.pid)
@@ -210,7 +210,8 @@ def _attempt(job: _Take, *, guarded: bool, lists: bool) -> bool:
         waited_for = stack.enter_context(ExitStack())  # while the target may wait for us
         if job.pace == ANY:
             waited_for.enter_context(awake())
-        ahead = Ahead(pump, after_pump, before, origin, job.program if lists else None)
+        lister = None if guarded or last else job.program
+        ahead = Ahead(pump, after_pump, before, origin, lister)
         pump.start()
         # A device writes past the page tables to memory that it was given before.
         copying = (bool(job.reasons) or not job.now) and not descriptors.direct_io(job.pid)
