@@ -77,6 +77,7 @@ native-test: build ## the C core under AddressSanitizer and UndefinedBehaviorSan
 	@echo "tests/native/pump_test.c, huge pages" && build/native/pump_test $(NATIVE_ROUNDS) 1 wdmh
 	@echo "tests/native/pump_test.c, writers pass" && build/native/pump_test $(NATIVE_ROUNDS) 1 wdmp
 	@echo "tests/native/pump_test.c, writers pass, listed" && build/native/pump_test $(NATIVE_ROUNDS) 1 wp
+	@echo "tests/native/pump_test.c, writers pass, and fork" && build/native/pump_test $(NATIVE_ROUNDS) 1 wpf
 	@echo "tests/native/pump_test.c, written from outside" && build/native/pump_test $(NATIVE_ROUNDS) 1 wpg
 
 dist: build ## wheel and sdist, in dist/

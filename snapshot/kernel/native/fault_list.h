@@ -1,7 +1,7 @@
 /*
  * Which pages a process writes to for the first time, as the kernel's tracepoints of page faults tell (of user
  * mode and of the kernel's own accesses): a BPF program lists the address of each faulting write in a ring that
- * is mapped here. Before the fault is handled, so what a fault has let through is listed by then; nothing is
+ * is mapped here, and counts its forks. Before the fault is handled, so what a fault has let through is listed by then; nothing is
  * told of who writes without one (get_user_pages: process_vm_writev, mlock, MADV_POPULATE_WRITE). All faults of
  * the machine run the program, some 20 ns, while it is attached. Needs what task_iterator.h does. Mechanism
  * without policy.

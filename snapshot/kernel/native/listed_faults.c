@@ -95,6 +95,7 @@ int faults_list(snap_pump *p)
     bool quiet = !p->event_ns || now_ns() - p->event_ns > p->quiet_ns;
     p->by_list = p->ring && p->looks > 1 && quiet && read_ring(p) && choose(p, &chunks);
     p->counters.listed = p->by_list;
+    p->forks = p->by_list ? atomic_load(&p->ring->forks) : 0;
     p->looked_at.count = 0;
     for (size_t i = 0; !r && p->by_list && i < chunks.count; i++) {
         r = ranges_add(&p->looked_at, chunks.at[i], chunks.at[i] + CHUNK);
@@ -190,13 +191,14 @@ static int wait_for_events(snap_pump *p)
     }
 }
 
-/* Whether each page of it was looked at at T0, or is listed; *where: the first that is not. */
-static bool is_explained(const snap_pump *p, const range *found, uint64_t *where)
+/* Whether each page of it was looked at at T0, or is listed; *where: the first that is not. After a fork pages
+ * fault that had lost their protection before. */
+static bool is_explained(const snap_pump *p, const range *found, bool forked, uint64_t *where)
 {
     for (uint64_t at = found->start; at < found->end; at += PAGE) {
         if (ranges_meet(&p->looked_at, at, at + PAGE))
             continue;
-        if (!p->faulted.count || !bsearch(&at, p->faulted.at, p->faulted.count, sizeof at, by_value)) {
+        if (forked || !p->faulted.count || !bsearch(&at, p->faulted.at, p->faulted.count, sizeof at, by_value)) {
             *where = at;
             return false;
         }
@@ -218,8 +220,9 @@ int faults_prove(snap_pump *p)
     if (!r && found.count && !read_ring(p))
         r = lost(p, 0, 0, SNAP_LOST_UNLISTED);
     uint64_t where;
+    bool forked = atomic_load(&p->ring->forks) != p->forks;
     for (size_t i = 0; !r && i < found.count; i++)
-        if (!is_explained(p, &found.at[i], &where))
+        if (!is_explained(p, &found.at[i], forked, &where))
             r = lost(p, PAGE, where, SNAP_LOST_UNLISTED);
     free(found.at);
     p->by_list = false; /* what goes from here on may go */

@@ -181,6 +181,7 @@ struct snap_pump {
     uint64_t pages_each, quiet_ns; /* see snap_pump_list */
     uint64_t marks[2];          /* faults in it when the last look but one began, and the last one */
     unsigned looks;             /* since there is a ring */
+    uint64_t forks;             /* in it at T0 */
     bool by_list;               /* at T0 only what it lists was looked at, and that is not proved yet */
     addresses faulted;          /* pages, sorted: what it lists */
     ranges looked_at;           /* at T0 because of that */
