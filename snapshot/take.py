@@ -28,6 +28,7 @@ from .kernel import procfs, vdso
 from .kernel.awake import awake
 from .kernel.background import Background
 from .kernel.exits import Exits
+from .kernel.fdcalls import reserve
 from .kernel.ptrace import Tracee, child_signals, rseq_addresses
 from .kernel.refusal import capable
 from .kernel.remote import NOTHING, SCRATCH_SIZE, Interview, data_area
@@ -55,6 +56,8 @@ ATTEMPTS = 3
 STALL = 10.0
 GATE_SECONDS = 0.05
 PROGRESS_SECONDS = 0.1
+DESCRIPTORS = 1024
+"""More than a take has open: not in the pause must their table grow."""
 
 log = logging.getLogger("snap")
 
@@ -140,6 +143,7 @@ def take(
     hooks = hooks or Hooks(installed=False)
     with ExitStack() as stack:
         stack.enter_context(child_signals())
+        reserve(DESCRIPTORS)
         program = stack.enter_context(TaskProgram())  # loads while the rest is prepared
         if not isinstance(store, Store):
             store = Store.open(store, create=True)

@@ -402,6 +402,20 @@ def test_unix_peers_and_names() -> None:
 # --- tee, timerfd, signalfd, files ---------------------------------------------------------------
 
 
+def room_of_table() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("FDSize:"))
+
+
+def test_the_table_is_as_large_as_is_wanted() -> None:
+    wanted = 2 * room_of_table()
+    before = os.listdir("/proc/self/fd")
+    fdcalls.reserve(wanted)
+    assert room_of_table() >= wanted
+    assert os.listdir("/proc/self/fd") == before
+    fdcalls.reserve(10**9)  # more than it may have
+
+
 def test_tee_consumes_nothing() -> None:
     reader, writer = os.pipe()
     reader2, writer2 = os.pipe()
