@@ -5,12 +5,8 @@
 #include "btf_internal.h"
 
 #include <errno.h>
-#include <linux/bpf.h>
-#include <stddef.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #define BTF_PATH "/sys/kernel/btf/vmlinux"
@@ -204,15 +200,14 @@ int snap_task_iterator(const snap_task_program *p, int id, int what)
     attr.link_create.attach_type = BPF_TRACE_ITER;
     attr.link_create.iter_info = (uintptr_t)&info;
     attr.link_create.iter_info_len = sizeof info;
-    int link = (int)syscall(SYS_bpf, BPF_LINK_CREATE, &attr, sizeof attr);
+    int link = snap_bpf(BPF_LINK_CREATE, &attr);
     if (link < 0)
-        return -errno;
+        return link;
     attr = (union bpf_attr){0};
     attr.iter_create.link_fd = (uint32_t)link;
-    int fd = (int)syscall(SYS_bpf, BPF_ITER_CREATE, &attr, sizeof attr);
-    int error = errno;
+    int fd = snap_bpf(BPF_ITER_CREATE, &attr);
     close(link);
-    return fd < 0 ? -error : fd;
+    return fd;
 }
 
 int64_t snap_task_read(int fd, void *into, uint64_t size)
