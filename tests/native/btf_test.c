@@ -5,6 +5,7 @@
  *   btf_test ROUNDS SEED
  */
 #define _GNU_SOURCE
+#include "check.h"
 #include "btf_internal.h"
 
 #include <errno.h>
@@ -16,13 +17,6 @@
 #include <unistd.h>
 
 #define BTF_PATH "/sys/kernel/btf/vmlinux"
-#define CHECK(what)                                                   \
-    do {                                                              \
-        if (!(what)) {                                                \
-            fprintf(stderr, "btf_test.c:%d: %s\n", __LINE__, #what); \
-            exit(1);                                                  \
-        }                                                             \
-    } while (0)
 
 static unsigned char *whole;
 static size_t size;

@@ -1,5 +1,6 @@
 /* Which writes of a process are listed, and which of its children are counted as forks. */
 #define _GNU_SOURCE
+#include "check.h"
 #include "fault_list.h"
 #include "fault_list_internal.h"
 
@@ -16,13 +17,6 @@
 
 #define PAGE 4096ul
 #define PAGES 256ul
-#define CHECK(condition)                                                              \
-    do {                                                                              \
-        if (!(condition)) {                                                           \
-            fprintf(stderr, "%s:%d: %s (errno %d)\n", __FILE__, __LINE__, #condition, errno); \
-            exit(1);                                                                  \
-        }                                                                             \
-    } while (0)
 
 static char *memory;
 

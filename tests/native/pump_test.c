@@ -13,6 +13,7 @@
  *        g: with p, another process writes to the target just before T0: no fault tells of that
  */
 #define _GNU_SOURCE
+#include "check.h"
 #include "fault_list.h"
 #include "pagemap.h"
 #include "pump.h"
@@ -46,13 +47,6 @@
 #define HUGE (2ul << 20)
 #define HUGE_PAGES (THREADS * REGION / HUGE)
 #define SLOTS 64
-#define CHECK(condition)                                                              \
-    do {                                                                              \
-        if (!(condition)) {                                                           \
-            fprintf(stderr, "%s:%d: %s (errno %d)\n", __FILE__, __LINE__, #condition, errno); \
-            exit(1);                                                                  \
-        }                                                                             \
-    } while (0)
 
 typedef struct {
     atomic_int park, parked, leave;

@@ -3,19 +3,13 @@
  *
  * queue_test ROUNDS SEED: ROUNDS times 20,000 random steps of a producer and its consumers. */
 #define _GNU_SOURCE
+#include "check.h"
 #include "pump_internal.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 
-#define CHECK(condition)                                                   \
-    do {                                                                   \
-        if (!(condition)) {                                                \
-            fprintf(stderr, "%s:%d: not %s\n", __FILE__, __LINE__, #condition); \
-            exit(1);                                                       \
-        }                                                                  \
-    } while (0)
 
 #define CHUNKS 4
 #define STEPS 20000

@@ -45,6 +45,17 @@ void snap_bpf_load(snap_bpf_code *p, uint8_t to, uint8_t from, int16_t offset)
     snap_bpf_emit(p, BPF_LDX | BPF_MEM | BPF_DW, to, from, offset, 0);
 }
 
+int snap_bpf_jump(snap_bpf_code *p, uint8_t condition, uint8_t left, uint8_t right, int32_t value)
+{
+    snap_bpf_emit(p, condition, left, right, 0, value);
+    return p->count - 1;
+}
+
+void snap_bpf_arrive(snap_bpf_code *p, int from)
+{
+    p->at[from].off = (int16_t)(p->count - from - 1);
+}
+
 void snap_bpf_call(snap_bpf_code *p, int32_t helper)
 {
     snap_bpf_emit(p, BPF_JMP | BPF_CALL, 0, 0, 0, helper);

@@ -19,6 +19,9 @@ void snap_bpf_set_wide(snap_bpf_code *p, uint8_t to, uint8_t kind, uint64_t valu
 void snap_bpf_add(snap_bpf_code *p, uint8_t to, int32_t value);
 /* 8 bytes. */
 void snap_bpf_load(snap_bpf_code *p, uint8_t to, uint8_t from, int16_t offset);
+/* If left `condition` right, or value: to where the result is said to arrive. */
+int snap_bpf_jump(snap_bpf_code *p, uint8_t condition, uint8_t left, uint8_t right, int32_t value);
+void snap_bpf_arrive(snap_bpf_code *p, int from);
 void snap_bpf_call(snap_bpf_code *p, int32_t helper);
 /* `size` bytes at r3 to the stack, `at` relative to its top; zeros where there is no such memory. */
 void snap_bpf_copy(snap_bpf_code *p, int32_t at, uint32_t size);

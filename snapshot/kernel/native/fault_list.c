@@ -41,18 +41,6 @@ static int make_map(void)
     return snap_bpf(BPF_MAP_CREATE, &attr);
 }
 
-/* To the end of the program, from a place that is known later. */
-static int jump(snap_bpf_code *p, uint8_t condition, uint8_t left, uint8_t right, int32_t value)
-{
-    snap_bpf_emit(p, condition, left, right, 0, value);
-    return p->count - 1;
-}
-
-static void arrive(snap_bpf_code *p, int from)
-{
-    p->at[from].off = (int16_t)(p->count - from - 1);
-}
-
 /* To the end, if task->mm, of the task in r3, is (BPF_JEQ) or is not (BPF_JNE) the memory of the process. */
 static int jump_by_memory(snap_bpf_code *p, uint8_t condition, uint64_t memory, int32_t memory_at)
 {
@@ -60,7 +48,7 @@ static int jump_by_memory(snap_bpf_code *p, uint8_t condition, uint64_t memory, 
     snap_bpf_copy(p, POINTER, sizeof(uint64_t));
     snap_bpf_load(p, BPF_REG_1, BPF_REG_10, POINTER);
     snap_bpf_set_wide(p, BPF_REG_2, 0, memory);
-    return jump(p, BPF_JMP | condition | BPF_X, BPF_REG_1, BPF_REG_2, 0);
+    return snap_bpf_jump(p, BPF_JMP | condition | BPF_X, BPF_REG_1, BPF_REG_2, 0);
 }
 
 /* r2 = the count in the ring at `offset`, r1 points to the ring; it is one more then. */
@@ -79,8 +67,8 @@ static void write_of_forks(snap_bpf_code *p, int map, uint64_t memory, int32_t m
     snap_bpf_load(p, BPF_REG_3, BPF_REG_6, CHILD);
     int threads = jump_by_memory(p, BPF_JEQ, memory, memory_at);
     count_up(p, map, offsetof(struct snap_fault_ring, forks));
-    arrive(p, others);
-    arrive(p, threads);
+    snap_bpf_arrive(p, others);
+    snap_bpf_arrive(p, threads);
 }
 
 /* if (error_code & OF_WRITE && current->mm == memory) ring.at[ring.count++ % SNAP_RING_SIZE] = address; */
@@ -88,7 +76,7 @@ static void write_of_faults(snap_bpf_code *p, int map, uint64_t memory, int32_t 
 {
     snap_bpf_load(p, BPF_REG_1, BPF_REG_6, ERROR_CODE);
     snap_bpf_emit(p, BPF_ALU64 | BPF_AND | BPF_K, BPF_REG_1, 0, 0, OF_WRITE);
-    int reads = jump(p, BPF_JMP | BPF_JEQ | BPF_K, BPF_REG_1, 0, 0);
+    int reads = snap_bpf_jump(p, BPF_JMP | BPF_JEQ | BPF_K, BPF_REG_1, 0, 0);
     snap_bpf_call(p, BPF_FUNC_get_current_task);
     snap_bpf_move(p, BPF_REG_3, BPF_REG_0);
     int others = jump_by_memory(p, BPF_JNE, memory, memory_at);
@@ -98,8 +86,8 @@ static void write_of_faults(snap_bpf_code *p, int map, uint64_t memory, int32_t 
     snap_bpf_emit(p, BPF_ALU64 | BPF_ADD | BPF_X, BPF_REG_1, BPF_REG_2, 0, 0);
     snap_bpf_load(p, BPF_REG_2, BPF_REG_6, ADDRESS);
     snap_bpf_emit(p, BPF_STX | BPF_MEM | BPF_DW, BPF_REG_1, BPF_REG_2, offsetof(struct snap_fault_ring, at), 0);
-    arrive(p, reads);
-    arrive(p, others);
+    snap_bpf_arrive(p, reads);
+    snap_bpf_arrive(p, others);
 }
 
 static int load_program(int which, int map, uint64_t memory, int32_t memory_at)

@@ -256,25 +256,27 @@ void whole_pages(const snap_window *w, uint64_t *low, uint64_t *high)
 }
 
 static bool any_window(const snap_pump *p, uint64_t start, uint64_t end,
-                       bool (*is_one)(const snap_window *))
+                       bool (*is_one)(const snap_pump *, const snap_window *))
 {
     for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
         const snap_window *w = &p->windows.at[p->by_start[k]].is;
         if (w->start >= end)
             break;
-        if (is_one(w))
+        if (is_one(p, w))
             return true;
     }
     return false;
 }
 
-static bool is_shared(const snap_window *w)
+static bool is_shared(const snap_pump *p, const snap_window *w)
 {
+    (void)p;
     return w->object >= 0;
 }
 
-static bool is_huge(const snap_window *w)
+static bool is_huge(const snap_pump *p, const snap_window *w)
 {
+    (void)p;
     return w->huge;
 }
 
@@ -286,6 +288,11 @@ bool ledger_shared(const snap_pump *p, uint64_t start, uint64_t end)
 bool ledger_huge(const snap_pump *p, uint64_t start, uint64_t end)
 {
     return any_window(p, start, end, is_huge);
+}
+
+bool ledger_coverable(const snap_pump *p, uint64_t start, uint64_t end)
+{
+    return any_window(p, start, end, coverable);
 }
 
 uint64_t ledger_unsaved_objects(const snap_pump *p, uint64_t *where)

@@ -17,7 +17,6 @@
 #include <stdlib.h>
 
 #define RANGES 512
-#define PART UINT64_C(0x1000000) /* 16 MiB between two looks at who waits for an event to be read */
 
 void snap_pump_list(snap_pump *p, const snap_fault_ring *ring, uint64_t pages_each, int quiet_ms)
 {
@@ -110,16 +109,7 @@ int faults_list(snap_pump *p)
 
 bool faults_unsure(const snap_pump *p, uint64_t start, uint64_t end)
 {
-    if (!p->by_list || !p->after_t0)
-        return false;
-    for (size_t k = ledger_above(p, start); k < p->windows.count; k++) {
-        const snap_window *w = &p->windows.at[p->by_start[k]].is;
-        if (w->start >= end)
-            break;
-        if (coverable(p, w))
-            return true;
-    }
-    return false;
+    return p->by_list && p->after_t0 && ledger_coverable(p, start, end);
 }
 
 /* Of what was found written, [start, end) of w, only what was covered: the rest was looked at at T0. */
@@ -154,19 +144,14 @@ static int look_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_
 /* By address: an event may take away windows of what is not covered meanwhile. */
 static int look_at_all(snap_pump *p, ranges *to)
 {
-    for (uint64_t cursor = 0;;) {
+    for (uint64_t cursor = 0, start;;) {
         bool any;
+        snap_window w;
         int r = serve(p, &any);
-        if (r)
+        if (!r)
+            r = written_next(p, &cursor, &w, &start);
+        if (r <= 0)
             return r;
-        size_t k = ledger_above(p, cursor);
-        while (k < p->windows.count && !coverable(p, &p->windows.at[p->by_start[k]].is))
-            k++;
-        if (k == p->windows.count)
-            return 0;
-        const snap_window w = p->windows.at[p->by_start[k]].is;
-        uint64_t start = w.start > cursor ? w.start : cursor, end = (start | (PART - 1)) + 1;
-        cursor = end < w.end ? end : w.end;
         r = look_part(p, &w, start, cursor, to);
         if (r)
             return r;

@@ -299,6 +299,8 @@ int ledger_distrust(snap_pump *p, uint64_t start, uint64_t end);
 bool ledger_shared(const snap_pump *p, uint64_t start, uint64_t end);
 /* Whether any window of hugetlbfs is in the run-time range [start, end). */
 bool ledger_huge(const snap_pump *p, uint64_t start, uint64_t end);
+/* … or any that is coverable (cover.c). */
+bool ledger_coverable(const snap_pump *p, uint64_t start, uint64_t end);
 /* Grows [*low, *high), run-time addresses in w, to whole pages: what the kernel protects at once. */
 void whole_pages(const snap_window *w, uint64_t *low, uint64_t *high);
 /* Wanted bytes of shared objects in chunks that are UNSAVED. */
@@ -362,7 +364,10 @@ int written_list(snap_pump *p);
 int written_look(snap_pump *p);
 /* By who waits for it, with the lock: he takes his share of it. false: none goes on; the lock was kept. */
 bool written_assist(snap_pump *p);
-/* The same of [start, end) of w, covered or not: what is known of it. */
+/* The next part to look at of what can be covered: [*start, *cursor) of *w, run-time addresses, at or above *cursor,
+ * which is moved behind it. 1, 0: there is none, or -errno. */
+int written_next(const snap_pump *p, uint64_t *cursor, snap_window *w, uint64_t *start);
+/* Lists what was written in [start, end) of w, covered or not: what is known of it. */
 int written_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, bool protect);
 
 /* listed_faults.c */

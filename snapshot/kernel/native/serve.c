@@ -304,14 +304,13 @@ static int event(snap_pump *p, const uffd_message *m)
 {
     uint64_t where = 0, bytes, from = m->arg[0], to = m->arg[1];
     bool unmap = m->event == UFFD_EVENT_UNMAP, remap = m->event == UFFD_EVENT_REMAP;
-    if (p->counters.objects_left && !p->letting_go && (unmap || remap) &&
-        had_grown(p, from, remap ? from + m->arg[2] : to))
+    uint64_t end = remap ? from + m->arg[2] : to;
+    if (p->counters.objects_left && !p->letting_go && (unmap || remap) && had_grown(p, from, end))
         return lost(p, ledger_unsaved_objects(p, &where), from, SNAP_LOST_GROWN);
-    if (faults_unsure(p, from, remap ? from + m->arg[2] : to))
-        return lost(p, (remap ? m->arg[2] : to - from), from,
-                    unmap || remap ? SNAP_LOST_UNMAP : SNAP_LOST_REMOVE);
+    if (faults_unsure(p, from, end))
+        return lost(p, end - from, from, unmap || remap ? SNAP_LOST_UNMAP : SNAP_LOST_REMOVE);
     if (remap) {
-        int r = save_forget(p, from, from + m->arg[2]);
+        int r = save_forget(p, from, end);
         int e = save_forget(p, to, to + m->arg[2]);
         r = r ? r : e;
         if (!r && makes_alias(p, from, m->arg[2])) {

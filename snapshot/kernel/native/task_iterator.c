@@ -124,12 +124,12 @@ static int make(const snap_btf *btf, const field *fields, size_t count)
     snap_bpf_load(&p->code, BPF_REG_7, BPF_REG_1, 8);
     snap_bpf_load(&p->code, BPF_REG_8, BPF_REG_1, 0);
     snap_bpf_load(&p->code, BPF_REG_8, BPF_REG_8, 0);
-    const int to_end = p->code.count;
-    snap_bpf_emit(&p->code, BPF_JMP | BPF_JEQ | BPF_K, BPF_REG_7, 0, 0, 0); /* the call after the last task */
+    /* The call after the last task has none. */
+    const int to_end = snap_bpf_jump(&p->code, BPF_JMP | BPF_JEQ | BPF_K, BPF_REG_7, 0, 0);
     for (size_t i = 0; i < count; i++)
         copy_field(p, btf, &fields[i]);
     flush(p);
-    p->code.at[to_end].off = (int16_t)(p->code.count - to_end - 1);
+    snap_bpf_arrive(&p->code, to_end);
     snap_bpf_return(&p->code);
 
     union bpf_attr attr = {.prog_type = BPF_PROG_TYPE_TRACING, .expected_attach_type = BPF_TRACE_ITER};

@@ -76,25 +76,34 @@ static int first_of(const snap_pump *p, const snap_window *w, uint64_t *start)
     return survey_first(p, w, *start, w->end, start); /* a reservation is mostly empty */
 }
 
+int written_next(const snap_pump *p, uint64_t *cursor, snap_window *w, uint64_t *start)
+{
+    for (size_t k = ledger_above(p, *cursor); k < p->windows.count; k++) {
+        *w = p->windows.at[p->by_start[k]].is;
+        *start = w->start > *cursor ? w->start : *cursor;
+        int r = first_of(p, w, start);
+        if (r)
+            return r;
+        if (*start == w->end)
+            continue;
+        uint64_t end = (*start | (PART - 1)) + 1; /* huge pages are protected whole, and stay so */
+        *cursor = end < w->end ? end : w->end;
+        return 1;
+    }
+    return 0;
+}
+
 /* A step of written_list, from *cursor on; *done: it was the last. */
 static int step(snap_pump *p, uint64_t *cursor, bool *done)
 {
-    for (size_t k = ledger_above(p, *cursor); k < p->windows.count; k++) {
-        const snap_window w = p->windows.at[p->by_start[k]].is;
-        uint64_t start = w.start > *cursor ? w.start : *cursor;
-        int r = first_of(p, &w, &start);
-        if (r)
-            return r;
-        if (start == w.end)
-            continue;
-        uint64_t end = (start | (PART - 1)) + 1; /* huge pages are protected whole, and stay so */
-        end = end < w.end ? end : w.end;
-        *cursor = end;
-        beat(p);
-        return written_part(p, &w, start, end, true);
-    }
-    *done = true;
-    return 0;
+    snap_window w;
+    uint64_t start;
+    int r = written_next(p, cursor, &w, &start);
+    *done = r == 0;
+    if (r <= 0)
+        return r;
+    beat(p);
+    return written_part(p, &w, start, *cursor, true);
 }
 
 int written_list(snap_pump *p)
