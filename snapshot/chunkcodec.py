@@ -4,9 +4,13 @@ docs/image-format.md says the same in words. A value is a header and a payload:
 
     present   u16   bit i: the page at i * 4 KiB belongs to the image
     nonzero   u16   bit i: its bytes are in the payload (a subset of present); else they are zeros
-    codec     u8    0: the payload is those pages as they are; 1: one zstd frame of them; 2: a delta
+    codec     u8    0: the payload is those pages as they are; 1: one zstd frame of them; 2: a
+                    delta; 3, 4: as 0 and 1, behind a table with a checksum for every four pages
     reserved  3 bytes, 0
     digest    16 bytes: BLAKE3 of the nonzero pages, keyed with the bitmaps
+
+With codecs 3 and 4 a page can be had without the rest (native/blocks.h): a thread may wait for it.
+They are what is written where the system's libzstd can do it, else 0 and 1 are.
 
 The payload of a delta is a header and the pages that are its own, the other nonzero ones are those
 of another value, its base, which is no delta:
@@ -22,7 +26,9 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import zstandard
@@ -34,11 +40,12 @@ from .units import ALL_PAGES, CHUNK, PAGE, PAGES_PER_CHUNK
 
 HEADER = struct.Struct(">HHB3x16s")
 DELTA_HEADER = struct.Struct(">HB5x")
-MAX_BYTES = HEADER.size + CHUNK
+MAX_BYTES = lib.SNAP_BLOCKS_HEADS + CHUNK
 _RESERVED = slice(5, 8)
 _DELTA_RESERVED = slice(3, 8)
 _CODEC = 4
-RAW, ZSTD, DELTA = 0, 1, 2
+RAW, ZSTD, DELTA, RAW_BLOCKS, ZSTD_BLOCKS = range(5)
+_IN_BLOCKS = {RAW_BLOCKS: RAW, ZSTD_BLOCKS: ZSTD}
 MOST_OWN = PAGES_PER_CHUNK // 2
 """Pages of a delta: a chunk of which more are other than those of its base is stored whole, so that
 it does not keep two values in the store for long, and is a base itself."""
@@ -65,6 +72,17 @@ class _Contexts(threading.local):
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=LEVEL, write_content_size=True)
         self.decompressor = zstandard.ZstdDecompressor()
+
+    @cached_property
+    def blocks(self) -> Any:
+        """NULL: there is no libzstd that can compress in blocks."""
+        made = lib.snap_blocks_new()
+        return made and ffi.gc(made, lib.snap_blocks_free)
+
+    @cached_property
+    def room(self) -> Any:
+        """For what `snap_blocks_encode` writes, and the lengths."""
+        return ffi.new("char[]", GROUP * MAX_BYTES), ffi.new("uint32_t[]", GROUP)
 
 
 _contexts = _Contexts()
@@ -124,6 +142,40 @@ def against(content: Content, base: Chunk) -> Content | None:
 
 def encode(contents: Sequence[Content]) -> list[bytes]:
     """The values of many chunks at once: zstd with the GIL released for all of them together."""
+    whole = [content for content in contents if content.own is None]
+    if not whole or not _contexts.blocks:
+        return _encoded(contents)
+    values = chain.from_iterable(
+        _in_blocks(whole[at : at + GROUP]) for at in range(0, len(whole), GROUP)
+    )
+    others = iter(_encoded([content for content in contents if content.own is not None]))
+    return [next(values if content.own is None else others) for content in contents]
+
+
+def _in_blocks(contents: Sequence[Content]) -> Iterator[bytes]:
+    room, lengths = _contexts.room
+    payloads = [ffi.from_buffer(content.payload) for content in contents]
+    error = lib.snap_blocks_encode(
+        _contexts.blocks,
+        len(contents),
+        b"".join([_head(content, RAW_BLOCKS) for content in contents]),
+        payloads,
+        [len(content.payload) for content in contents],
+        bytes(content.noise for content in contents),
+        LEVEL,
+        room,
+        lengths,
+    )
+    if error:
+        raise ValueError("the payload of a chunk is not its nonzero pages")
+    at = 0
+    for index in range(len(contents)):
+        yield ffi.buffer(room + at, lengths[index])[:]
+        at += lengths[index]
+
+
+def _encoded(contents: Sequence[Content]) -> list[bytes]:
+    """Without blocks."""
     full = [content.payload for content in contents if content.payload and not content.noise]
     frames = iter(_contexts.compressor.multi_compress_to_buffer(full) if full else ())
     return [
@@ -153,10 +205,8 @@ def decode(value: Bytes, base: Bytes | None = None) -> tuple[Chunk, bytes]:
     """The chunk and its digest, verified. DamagedError when the value is not what was written.
     `base`: of a delta, the value that it was made against."""
     present, nonzero, codec, digest = _header(value)
-    if codec == DELTA:
-        payload = _merged(nonzero, value[HEADER.size :], base)
-    else:
-        payload = _payload(codec, value[HEADER.size :], nonzero.bit_count() * PAGE)
+    delta = codec == DELTA
+    payload = _merged(nonzero, value[HEADER.size :], base) if delta else _whole(value)
     if _digest(present, nonzero, payload) != digest:
         raise DamagedError("the content does not match its checksum")
     return Chunk(present, _spread(nonzero, payload), nonzero), digest
@@ -164,9 +214,20 @@ def decode(value: Bytes, base: Bytes | None = None) -> tuple[Chunk, bytes]:
 
 def decode_base(value: Bytes) -> Chunk:
     """What a value that is no delta holds, unverified: what is made of it has its own digest."""
-    present, nonzero, codec, _ = _header(value)
-    payload = _payload(codec, value[HEADER.size :], nonzero.bit_count() * PAGE)
-    return Chunk(present, _spread(nonzero, payload), nonzero)
+    present, nonzero, _, _ = _header(value)
+    return Chunk(present, _spread(nonzero, _whole(value)), nonzero)
+
+
+def _whole(value: Bytes) -> bytes:
+    """The nonzero pages of a value that is no delta."""
+    _, nonzero, codec, digest = _header(value)
+    heads = HEADER.size
+    if codec in _IN_BLOCKS:
+        heads = lib.snap_blocks_heads(ffi.from_buffer(value), len(value), digest)
+        if not heads:
+            raise DamagedError("the table of its blocks does not match its checksum")
+        codec = _IN_BLOCKS[codec]
+    return _payload(codec, value[heads:], nonzero.bit_count() * PAGE)
 
 
 def _merged(nonzero: int, stored: Bytes, base: Bytes | None) -> bytes:
@@ -199,11 +260,13 @@ def _raw(content: Content) -> bytes:
 
 
 def _value(content: Content, codec: int, payload: Any) -> bytes:
-    present, nonzero, digest, _, _, own = content
-    if own is None:
-        return b"".join((HEADER.pack(present, nonzero, codec, digest), payload))
-    heads = HEADER.pack(present, nonzero, DELTA, digest), DELTA_HEADER.pack(own, codec)
-    return b"".join((*heads, payload))
+    if content.own is None:
+        return b"".join((_head(content, codec), payload))
+    return b"".join((_head(content, DELTA), DELTA_HEADER.pack(content.own, codec), payload))
+
+
+def _head(content: Content, codec: int) -> bytes:
+    return HEADER.pack(content.present, content.nonzero, codec, content.digest)
 
 
 def _header(value: Bytes) -> tuple[int, int, int, bytes]:

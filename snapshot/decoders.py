@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from .kernel import urgency
 from .kernel.fdcalls import close_others
+from .kernel.stored import Stored
 from .units import CHUNK
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ def _decode_all(
     os.nice(_NICE)
     urgency.last()
     opened: Image | None = None
+    stored: Stored | None = None
     poll = select.poll()
     poll.register(requests, select.POLLIN)
     poll.register(server, select.POLLIN)
@@ -199,8 +201,12 @@ def _decode_all(
         present = [0] * RUN
         good = 0
         with suppress(Exception):  # the server meets it itself, and says so
-            opened = opened or source.again()
-            for at in range(count):
+            if opened is None:
+                opened = source.again()
+                stored = Stored.new(opened.places(space))
+            found = stored.run(address, count, memory, place) if stored else []
+            present[: len(found)] = found
+            for at in range(len(found), count):
                 chunk = opened.chunk(space, address + at * CHUNK)
                 if chunk is not None:
                     present[at] = chunk.present

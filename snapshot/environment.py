@@ -182,6 +182,14 @@ class Environment:
             number = transaction.id()
             return btree.entries(self._data, PAGE, number, database, prefix, entry, most)
 
+    def places(self, database: str, entries: bytes, entry: int, key: int) -> tuple[int, Any]:
+        """The data file, open for as long as this is, and kernel.btree.places of now: true for as
+        long as nobody removes the values."""
+        with self.read() as transaction:
+            number = transaction.id()
+            found = btree.places(self._data, PAGE, number, database, entries, entry, key)
+        return self._data, found
+
     def begin(self, write: bool, buffers: bool) -> Transaction:
         """A transaction; between `enter` and `leave`."""
         while True:

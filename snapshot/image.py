@@ -22,6 +22,7 @@ from . import manifest as manifests
 from .chunkcodec import Bytes, Chunk
 from .environment import Environment, Transaction, open_environment
 from .errors import DamagedError, StoreError
+from .kernel.stored import Places
 from .lease import Lease
 from .manifest import OBJECT_SPACE, Manifest, Mapping, Process, Thread
 from .mappedfile import FileReader
@@ -147,6 +148,11 @@ class Image:
     def addresses(self, space: int) -> Sequence[int]:
         """The addresses of all chunks of a space, ascending. Not to be changed."""
         return self._space(space).addresses
+
+    def places(self, space: int) -> Places:
+        """Where the values of its chunks lie, for kernel.stored: good until the image is
+        closed."""
+        return self._space(space).places(self._environment)
 
     def touched(self, space: int) -> list[int]:
         """Chunks that restored processes waited for, the first first: a hint (workingset.py)."""

@@ -10,8 +10,11 @@ from typing import NamedTuple
 from .environment import Environment
 from .errors import DamagedError
 from .kernel import btree
+from .kernel.stored import Places
 from .records import INDEX_ENTRY, INDEX_KEY, SpaceSummary, digest
 from .units import CHUNK
+
+_SEQUENCE_AT = 8
 
 
 class Entry(NamedTuple):
@@ -40,6 +43,13 @@ class Space:
         if position == len(self.addresses) or self.addresses[position] != address:
             return None
         return Entry(*INDEX_ENTRY.unpack_from(self._entries, position * INDEX_ENTRY.size))
+
+    def places(self, environment: Environment) -> Places:
+        """Where the values of its chunks lie in the store's file, as long as the image is in
+        use."""
+        size, key = INDEX_ENTRY.size, _SEQUENCE_AT
+        fd, places = environment.places("chunks", self._entries, size, key)
+        return Places(fd, self.addresses, self._entries, size, places)
 
     def entries(self) -> Iterator[Entry]:
         """All entries, in order of address."""

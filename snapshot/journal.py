@@ -23,6 +23,7 @@ from . import events
 from .events import Event, Fault, Fork
 from .kernel import uffd
 from .kernel._native import ffi, lib
+from .kernel.fast_path import FastPath
 from .units import MIB, PAGE
 
 SLOT = uffd.MESSAGE_BYTES
@@ -134,7 +135,7 @@ class Journal:
         self._memory[PLAN_OFFSET : PLAN_OFFSET + len(data)] = data
         self._set(_PLAN, len(data))
 
-    def read(self, source: uffd.Uffd, client: int) -> list[Event]:
+    def read(self, source: uffd.Uffd | FastPath, client: int) -> list[Event]:
         """Reads what the userfaultfd of `client` has, at most BATCH messages; events are on
         record when this returns, and also when it does not."""
         tail = self._get(_TAIL)

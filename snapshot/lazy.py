@@ -21,6 +21,8 @@ from .errors import KernelError
 from .events import Event, Fault, Fork, Remap, Remove, Unmap
 from .journal import Journal
 from .kernel import urgency
+from .kernel.fast_path import GRACE_US, FastPath, Turn, runs
+from .kernel.stored import Stored
 from .kernel.uffd import FEATURES, Filled, Uffd, UffdError
 from .missing import Missing, Piece
 from .streaming import Next, Streaming, parts
@@ -43,9 +45,6 @@ STALE_MS = 2000
 """Those that say nothing for so long are done without."""
 AGAIN_MS = 20
 """Until `finish` is called again."""
-LET_RUN_US = 50
-"""This server runs before all others, and goes on streaming: a thread that it has just served may
-have been woken on this very CPU, and gets there first."""
 FLOOD = 4
 """Faults one right after the other: from then on a run is put in place between two of them, or all
 that is missing would come by faults, each waited for."""
@@ -85,8 +84,15 @@ class Client:
         self.number = number
         self.uffd = uffd
         self.missing = missing
+        self.fast: FastPath | None = None
+        """Reads its messages, and serves what it can."""
         self.cursor = 0
         """Streaming goes on here (streaming.py): behind the last fault, for who reads in order."""
+
+    def forbid(self, start: int, end: int) -> None:
+        """What is missing there from now on is not what the image has there."""
+        if self.fast:
+            self.fast.forbid(start, end)
 
 
 class Server:
@@ -122,6 +128,12 @@ class Server:
         self.touched: dict[int, None] = {}
         """Chunks that a thread has waited for, in the order of the first time."""
         self._streaming = Streaming(source, space)
+        self._quick: Client | None = None
+        """Whose faults are waited for and served without a step of this loop."""
+        self._others = False
+        """Some other descriptor could be read when it was waited for last."""
+        self._flood = False
+        """Faults come as fast as they are served."""
         self._put = 0
         """Pages that the last fill put in place."""
 
@@ -129,10 +141,12 @@ class Server:
         """`run` calls `ready` while `fd` is readable."""
         self._watched[fd] = ready
         self._poll.register(fd, select.POLLIN)
+        self._wait_for_others()
 
     def unwatch(self, fd: int) -> None:
         del self._watched[fd]
         self._poll.unregister(fd)
+        self._wait_for_others()
 
     def stream_first(self, chunks: Iterable[int]) -> None:
         """Chunk addresses of the image to be brought before those that nobody asked for."""
@@ -151,9 +165,15 @@ class Server:
             if not self._streaming.helped:
                 urgency.calm_down()
 
-    def add(self, uffd: Uffd, missing: Missing) -> Client:
-        """One more process to serve. Clients are numbered in the order of these calls."""
+    def add(self, uffd: Uffd, missing: Missing, stored: Stored | None = None) -> Client:
+        """One more process to serve. Clients are numbered in the order of these calls. `stored`:
+        the short way to what is missing at its address in the image."""
         client = self._know(uffd, missing)
+        if stored is not None:
+            client.fast = FastPath.new(stored, uffd.fd)
+        if client.fast:
+            for piece in missing:
+                client.fast.allow(piece.start, piece.end)
         self._hear(client)
         return client
 
@@ -166,6 +186,7 @@ class Server:
     def _hear(self, client: Client) -> None:
         self._by_fd[client.uffd.fd] = client
         self._poll.register(client.uffd.fd, select.POLLIN)
+        self._wait_for_others()
 
     def take_over(self) -> None:
         """Goes on where a server ended that was killed: after `add` of the first client.
@@ -194,9 +215,12 @@ class Server:
         while self.clients:
             missing, brought = False, 0
             for client in list(self.clients.values()):
+                if client.number not in self.clients:
+                    continue
                 if client.missing:
                     missing = True
-                    brought += self._stream(client)
+                    least, self._flood = RUN if self._flood else 1, False
+                    brought += self._stream(client, least)
                 elif not self.hold and self.finish(client):
                     self._forget(client)
             if brought or not self.clients:
@@ -210,7 +234,7 @@ class Server:
                 client, address = self._waiting.popleft()
                 self._serve(client, address)
                 if not self._waiting:
-                    client.uffd.poll_us(LET_RUN_US)
+                    client.uffd.poll_us(GRACE_US)
                 self._listen(0)
                 in_a_row += 1
                 flood = in_a_row > FLOOD and bool(self._waiting)
@@ -226,13 +250,33 @@ class Server:
 
     def _listen(self, timeout_ms: int) -> bool:
         """Reads all that can be read: faults are queued, events take effect. False: nothing."""
+        heard = False
+        if self._quick and self._quick.fast:
+            self._quick.fast.timeout_ms = timeout_ms
+            heard = self._read(self._quick)
+            if not self._others:
+                return heard
+            timeout_ms = 0
         readable = self._poll.poll(timeout_ms)
         for fd, _ in readable:
             if fd in self._by_fd:
                 self._read(self._by_fd[fd])
             elif fd in self._watched:
                 self._watched[fd]()
-        return bool(readable)
+        return heard or bool(readable)
+
+    def _glance(self) -> None:
+        """Before a step that takes as long as a fault."""
+        if self._quick and self._quick.fast and self._quick.fast.pending():
+            self._listen(0)
+
+    def _wait_for_others(self) -> None:
+        """There is a way around this loop for the faults of a client: it waits for all of them."""
+        self._quick = next((each for each in self._by_fd.values() if each.fast), None)
+        if self._quick and self._quick.fast:
+            others = [fd for fd in (*self._by_fd, *self._watched) if fd != self._quick.uffd.fd]
+            if not self._quick.fast.watch(others):
+                self._quick = None
 
     def drain(self, client: Client) -> None:
         """Reads what is left of a client that is about to be let go of; its faults were woken."""
@@ -240,18 +284,35 @@ class Server:
             self._read(client)
         self._waiting = deque(each for each in self._waiting if each[0] is not client)
 
-    def _read(self, client: Client) -> None:
+    def _read(self, client: Client) -> bool:
+        """False: there was nothing."""
+        faults = self.faults
         try:
-            messages = self.journal.read(client.uffd, client.number)
+            messages = self.journal.read(client.fast or client.uffd, client.number)
+            if client.fast:
+                self._account(client, client.fast.turn())
         except UffdError as error:
             self._gone(client, error)
-            return
+            return True
         # Events first: a page that was given up must not be filled from the image any more.
         for message in messages:
             if isinstance(message, Fault):
                 self._waiting.append((client, align_down(message.address, PAGE)))
             else:
                 self._apply(client, message)
+        return bool(messages) or self.faults > faults
+
+    def _account(self, client: Client, turn: Turn) -> None:
+        """For faults that were served without the ledger."""
+        self.faults += turn.faults
+        self.journal.filled += turn.filled
+        self._flood |= turn.full
+        self._others = turn.others
+        for chunk, pages in turn.served:
+            self.touched.setdefault(chunk)
+            client.cursor = chunk
+            for first, end in runs(pages):
+                client.missing.take(chunk + first * PAGE, chunk + end * PAGE)
 
     def _apply(self, client: Client, event: Event) -> None:
         match event:
@@ -259,8 +320,11 @@ class Server:
                 self.add(Uffd(fd), client.missing.copy())
             case Remap(old, new, length):
                 client.missing.move(old, new, length)
+                client.forbid(old, old + length)
+                client.forbid(new, new + length)
             case Remove(start, end) | Unmap(start, end):
                 client.missing.take(start, end)
+                client.forbid(start, end)
             case _:
                 raise KernelError(f"userfaultfd sent {event}", "snap check")
 
@@ -281,7 +345,10 @@ class Server:
     def _stream(self, client: Client, least: int = 1) -> int:
         """The next chunks that nobody asked for yet, `least` if there are so many before who waits.
         -> how many; 0: they are being decoded."""
-        if not self._streaming.ask(client):
+        helped = self._streaming.ask(client, self._glance)
+        if client.number not in self.clients:
+            return 1
+        if not helped:
             found = self._streaming.next(client)
             if found is not None:
                 self._bring(client, found)
@@ -313,6 +380,9 @@ class Server:
     def _put_run(self, client: Client, run: Next, answer: Answer, least: int) -> int:
         """What is still missing of a run that was decoded. -> chunks done: `least`, and none behind
         those while somebody waits."""
+        self._glance()
+        if client.number not in self.clients:
+            return run.chunks
         wanted = [0] * run.chunks
         missing = parts(client, run)
         for piece in missing:
@@ -323,6 +393,7 @@ class Server:
         done, filled = client.uffd.fill_run(
             run.base, answer.data, wanted, answer.present, least
         )
+        self._glance()
         if self._accept(client, filled) and client.number in self.clients:
             for piece in missing:
                 client.missing.take(piece.start, min(piece.end, run.base + done * CHUNK))
@@ -416,6 +487,7 @@ class Server:
         if self._by_fd.get(client.uffd.fd) is client:
             del self._by_fd[client.uffd.fd]
             self._poll.unregister(client.uffd.fd)
+            self._wait_for_others()
         self._waiting = deque(each for each in self._waiting if each[0] is not client)
         if close:
             self.journal.gone(client.number)

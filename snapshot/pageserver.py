@@ -232,12 +232,14 @@ def serve(journal: Any, opened: Any | None) -> NoReturn:
         if journal.state != RUNNING:
             service = Service(journal, plan, opened)
             tell(plan, "opened")
+            service.locate()
             if not service.receive():
                 os._exit(1)  # `snap restore` gave up before the process ran
             tell(plan, "ready", server=os.getpid())
         else:
             journal.note_start()
             service = Service(journal, plan)
+            service.locate()
             service.take_over()
         service.run()
         journal.state = DONE

@@ -16,9 +16,10 @@ from .errors import DamagedError
 from .manifest import Record
 from .units import CHUNK
 
-FORMAT = b"livesnap store 2"
-WITHOUT_DELTAS = b"livesnap store 1"
-"""The same but for deltas. It is read, and becomes one of the newer format with the next take."""
+FORMAT = b"livesnap store 3"
+EARLIER = (b"livesnap store 1", b"livesnap store 2")
+"""Without deltas, without blocks. They are read, and become one of the newer format with the next
+take."""
 FORMAT_KEY, NEXT_SEQUENCE_KEY, NEXT_IMAGE_KEY = b"format", b"next sequence", b"next image"
 
 NUMBER = struct.Struct(">Q")

@@ -22,6 +22,7 @@ from .errors import KernelError, SnapError
 from .image import Image
 from .journal import RUNNING, Journal
 from .kernel import fdcalls, procfs, urgency
+from .kernel.stored import Stored
 from .kernel.uffd import Uffd, UffdError
 from .lazy import Client, Server
 from .maps import parse_smaps
@@ -58,6 +59,11 @@ class Service:
         self._watch_successor()
         self._decoders = Decoders(self.image, plan.space)
         self._server.use(self._decoders)
+        self._stored: Stored | None = None
+
+    def locate(self) -> None:
+        """Where the chunks lie in the store: nobody need wait for this."""
+        self._stored = Stored.new(self.image.places(self.plan.space))
 
     @property
     def faults(self) -> int:
@@ -91,7 +97,8 @@ class Service:
 
     def _add(self) -> None:
         # The plan's own stays open: by it a child is known that has outlived the process.
-        self._server.add(Uffd(os.dup(self.plan.uffd)), Missing.of(self.plan.ranges))
+        uffd, missing = Uffd(os.dup(self.plan.uffd)), Missing.of(self.plan.ranges)
+        self._server.add(uffd, missing, self._stored)
         if self.plan.working_set:
             with suppress(SnapError):
                 self._server.stream_first(self.image.touched(self.plan.space))

@@ -28,12 +28,12 @@ from .errors import DamagedError, StoreError
 from .image import Image
 from .records import (
     BASES,
+    EARLIER,
     FORMAT,
     FORMAT_KEY,
     NEXT_IMAGE_KEY,
     NEXT_SEQUENCE_KEY,
     NUMBER,
-    WITHOUT_DELTAS,
     ImageRecord,
     ProcessIdentity,
     TakeRecord,
@@ -333,7 +333,7 @@ class Store:
             found = None if value is None else bytes(value)
         if found is None or not found.startswith(FORMAT.rpartition(b" ")[0]):
             raise no_store(self.path, foreign=True)
-        if found not in (FORMAT, WITHOUT_DELTAS):
+        if found not in (FORMAT, *EARLIER):
             raise StoreError(
                 f"{self.path} is a {found.decode(errors='replace')}; this snap reads "
                 f"{FORMAT.decode()}",

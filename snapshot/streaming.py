@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from .decoders import RUN, Answer, Decoders
@@ -114,11 +114,13 @@ class Streaming:
         if self._decoders is not None:
             self._decoders.free(answer.slot)
 
-    def ask(self, client: Client) -> bool:
-        """Keeps the decoders busy. False: nothing is on its way."""
+    def ask(self, client: Client, glance: Callable[[], None] = lambda: None) -> bool:
+        """Keeps the decoders busy, with a `glance` before each request. False: nothing is on its
+        way."""
         if self._decoders is not None:
             tries = len(self._asked) + 1
             while tries and self._decoders.room():
+                glance()
                 found = self.next(client, RUN)
                 if found is None:
                     break

@@ -1,9 +1,10 @@
-"""The B-trees of an LMDB data file in C: checked (native/btree.c), read (native/btree_range.c)."""
+"""The B-trees of an LMDB data file in C: checked (native/btree.c), read (native/btree_range.c,
+native/btree_places.c)."""
 
 from __future__ import annotations
 
 from array import array
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._native import ffi, lib
 
@@ -56,3 +57,15 @@ def numbers(data: bytes, entry: int) -> tuple[array[int], int]:
         return found, 0
     into = ffi.from_buffer("uint64_t[]", found, require_writable=True)
     return found, int(lib.btree_numbers(data, entry, count, into))
+
+
+def places(
+    fd: int, page_bytes: int, transaction: int, database: str, entries: bytes, entry: int, key: int
+) -> Any:
+    """btree_place[]: where in the file the values of the keys at `key` of each entry (of `entry`
+    bytes) lie, unverified; `bytes` is 0 for those that are not found in this way."""
+    count = len(entries) // entry
+    found = ffi.new("btree_place[]", count)
+    keys = ffi.from_buffer("uint8_t[]", entries) + key
+    lib.btree_places(fd, page_bytes, transaction, database.encode(), keys, entry, count, found)
+    return found

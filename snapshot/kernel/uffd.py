@@ -76,6 +76,13 @@ class Filled(NamedTuple):
     gone: int
 
 
+def filled_of(error: int, filled: Any) -> Filled:
+    """What a function of C returned and wrote into a uffd_filled."""
+    return Filled(
+        -error, filled.wanted, filled.copied, filled.zeroed, filled.present, filled.gone
+    )
+
+
 def names(features: int) -> list[str]:
     """The names of feature bits; unknown ones as hex."""
     known = [name for name, bit in FEATURES.items() if features & bit]
@@ -176,9 +183,7 @@ class Uffd(Closing):
         """
         filled = ffi.new("uffd_filled *")
         error = lib.uffd_fill(self.fd, dst, ffi.from_buffer(src), wanted, present, filled)
-        return Filled(
-            -error, filled.wanted, filled.copied, filled.zeroed, filled.present, filled.gone
-        )
+        return filled_of(error, filled)
 
     def fill_run(
         self, dst: int, src: Any, wanted: Sequence[int], present: Sequence[int], least: int
@@ -192,9 +197,7 @@ class Uffd(Closing):
         error = lib.uffd_fill_run(
             self.fd, dst, ffi.from_buffer(src), count, least, bits, bits + count, done, filled
         )
-        return int(done[0]), Filled(
-            -error, filled.wanted, filled.copied, filled.zeroed, filled.present, filled.gone
-        )
+        return int(done[0]), filled_of(error, filled)
 
     def read_msgs(self, most: int = 64) -> bytes:
         """Up to `most` messages of 32 bytes (see snapshot/events.py); b"" when there is none."""

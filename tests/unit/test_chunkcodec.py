@@ -10,6 +10,7 @@ import pytest
 import zstandard
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from snapshot.kernel._native import lib
 
 from snapshot import chunkcodec
 from snapshot.chunkcodec import (
@@ -18,6 +19,7 @@ from snapshot.chunkcodec import (
     HEADER,
     MOST_OWN,
     RAW,
+    RAW_BLOCKS,
     ZSTD,
     Chunk,
 )
@@ -191,15 +193,15 @@ def test_a_delta_takes_a_base_that_is_none() -> None:
 
 def test_zeros_have_no_payload() -> None:
     value = value_of(bytes(CHUNK))
-    assert len(value) == HEADER.size
+    assert len(value) == HEADER.size + 8  # its check
     assert chunkcodec.decode(value)[0] == Chunk(ALL_PAGES, bytes(CHUNK), 0)
 
 
 def test_what_does_not_shrink_is_stored_raw() -> None:
     data = b"".join(struct.pack(">Q", i * 0x9E3779B97F4A7C15 % 2**64) for i in range(CHUNK // 8))
     value = value_of(data)
-    assert value[4] == RAW
-    assert value[HEADER.size :] == data
+    assert value[4] == RAW_BLOCKS
+    assert value[lib.SNAP_BLOCKS_HEADS :] == data
 
 
 @pytest.mark.parametrize("pages", [1, 2, 5, 16])

@@ -18,7 +18,16 @@ import pytest
 from snapshot import lease
 from snapshot.environment import Transaction
 from snapshot.errors import DamagedError, StoreError
-from snapshot.records import BASES, FORMAT_KEY, INDEX_KEY, NUMBER, base_address, seal
+from snapshot.records import (
+    BASES,
+    EARLIER,
+    FORMAT,
+    FORMAT_KEY,
+    INDEX_KEY,
+    NUMBER,
+    base_address,
+    seal,
+)
 from snapshot.store import ProcessIdentity, Store
 from snapshot.units import CHUNK, MIB, PAGE
 from snapshot.writer import ImageWriter, RawChunk
@@ -244,7 +253,8 @@ def test_a_base_that_is_lost(store: Store, what: str) -> None:
             image.read(BASE + CHUNK, 1)
 
 
-def test_a_store_of_a_time_without_deltas(store: Store) -> None:
+@pytest.mark.parametrize("earlier", EARLIER)
+def test_a_store_of_an_earlier_format(store: Store, earlier: bytes) -> None:
     """It is read as it is, and only a take makes it one that an older snap refuses."""
 
     def format_is(value: bytes) -> bool:
@@ -255,14 +265,14 @@ def test_a_store_of_a_time_without_deltas(store: Store) -> None:
     take(store, "first", noise(1))
     store._environment.write(
         lambda transaction: transaction.put(
-            FORMAT_KEY, b"livesnap store 1", db=store._environment.databases["meta"]
+            FORMAT_KEY, earlier, db=store._environment.databases["meta"]
         )
     )
     with Store.open(store.path) as again:
         check(again, "first", noise(1))
-        assert format_is(b"livesnap store 1")
+        assert format_is(earlier)
         take(again, "second", noise(1), SELF)
-    assert format_is(b"livesnap store 2")
+    assert format_is(FORMAT)
 
 
 @pytest.mark.parametrize("removed", [("first",), ("second",), ("first", "second"), ("third",)])
@@ -724,8 +734,8 @@ def test_an_lmdb_of_somebody_else(tmp_path: Path) -> None:
 def test_a_store_of_a_later_format(store: Store) -> None:
     environment = store._environment
     meta = environment.databases["meta"]
-    environment.write(lambda t: t.put(b"format", b"livesnap store 3", db=meta))
-    with pytest.raises(StoreError, match="is a livesnap store 3; this snap reads livesnap store 2"):
+    environment.write(lambda t: t.put(b"format", b"livesnap store 4", db=meta))
+    with pytest.raises(StoreError, match="is a livesnap store 4; this snap reads livesnap store 3"):
         Store.open(store.path)
 
 
