@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from .kernel import urgency
+from .kernel.fast_path import OWN, RUN
 from .kernel.fdcalls import close_others
 from .kernel.stored import Stored
 from .units import CHUNK
@@ -28,9 +29,6 @@ from .units import CHUNK
 if TYPE_CHECKING:
     from .image import Image
 
-RUN = 4
-"""Chunks that are asked for and put in place together, when they follow each other: each by itself
-would cost the server more than its pages. Somebody who waits is served in between all the same."""
 _REQUEST = struct.Struct("<IIQ")  # slot, how many chunks, the address of the first
 _ANSWER = struct.Struct(f"<II{RUN}H")  # slot, chunks that were decoded, the pages present of each
 _AHEAD = 4
@@ -54,6 +52,7 @@ class _Decoder:
         self.requests = requests
         self.answers = answers
         self.free = list(slots)
+        self.first_slot = self.free[0]
         self.busy: set[int] = set()
 
     def end(self) -> None:
@@ -71,6 +70,8 @@ class Decoders:
     def __init__(self, source: Image, space: int, count: int | None = None) -> None:
         """Made while the server has one thread; the store is opened by each at its first chunk."""
         count = min(len(os.sched_getaffinity(0)), _MOST) if count is None else count
+        self._count = count
+        self.each = _AHEAD
         self._memory = mmap.mmap(-1, max(1, count * _AHEAD) * RUN * CHUNK)
         self._view = memoryview(self._memory)
         self._all: list[_Decoder] = []
@@ -86,6 +87,19 @@ class Decoders:
     def descriptors(self) -> list[int]:
         """Readable when there are answers, or a decoder has ended."""
         return [one.answers for one in self._all]
+
+    @property
+    def memory(self) -> mmap.mmap:
+        """Where they decode to: `each` slots of each, of RUN chunks."""
+        return self._memory
+
+    @property
+    def pipes(self) -> list[tuple[int, int]]:
+        """Where to ask a decoder and where it answers, in the order of their slots."""
+        found = [(-1, -1)] * self._count
+        for one in self._all:
+            found[one.first_slot // self.each] = one.requests, one.answers
+        return found
 
     def room(self) -> bool:
         return any(one.free for one in self._all)
@@ -197,7 +211,7 @@ def _decode_all(
         if not request:
             os._exit(0)
         slot, count, address = _REQUEST.unpack(request)
-        place = slot * RUN * CHUNK
+        place = (slot & ~OWN) * RUN * CHUNK
         present = [0] * RUN
         good = 0
         with suppress(Exception):  # the server meets it itself, and says so

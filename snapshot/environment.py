@@ -183,8 +183,8 @@ class Environment:
             return btree.entries(self._data, PAGE, number, database, prefix, entry, most)
 
     def places(self, database: str, entries: bytes, entry: int, key: int) -> tuple[int, Any]:
-        """The data file, open for as long as this is, and kernel.btree.places of now: true for as
-        long as nobody removes the values."""
+        """The data file, open for as long as this is, and kernel.btree.places of now: small values
+        move when others are written."""
         with self.read() as transaction:
             number = transaction.id()
             found = btree.places(self._data, PAGE, number, database, entries, entry, key)

@@ -17,13 +17,12 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from . import events
 from .events import Event, Fault, Fork
 from .kernel import uffd
 from .kernel._native import ffi, lib
-from .kernel.fast_path import FastPath
 from .units import MIB, PAGE
 
 SLOT = uffd.MESSAGE_BYTES
@@ -48,6 +47,13 @@ _U64 = struct.Struct("<Q")
 
 class JournalFull(Exception):
     """The process caused more events than there is room for."""
+
+
+class Messages(Protocol):
+    """A userfaultfd, or what reads one."""
+
+    def read_into(self, memory: mmap.mmap, offset: int, most: int, /) -> int:
+        """As uffd.Uffd.read_into."""
 
 
 class Entry(NamedTuple):
@@ -135,7 +141,7 @@ class Journal:
         self._memory[PLAN_OFFSET : PLAN_OFFSET + len(data)] = data
         self._set(_PLAN, len(data))
 
-    def read(self, source: uffd.Uffd | FastPath, client: int) -> list[Event]:
+    def read(self, source: Messages, client: int) -> list[Event]:
         """Reads what the userfaultfd of `client` has, at most BATCH messages; events are on
         record when this returns, and also when it does not."""
         tail = self._get(_TAIL)

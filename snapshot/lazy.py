@@ -16,12 +16,12 @@ from functools import partial
 from typing import Protocol
 
 from .chunkcodec import Bytes
-from .decoders import RUN, Answer, Decoders
+from .decoders import Answer, Decoders
 from .errors import KernelError
 from .events import Event, Fault, Fork, Remap, Remove, Unmap
 from .journal import Journal
 from .kernel import urgency
-from .kernel.fast_path import GRACE_US, FastPath, Turn, runs
+from .kernel.fast_path import GRACE_US, RUN, FastPath, Turn
 from .kernel.stored import Stored
 from .kernel.uffd import FEATURES, Filled, Uffd, UffdError
 from .missing import Missing, Piece
@@ -132,8 +132,11 @@ class Server:
         """Whose faults are waited for and served without a step of this loop."""
         self._others = False
         """Some other descriptor could be read when it was waited for last."""
-        self._flood = False
-        """Faults come as fast as they are served."""
+        self._decoders: Decoders | None = None
+        self._streams: Client | None = None
+        """For whom the decoders work, without a step of this loop."""
+        self._answers: list[int] = []
+        """Descriptors of those decoders."""
         self._put = 0
         """Pages that the last fill put in place."""
 
@@ -150,10 +153,14 @@ class Server:
 
     def stream_first(self, chunks: Iterable[int]) -> None:
         """Chunk addresses of the image to be brought before those that nobody asked for."""
-        self._streaming.first(chunks)
+        if self._streams and self._streams.fast:
+            self._streams.fast.first(list(chunks))
+        else:
+            self._streaming.first(chunks)
 
     def use(self, decoders: Decoders) -> None:
         """Others decode what is streamed."""
+        self._decoders = decoders
         self._streaming.use(decoders)
         urgency.hurry()  # what takes long is done by others
         for fd in decoders.descriptors:
@@ -174,8 +181,26 @@ class Server:
         if client.fast:
             for piece in missing:
                 client.fast.allow(piece.start, piece.end)
+            if self._decoders and not self.pause_ms:
+                self._lend(client, client.fast, self._decoders)
         self._hear(client)
         return client
+
+    def _lend(self, client: Client, fast: FastPath, decoders: Decoders) -> None:
+        """The decoders are for one client alone, until it has all that they can bring."""
+        pipes = decoders.pipes
+        if fast.stream(decoders.memory, decoders.each, pipes):
+            for fd in decoders.descriptors:
+                self.unwatch(fd)
+            self._answers = [answers for _, answers in pipes]
+            self._streams = client
+
+    def _take_back(self) -> None:
+        client, self._streams = self._streams, None
+        if client and client.fast and self._decoders:
+            client.fast.alone()
+            for fd in self._decoders.descriptors:
+                self.watch(fd, partial(self._hear_decoder, fd))
 
     def _know(self, uffd: Uffd, missing: Missing) -> Client:
         client = Client(self._made, uffd, missing)
@@ -219,9 +244,8 @@ class Server:
                     continue
                 if client.missing:
                     missing = True
-                    least, self._flood = RUN if self._flood else 1, False
-                    brought += self._stream(client, least)
-                elif not self.hold and self.finish(client):
+                    brought += 0 if self._streams else self._stream(client)
+                elif self._may_go(client) and self.finish(client):
                     self._forget(client)
             if brought or not self.clients:
                 self._pause(self.pause_ms * brought)
@@ -237,9 +261,14 @@ class Server:
                     client.uffd.poll_us(GRACE_US)
                 self._listen(0)
                 in_a_row += 1
-                flood = in_a_row > FLOOD and bool(self._waiting)
+                flood = in_a_row > FLOOD and bool(self._waiting) and not self._streams
                 if flood and self._streaming.helped and not self.pause_ms:
                     self._stream(self._waiting[0][0], least=RUN)  # `client` may be gone by now
+
+    def _may_go(self, client: Client) -> bool:
+        """The first goes last: to let go of it, who has its userfaultfd is stopped, also a child,
+        and that does not stop while it waits for us (in fork, say)."""
+        return not self.hold and (client.number > 0 or len(self.clients) == 1)
 
     def _pause(self, ms: int) -> None:
         """Listens once, or until somebody waits for a page."""
@@ -251,9 +280,8 @@ class Server:
     def _listen(self, timeout_ms: int) -> bool:
         """Reads all that can be read: faults are queued, events take effect. False: nothing."""
         heard = False
-        if self._quick and self._quick.fast:
-            self._quick.fast.timeout_ms = timeout_ms
-            heard = self._read(self._quick)
+        if self._quick:
+            heard = self._read(self._quick, timeout_ms)
             if not self._others:
                 return heard
             timeout_ms = 0
@@ -264,11 +292,6 @@ class Server:
             elif fd in self._watched:
                 self._watched[fd]()
         return heard or bool(readable)
-
-    def _glance(self) -> None:
-        """Before a step that takes as long as a fault."""
-        if self._quick and self._quick.fast and self._quick.fast.pending():
-            self._listen(0)
 
     def _wait_for_others(self) -> None:
         """There is a way around this loop for the faults of a client: it waits for all of them."""
@@ -284,13 +307,15 @@ class Server:
             self._read(client)
         self._waiting = deque(each for each in self._waiting if each[0] is not client)
 
-    def _read(self, client: Client) -> bool:
-        """False: there was nothing."""
-        faults = self.faults
+    def _read(self, client: Client, timeout_ms: int = 0) -> bool:
+        """False: there was nothing. `timeout_ms`: for who has a fast path."""
+        done = False
         try:
+            if client.fast:
+                client.fast.timeout_ms = timeout_ms
             messages = self.journal.read(client.fast or client.uffd, client.number)
             if client.fast:
-                self._account(client, client.fast.turn())
+                done = self._account(client, client.fast.turn())
         except UffdError as error:
             self._gone(client, error)
             return True
@@ -300,19 +325,25 @@ class Server:
                 self._waiting.append((client, align_down(message.address, PAGE)))
             else:
                 self._apply(client, message)
-        return bool(messages) or self.faults > faults
+        return done or bool(messages)
 
-    def _account(self, client: Client, turn: Turn) -> None:
-        """For faults that were served without the ledger."""
-        self.faults += turn.faults
+    def _account(self, client: Client, turn: Turn) -> bool:
+        """For what was done without the ledger. False: nothing."""
+        self.faults += len(turn.faults)
         self.journal.filled += turn.filled
-        self._flood |= turn.full
         self._others = turn.others
-        for chunk, pages in turn.served:
-            self.touched.setdefault(chunk)
-            client.cursor = chunk
-            for first, end in runs(pages):
-                client.missing.take(chunk + first * PAGE, chunk + end * PAGE)
+        self.touched |= dict.fromkeys(chunk for chunk in turn.faults if chunk not in self.touched)
+        if turn.faults:
+            client.cursor = turn.faults[-1]
+        for start, end in turn.dealt_with:
+            client.missing.take(start, end)
+        for number in turn.lost:
+            self._streaming.hear(self._answers[number])
+            if not self._streaming.helped:
+                urgency.calm_down()
+        if client is self._streams and not turn.streams:
+            self._take_back()
+        return bool(turn.faults or turn.dealt_with or turn.lost)
 
     def _apply(self, client: Client, event: Event) -> None:
         match event:
@@ -345,10 +376,7 @@ class Server:
     def _stream(self, client: Client, least: int = 1) -> int:
         """The next chunks that nobody asked for yet, `least` if there are so many before who waits.
         -> how many; 0: they are being decoded."""
-        helped = self._streaming.ask(client, self._glance)
-        if client.number not in self.clients:
-            return 1
-        if not helped:
+        if not self._streaming.ask(client):
             found = self._streaming.next(client)
             if found is not None:
                 self._bring(client, found)
@@ -380,9 +408,6 @@ class Server:
     def _put_run(self, client: Client, run: Next, answer: Answer, least: int) -> int:
         """What is still missing of a run that was decoded. -> chunks done: `least`, and none behind
         those while somebody waits."""
-        self._glance()
-        if client.number not in self.clients:
-            return run.chunks
         wanted = [0] * run.chunks
         missing = parts(client, run)
         for piece in missing:
@@ -393,7 +418,6 @@ class Server:
         done, filled = client.uffd.fill_run(
             run.base, answer.data, wanted, answer.present, least
         )
-        self._glance()
         if self._accept(client, filled) and client.number in self.clients:
             for piece in missing:
                 client.missing.take(piece.start, min(piece.end, run.base + done * CHUNK))
@@ -407,6 +431,7 @@ class Server:
             self._dismiss()
 
     def _dismiss(self) -> None:
+        self._take_back()
         for fd in self._streaming.dismiss():
             self.unwatch(fd)
         urgency.calm_down()
@@ -484,6 +509,8 @@ class Server:
         if client.number not in self.clients:
             return
         del self.clients[client.number]
+        if client is self._streams:
+            self._take_back()
         if self._by_fd.get(client.uffd.fd) is client:
             del self._by_fd[client.uffd.fd]
             self._poll.unregister(client.uffd.fd)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from .decoders import RUN, Answer, Decoders
+from .decoders import Answer, Decoders
+from .kernel.fast_path import RUN
 from .missing import Piece
 from .units import CHUNK, align_down
 
@@ -114,13 +115,11 @@ class Streaming:
         if self._decoders is not None:
             self._decoders.free(answer.slot)
 
-    def ask(self, client: Client, glance: Callable[[], None] = lambda: None) -> bool:
-        """Keeps the decoders busy, with a `glance` before each request. False: nothing is on its
-        way."""
+    def ask(self, client: Client) -> bool:
+        """Keeps the decoders busy. False: nothing is on its way."""
         if self._decoders is not None:
             tries = len(self._asked) + 1
             while tries and self._decoders.room():
-                glance()
                 found = self.next(client, RUN)
                 if found is None:
                     break

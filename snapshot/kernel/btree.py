@@ -63,7 +63,7 @@ def places(
     fd: int, page_bytes: int, transaction: int, database: str, entries: bytes, entry: int, key: int
 ) -> Any:
     """btree_place[]: where in the file the values of the keys at `key` of each entry (of `entry`
-    bytes) lie, unverified; `bytes` is 0 for those that are not found in this way."""
+    bytes) lie, unverified; `bytes` is 0 for those that are not found."""
     count = len(entries) // entry
     found = ffi.new("btree_place[]", count)
     keys = ffi.from_buffer("uint8_t[]", entries) + key

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ._native import ffi, lib
 from .stored import Stored
 from .uffd import MESSAGE_BYTES, UffdError
 
-ROW = 4
-"""Batches of faults, one right after the other, until the caller has its turn."""
+RUN: int = lib.SNAP_FAST_RUN
+"""Chunks that decoders are asked for together."""
+OWN: int = lib.SNAP_FAST_OWN
+"""Beside the number of a slot in what `FastPath.stream` asks."""
 GRACE_US = 50
 """A server runs before all others: a thread that it has just served may have been woken on this
 very CPU, and gets there first."""
 
 
 class Turn(NamedTuple):
-    """What `FastPath.turn` did. An error is raised by the next one, when this one is accounted
-    for."""
+    """What `FastPath.read_into` did."""
 
-    faults: int
+    faults: list[int]  # addresses of the chunks that were waited for
     filled: int  # pages that were put in place
+    dealt_with: list[tuple[int, int]]  # [start, end) that is not missing any more
     others: bool  # a watched descriptor can be read
-    full: bool  # faults came as fast as they were served
-    served: list[tuple[int, int]]  # address of a chunk, bitmap of its pages that are dealt with
+    lost: list[int]  # decoders that have ended
+    streams: bool  # there are still chunks to be brought that nobody waits for
 
 
 class FastPath:
@@ -53,9 +55,27 @@ class FastPath:
         """What `read_into` waits for besides. False: they are too many."""
         return bool(lib.snap_fast_path_watch(self._fast, descriptors, len(descriptors)) == 0)
 
-    def pending(self) -> bool:
-        """Whether there is a message to be read."""
-        return bool(lib.snap_fast_path_pending(self._fast))
+    def stream(self, memory: Any, each: int, pipes: Sequence[tuple[int, int]]) -> bool:
+        """From here on `read_into` also brings what nobody waits for, from decoders: `pipes` are
+        where to ask and who answers, -1 where there is none; each has `each` slots of RUN chunks of
+        `memory`, a writable buffer. False: there are none, or too many."""
+        if not pipes:
+            return False
+        self._memory = ffi.from_buffer(memory, require_writable=True)
+        requests, answers = zip(*pipes, strict=True)
+        count = len(pipes)
+        error = lib.snap_fast_path_stream(
+            self._fast, self._memory, count, each, requests, answers
+        )
+        return bool(error == 0)
+
+    def alone(self) -> None:
+        """Ends `stream`."""
+        lib.snap_fast_path_alone(self._fast)
+
+    def first(self, chunks: Sequence[int]) -> None:
+        """Chunk addresses that are to be brought before all others."""
+        lib.snap_fast_path_first(self._fast, chunks, len(chunks))
 
     def read_into(self, memory: Any, offset: int, most: int) -> int:
         """As Uffd.read_into, with the messages that are left to do: what was done `turn` has."""
@@ -64,24 +84,19 @@ class FastPath:
         address = ffi.cast("char *", ffi.from_buffer(memory, require_writable=True)) + offset
         messages = ffi.cast("uffd_message *", address)
         turn, wait = lib.snap_fast_path_turn, self.timeout_ms
-        return int(turn(self._fast, wait, messages, most, ROW, GRACE_US, self._turn))
+        return int(turn(self._fast, wait, messages, most, GRACE_US, self._turn))
 
     def turn(self) -> Turn:
-        """Of the last `read_into`. UffdError when the userfaultfd could not be read any more."""
+        """Of the last `read_into`. UffdError when that could do nothing more: after all that was
+        done before."""
         turn = self._turn
-        if turn.error and not turn.faults:
-            raise UffdError("read(userfaultfd)", -turn.error)
-        served = [(turn.chunks[i].address, turn.chunks[i].pages) for i in range(turn.count)]
-        return Turn(turn.faults, turn.filled, turn.others > 0, turn.in_a_row == ROW, served)
-
-
-def runs(pages: int) -> Iterator[tuple[int, int]]:
-    """[first, end) of each run of set bits of a bitmap."""
-    first = 0
-    while pages:
-        skip = (pages & -pages).bit_length() - 1
-        pages >>= skip
-        count = (~pages & pages + 1).bit_length() - 1
-        yield first + skip, first + skip + count
-        pages >>= count
-        first += skip + count
+        if turn.error and not turn.count:
+            raise UffdError("userfaultfd", -turn.error)
+        return Turn(
+            list(turn.chunks[0 : turn.faults]),
+            turn.filled,
+            [(turn.ranges[i].start, turn.ranges[i].end) for i in range(turn.count)],
+            turn.others > 0,
+            [i for i in range(turn.lost.bit_length()) if turn.lost >> i & 1],
+            turn.streams > 0,
+        )

@@ -384,7 +384,7 @@ def chunk(random: Random, sound: bool = False) -> bytes:
             payload = zstandard.compress(bytes(random.choice((1 << 16, 1 << 24))), 1)
         case 1:
             payload = mangled(random, payload)
-    codec = random.choice((1, 1, 1, 1, 0, 2, 255))
+    codec = random.choice((1, 1, 1, 1, 0, 2, 3, 4, 255))
     return sealed_chunk(present, present, codec, payload, content)
 
 

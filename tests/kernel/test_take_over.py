@@ -49,7 +49,7 @@ def test_the_descriptor_of_a_child_that_is_gone_may_be_anothers_by_now() -> None
     uffd = Uffd.open()
     uffd.api(0)
     uffd.register(base, CHUNK, lib.UFFDIO_REGISTER_MODE_MISSING)
-    journal.read(Forked(uffd.fd), 0)  # type: ignore[arg-type]
+    journal.read(Forked(uffd.fd), 0)
     journal.gone(1)
     server = Server(Nothing(), 0, journal)
     server.add(uffd, Missing.of([(base, base + CHUNK)]))

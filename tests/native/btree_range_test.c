@@ -1,6 +1,7 @@
-/* btree_range on a small file made here, and on the same with bytes changed at random: it may refuse
- * or be wrong, but reads nothing outside of its pages (AddressSanitizer). */
+/* btree_range and btree_places on a small file made here, and on the same with bytes changed at random:
+ * they may refuse or be wrong, but read nothing outside of its pages (AddressSanitizer). */
 #define _GNU_SOURCE
+#include "btree_places.h"
 #include "btree_range.h"
 
 #include <stdio.h>
@@ -81,6 +82,60 @@ static void make(void)
     }
 }
 
+/* Keys of 8 bytes; every third value has pages of its own. */
+static void make_numbers(void)
+{
+    make();
+    for (uint32_t leaf = 0; leaf < LEAVES; leaf++) {
+        uint64_t first = __builtin_bswap64((uint64_t)leaf * EACH);
+        if (leaf == 0)
+            begin(3, 1);
+        node(3, 4 + leaf, 0, &first, leaf ? 8 : 0, 0);
+        begin(4 + leaf, 2);
+        for (uint32_t i = 0; i < EACH; i++) {
+            uint32_t number = leaf * EACH + i;
+            uint64_t key = __builtin_bswap64(number), page = 1000 + number;
+            if (number % 3)
+                memset(node(4 + leaf, 24, 0, &key, 8, 24), (int)number, 24);
+            else
+                memcpy(node(4 + leaf, 60000, 1, &key, 8, 8), &page, 8);
+        }
+    }
+}
+
+static void expect(int good, const char *what);
+
+static void find_places(int fd)
+{
+    enum { COUNT = LEAVES * EACH + 2 };
+    uint64_t entries[COUNT];
+    btree_place places[COUNT];
+    for (uint32_t i = 0; i < COUNT; i++) /* in no order; two are not there */
+        entries[i] = __builtin_bswap64(i * 7 % COUNT);
+    expect(!btree_places(fd, PAGE, 0, "index", (uint8_t *)entries, 8, COUNT, places), "no places");
+    for (uint32_t i = 0; i < COUNT; i++) {
+        uint32_t number = i * 7 % COUNT;
+        uint8_t value[24];
+        if (number >= LEAVES * EACH)
+            expect(!places[i].bytes, "the place of what is not there");
+        else if (number % 3)
+            expect(places[i].bytes == 24 && pread(fd, value, 24, (off_t)places[i].offset) == 24 &&
+                       value[0] == (uint8_t)number && value[23] == (uint8_t)number, "another value");
+        else
+            expect(places[i].bytes == 60000 && places[i].offset == (1000 + number) * PAGE + 16, "another page");
+    }
+}
+
+static void find_places_somehow(int fd)
+{
+    uint64_t entries[40];
+    btree_place *places = malloc(40 * sizeof *places); /* not one more */
+    for (uint32_t i = 0; i < 40; i++)
+        entries[i] = __builtin_bswap64((uint64_t)rand() % 310);
+    btree_places(fd, PAGE, 0, "index", (uint8_t *)entries, 8, 40, places);
+    free(places);
+}
+
 static int64_t read_space(int fd, uint8_t space, uint8_t *out, uint64_t most)
 {
     uint8_t prefix[PREFIX] = {0};
@@ -114,8 +169,14 @@ int main(int argc, char **argv)
     expect(read_space(fd, 3, out, third) == 0, "a space that is none");
     expect(read_space(fd, 1, out, third - 1) < 0, "more than there is room for");
     expect(btree_range(fd, PAGE, 1, "index", out, 1, ENTRY, out, 1) < 0, "another transaction");
+    make_numbers();
+    expect(pwrite(fd, file, sizeof file, 0) == sizeof file, "no file");
+    find_places(fd);
     for (uint32_t round = 0; round < rounds; round++) {
-        make();
+        if (round % 2)
+            make();
+        else
+            make_numbers();
         for (int i = rand() % 6; i >= 0; i--) {
             uint8_t *page = file[rand() % PAGES];
             page[rand() % 4 ? rand() % 160 : rand() % (int)PAGE] = (uint8_t)rand();
@@ -123,6 +184,7 @@ int main(int argc, char **argv)
         expect(pwrite(fd, file, sizeof file, 0) == sizeof file, "no file");
         for (uint8_t space = 0; space < 3; space++)
             expect(read_space(fd, space, out, third) <= third, "too many entries");
+        find_places_somehow(fd);
     }
     free(out);
     free(numbers);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import zstandard
@@ -45,6 +46,7 @@ def drawn(draw: st.DrawFn) -> bytes:
 
 
 chunks = drawn()
+COMPRESSOR = zstandard.ZstdCompressor(level=chunkcodec.LEVEL)
 
 
 def masked(data: bytes, present: int) -> bytes:
@@ -217,6 +219,30 @@ def test_noise_is_not_compressed_and_all_else_is(pages: int) -> None:
     letters = base64.b64encode(random.randbytes(size))[:size]
     for data in (doubles, numbers, letters, letters[: size // 2] + noise[: size // 2]):
         assert not chunkcodec.examine(ALL_PAGES, memoryview(data + rest)).noise
+
+
+@unhurried
+@given(chunks, bitmaps)
+def test_without_blocks(data: bytes, present: int) -> None:
+    """Where no libzstd can do them; and what was stored before there were any."""
+    content = chunkcodec.examine(present, memoryview(data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunkcodec, "_contexts", SimpleNamespace(blocks=None, compressor=COMPRESSOR))
+        (value,) = chunkcodec.encode([content])
+    assert value[4] in (RAW, ZSTD)
+    assert chunkcodec.decode(value) == chunkcodec.decode(value_of(data, present))
+
+
+@unhurried
+@given(chunks, st.integers(0, 10_000), st.integers(0, 7))
+def test_a_table_that_is_damaged_is_noticed(data: bytes, at: int, bit: int) -> None:
+    """Though it is not needed to decode all of the chunk."""
+    value = bytearray(value_of(data))
+    heads = lib.snap_blocks_heads(bytes(value), len(value), chunkcodec.digest_of(value))
+    assert heads > HEADER.size
+    value[HEADER.size + at % (heads - HEADER.size)] ^= 1 << bit
+    with pytest.raises(DamagedError, match="the table of its blocks"):
+        chunkcodec.decode(bytes(value))
 
 
 def test_pages_that_are_not_meant_do_not_count() -> None:

@@ -26,6 +26,7 @@ enum {
 struct snap_blocks {
     const zstd_functions *zstd;
     void *compressor, *decompressor;
+    uint32_t blocks_read, at, done; /* of the frame that is being read, and of what it has given */
 };
 
 static uint64_t u64_at(const char *at)
@@ -164,25 +165,29 @@ uint32_t snap_blocks_heads(const char *value, uint32_t bytes, const char *digest
     return from == bytes - heads ? heads : 0;
 }
 
-/* The first `bytes` of a frame, which end with a block, to the CHUNK bytes at `to`. -> whether that is
- * `expected` bytes. */
-static bool read_frame(snap_blocks *blocks, const char *frame, uint32_t bytes, char *to, uint32_t expected)
+/* Reads a frame on from where it is, to the end of a block `to_end`, to the CHUNK bytes at `to`. -> whether
+ * there are `expected` bytes of it then. */
+static bool read_frame(snap_blocks *blocks, const char *frame, uint32_t to_end, char *to, uint32_t expected)
 {
     const zstd_functions *zstd = blocks->zstd;
-    uint32_t at = 0, done = 0;
-    if (zstd->failed(zstd->begin_reading(blocks->decompressor)))
-        return false;
-    while (at < bytes) {
+    while (blocks->at < to_end) {
         size_t wanted = zstd->wanted(blocks->decompressor);
-        if (wanted == 0 || wanted > bytes - at)
+        if (wanted == 0 || wanted > to_end - blocks->at)
             return false;
-        size_t got = zstd->read(blocks->decompressor, to + done, CHUNK - done, frame + at, wanted);
+        size_t got = zstd->read(blocks->decompressor, to + blocks->done, CHUNK - blocks->done,
+                                frame + blocks->at, wanted);
         if (zstd->failed(got))
             return false;
-        at += (uint32_t)wanted;
-        done += (uint32_t)got;
+        blocks->at += (uint32_t)wanted;
+        blocks->done += (uint32_t)got;
     }
-    return done == expected;
+    return blocks->done == expected;
+}
+
+static bool begin_frame(snap_blocks *blocks)
+{
+    blocks->at = blocks->done = 0;
+    return !blocks->zstd->failed(blocks->zstd->begin_reading(blocks->decompressor));
 }
 
 /* The first `count` pages of a payload lie at `pages`: each goes to its place in the chunk, and zeros to
@@ -200,23 +205,27 @@ static void spread(char *pages, uint32_t count, uint32_t present, uint32_t nonze
             memset(pages + page * PAGE, 0, PAGE);
 }
 
-/* The blocks before `end` of a value whose heads are sound, checked: `pages` pages, to `to`. */
+/* The blocks from where it is up to `end` of a value whose heads are sound, checked; `pages` pages are at `to`
+ * then. */
 static bool read_up_to(snap_blocks *blocks, const char *value, uint32_t heads, uint32_t end, char *to,
                        uint32_t pages)
 {
     const char *table = value + HEADER, *stored = value + heads;
-    uint32_t from = 0;
-    for (uint32_t i = 0; i < end; i++, table += ENTRY) {
-        uint32_t next = u32_at(table);
-        if (snap_xxh64(stored + from, next - from, seed_of(value)) != u64_at(table + 4))
+    uint32_t from = blocks->at;
+    for (uint32_t i = blocks->blocks_read; i < end; i++) {
+        uint32_t next = u32_at(table + i * ENTRY);
+        if (snap_xxh64(stored + from, next - from, seed_of(value)) != u64_at(table + i * ENTRY + 4))
             return false;
         from = next;
     }
+    blocks->blocks_read = end;
     if (value[CODEC_AT] == SNAP_ZSTD_BLOCKS)
         return read_frame(blocks, stored, from, to, pages * PAGE);
-    if (from == pages * PAGE)
-        memcpy(to, stored, from);
-    return from == pages * PAGE;
+    if (from != pages * PAGE)
+        return false;
+    memcpy(to + blocks->at, stored + blocks->at, from - blocks->at);
+    blocks->at = from;
+    return true;
 }
 
 uint32_t snap_blocks_decode(snap_blocks *blocks, const char *value, uint32_t bytes, const char *digest,
@@ -234,13 +243,19 @@ uint32_t snap_blocks_decode(snap_blocks *blocks, const char *value, uint32_t byt
         uint32_t before = (uint32_t)__builtin_popcount(nonzero & ((1u << page) - 1));
         count = smaller((before / SNAP_BLOCK_PAGES + 1) * SNAP_BLOCK_PAGES, all);
     }
-    if (count && !read_up_to(blocks, value, heads, blocks_of(count), to, count))
+    blocks->blocks_read = 0;
+    if (!begin_frame(blocks) || (count && !read_up_to(blocks, value, heads, blocks_of(count), to, count)))
         return 0;
     for (uint32_t i = 0, rank = 0; i < PAGES; i++)
         if (nonzero >> i & 1 && rank++ < count)
             known |= 1u << i;
     spread(to, count, *present, nonzero);
     return known;
+}
+
+int snap_blocks_finish(snap_blocks *blocks, const char *value, char *to)
+{
+    return u16_at(value + 2) == ALL && read_up_to(blocks, value, heads_of(PAGES), blocks_of(PAGES), to, PAGES);
 }
 
 /* Whether the library does what its names say: it need not have these functions in this form. */
@@ -251,8 +266,8 @@ static bool works(snap_blocks *blocks)
     for (uint32_t i = 0; i < TEST; i++)
         data[i] = (char)(i % 251 * (i / 997));
     uint32_t bytes = compressed(blocks, data, TEST, -2, frame, table);
-    return bytes && read_frame(blocks, frame, u32_at(table), back, BLOCK) && !memcmp(back, data, BLOCK) &&
-           read_frame(blocks, frame, bytes, back, TEST) && !memcmp(back, data, TEST);
+    return bytes && begin_frame(blocks) && read_frame(blocks, frame, u32_at(table), back, BLOCK) &&
+           !memcmp(back, data, BLOCK) && read_frame(blocks, frame, bytes, back, TEST) && !memcmp(back, data, TEST);
 }
 
 snap_blocks *snap_blocks_new(void)

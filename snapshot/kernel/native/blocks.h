@@ -34,4 +34,8 @@ uint32_t snap_blocks_heads(const char *value, uint32_t bytes, const char *digest
 uint32_t snap_blocks_decode(snap_blocks *blocks, const char *value, uint32_t bytes, const char *digest,
                             uint32_t page, char *to, uint32_t *present);
 
+/* Goes on where snap_blocks_decode stopped, with the same value and `to`. -> whether all pages are at `to`
+ * then; it only can when all are in the payload. */
+int snap_blocks_finish(snap_blocks *blocks, const char *value, char *to);
+
 #endif

@@ -32,20 +32,28 @@ static uint64_t key_of(const uint8_t *node)
     return be64toh(btree_u64(node + BTREE_NODE));
 }
 
-static void found(struct search *search, const uint8_t *node, uint32_t room)
+/* Where the value of a node is that lies at `at` of the file. */
+static btree_place place_of(const struct search *search, const uint8_t *node, uint64_t at, uint32_t room)
+{
+    uint64_t length = btree_length(node);
+    btree_place place = {.offset = at + BTREE_NODE + KEY, .bytes = (uint32_t)length};
+    if (btree_u16(node + 4) & BTREE_BIGDATA) {
+        if (room < BTREE_NODE + KEY + 8)
+            return (btree_place){0};
+        place.offset = btree_u64(node + BTREE_NODE + KEY) * search->size + BTREE_HEADER;
+    } else if (length > room - BTREE_NODE - KEY) {
+        return (btree_place){0};
+    }
+    return place;
+}
+
+static void found(struct search *search, const uint8_t *node, uint64_t at, uint32_t room)
 {
     uint64_t key = key_of(node);
     while (search->next < search->end && search->next->key < key)
         search->next++;
-    for (; search->next < search->end && search->next->key == key; search->next++) {
-        uint64_t length = btree_length(node);
-        if (!(btree_u16(node + 4) & BTREE_BIGDATA) || room < BTREE_NODE + KEY + 8 || length > UINT32_MAX)
-            continue;
-        search->places[search->next->at] = (btree_place){
-            .offset = btree_u64(node + BTREE_NODE + KEY) * search->size + BTREE_HEADER,
-            .bytes = (uint32_t)length,
-        };
-    }
+    for (; search->next < search->end && search->next->key == key; search->next++)
+        search->places[search->next->at] = place_of(search, node, at, room);
 }
 
 /* The keys of a page that are below `limit`, in order. */
@@ -66,7 +74,7 @@ static int visit(struct search *search, uint64_t page, uint64_t limit, unsigned 
         if ((!branch || i) && btree_u16(node + 6) != KEY)
             return -EBADMSG;
         if (!branch) {
-            found(search, node, room);
+            found(search, node, page * search->size + (uint64_t)(node - bytes), room);
             continue;
         }
         uint64_t end = limit;

@@ -1,5 +1,6 @@
-/* Where in an LMDB data file the values of many keys lie, read past LMDB: a value that has pages of its
- * own stays where it is for as long as it is there. What is found may be wrong, as with btree_range. */
+/* Where in an LMDB data file the values of many keys lie, read past LMDB: a value that has pages of its own
+ * stays where it is for as long as it is there, a small one until something is put beside it. What is found
+ * may be wrong, as with btree_range, or become so: the values must have checks of their own. */
 #ifndef SNAP_BTREE_PLACES_H
 #define SNAP_BTREE_PLACES_H
 
@@ -7,7 +8,7 @@
 
 typedef struct {
     uint64_t offset; /* in the file */
-    uint32_t bytes;  /* 0: it was not found, or has no pages of its own */
+    uint32_t bytes;  /* 0: it was not found */
 } btree_place;
 
 /* The places of the values of `count` keys, big endian numbers at entries + i * entry, in database

@@ -2,61 +2,55 @@
 #include "fast_path.h"
 
 #include <errno.h>
-#include <poll.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, PAGES = 16, CHUNK = PAGE * PAGES, ALL = 0xffff, MOST_OTHERS = 256 };
-#define PLACED(pages) ((uint32_t)(pages) << 16) /* in `wanted`: they have come from there, and are no longer */
+#include "fast_path_internal.h"
 
-struct snap_fast_path {
-    snap_stored *stored;
-    int uffd;
-    uint32_t *wanted; /* of each chunk: bitmap of the pages that are to come from there */
-    /* What was decoded with the last page, for when nobody waits. */
-    struct { uint32_t chunk, pages, present; } rest;
-    struct pollfd waits[1 + MOST_OTHERS]; /* the userfaultfd first */
-    uint32_t others;
-    char pages[CHUNK];
-};
+#define PLACED(pages) ((uint32_t)(pages) << 16)
 
 snap_fast_path *snap_fast_path_new(snap_stored *stored, int uffd)
 {
+    uint32_t count = snap_stored_count(stored);
     snap_fast_path *fast = calloc(1, sizeof *fast);
     if (!fast)
         return NULL;
-    fast->wanted = calloc(snap_stored_count(stored) + 1, sizeof *fast->wanted);
-    if (!fast->wanted) {
-        free(fast);
+    fast->stored = stored, fast->uffd = uffd;
+    fast->wanted = calloc(count + 1, sizeof *fast->wanted);
+    fast->todo = calloc(count / 64 + 1, sizeof *fast->todo);
+    if (!fast->wanted || !fast->todo) {
+        snap_fast_path_free(fast);
         return NULL;
     }
-    fast->stored = stored, fast->uffd = uffd;
-    fast->waits[0] = (struct pollfd){.fd = uffd, .events = POLLIN};
     return fast;
 }
 
 void snap_fast_path_free(snap_fast_path *fast)
 {
-    if (fast)
-        free(fast->wanted);
+    if (!fast)
+        return;
+    free(fast->wanted);
+    free(fast->todo);
+    free(fast->order);
     free(fast);
 }
 
 static void set(snap_fast_path *fast, uint64_t start, uint64_t end, bool wanted)
 {
     uint32_t count = snap_stored_count(fast->stored);
-    for (uint32_t i = snap_stored_from(fast->stored, start & ~(uint64_t)(CHUNK - 1)); i < count; i++) {
+    for (uint32_t i = snap_stored_from(fast->stored, start & ~(uint64_t)(FAST_CHUNK - 1)); i < count; i++) {
         uint64_t base = snap_stored_address(fast->stored, i);
         if (base >= end)
             return;
-        uint32_t first = start > base ? (uint32_t)((start - base) / PAGE) : 0;
-        uint32_t last = end - base < CHUNK ? (uint32_t)((end - base) / PAGE) : PAGES;
+        uint32_t first = start > base ? (uint32_t)((start - base) / FAST_PAGE) : 0;
+        uint32_t last = end - base < FAST_CHUNK ? (uint32_t)((end - base) / FAST_PAGE) : FAST_PAGES;
         uint32_t pages = (1u << last) - (1u << first);
         if (wanted)
             fast->wanted[i] |= pages;
         else
             fast->wanted[i] &= ~(pages | PLACED(pages));
+        if (wanted || !(fast->wanted[i] & FAST_ALL))
+            fast_note(fast, i, wanted);
     }
 }
 
@@ -70,44 +64,65 @@ void snap_fast_path_forbid(snap_fast_path *fast, uint64_t start, uint64_t end)
     set(fast, start, end, false);
 }
 
+void fast_dealt_with(snap_fast_path *fast, uint32_t chunk, uint32_t pages, uint32_t placed, snap_fast_turn *turn)
+{
+    uint64_t base = snap_stored_address(fast->stored, chunk);
+    fast->wanted[chunk] = (fast->wanted[chunk] & ~pages) | PLACED(placed);
+    if (!(fast->wanted[chunk] & FAST_ALL))
+        fast_note(fast, chunk, false);
+    for (uint32_t page = 0; page < FAST_PAGES; page++) {
+        uint64_t at = base + page * FAST_PAGE;
+        if (!(pages >> page & 1))
+            continue;
+        if (turn->count && turn->ranges[turn->count - 1].end == at)
+            turn->ranges[turn->count - 1].end += FAST_PAGE;
+        else
+            turn->ranges[turn->count++] = (snap_fast_range){at, at + FAST_PAGE};
+    }
+}
+
 /* -> 0: the pages are dealt with, and on record; or -errno. */
 static int place(snap_fast_path *fast, uint32_t chunk, uint32_t pages, uint32_t present, snap_fast_turn *turn)
 {
     uffd_filled filled;
-    uint64_t base = snap_stored_address(fast->stored, chunk);
-    int error = uffd_fill(fast->uffd, base, fast->pages, pages, present, &filled);
+    int error = uffd_fill(fast->uffd, snap_stored_address(fast->stored, chunk), fast->pages, pages, present, &filled);
     turn->filled += filled.copied + filled.zeroed;
-    if (error)
-        return error;
-    fast->wanted[chunk] = (fast->wanted[chunk] & ~pages) | PLACED(pages);
-    turn->chunks[turn->count++] = (snap_fast_chunk){base, pages};
-    return 0;
+    if (!error)
+        fast_dealt_with(fast, chunk, pages, pages, turn);
+    return error;
 }
 
-/* Only while no event has been read since: which pages are wanted at all may be another thing after it. */
-static void place_rest(snap_fast_path *fast, snap_fast_turn *turn)
+/* What comes with the page that was served last, and when nobody waits all of its chunk. Only while no event has
+ * been read since: which pages are wanted at all may be another thing after it. */
+static void place_rest(snap_fast_path *fast, bool all, snap_fast_turn *turn)
 {
-    if (fast->rest.pages)
-        place(fast, fast->rest.chunk, fast->rest.pages, fast->rest.present, turn);
-    fast->rest.pages = 0;
+    if (!fast->rest.present)
+        return;
+    uint32_t wanted = fast->wanted[fast->rest.chunk] & FAST_ALL, known = fast->rest.known;
+    if (all && wanted & ~known && snap_stored_finish(fast->stored, fast->pages))
+        known = FAST_ALL;
+    if (wanted & known)
+        place(fast, fast->rest.chunk, wanted & known, fast->rest.present, turn);
+    fast->rest.present = 0;
 }
 
 /* -> whether nobody waits for the page any more. */
 static bool serve(snap_fast_path *fast, uint64_t address, snap_fast_turn *turn)
 {
-    uint64_t base = address & ~(uint64_t)(CHUNK - 1);
-    uint32_t page = (uint32_t)((address - base) / PAGE), i = snap_stored_from(fast->stored, base), present;
+    uint64_t base = address & ~(uint64_t)(FAST_CHUNK - 1);
+    uint32_t page = (uint32_t)((address - base) / FAST_PAGE), i = snap_stored_from(fast->stored, base), present;
     if (i == snap_stored_count(fast->stored) || snap_stored_address(fast->stored, i) != base)
         return false;
     if (fast->wanted[i] & PLACED(1u << page)) /* it came between the fault and this */
-        return uffd_wake(fast->uffd, base + page * PAGE, PAGE) == 0;
+        return uffd_wake(fast->uffd, base + page * FAST_PAGE, FAST_PAGE) == 0;
     if (!(fast->wanted[i] >> page & 1))
         return false;
     uint32_t known = snap_stored_decode(fast->stored, i, page, fast->pages, &present);
     if (!(known >> page & 1) || place(fast, i, 1u << page, present, turn))
         return false;
-    fast->rest.chunk = i, fast->rest.present = present;
-    fast->rest.pages = known & fast->wanted[i] & ALL;
+    fast->rest.chunk = i, fast->rest.known = known, fast->rest.present = present;
+    turn->chunks[turn->faults++] = base;
+    fast->cursor = i;
     return true;
 }
 
@@ -117,65 +132,80 @@ static uint32_t serve_all(snap_fast_path *fast, uffd_message *messages, uint32_t
     uint32_t left = 0;
     for (uint32_t i = 0; i < count; i++)
         if (messages[i].event != UFFD_EVENT_PAGEFAULT) {
-            fast->rest.pages = 0;
+            fast->rest.present = 0;
             return count;
         }
     for (uint32_t i = 0; i < count; i++) {
-        place_rest(fast, turn);
-        if (serve(fast, messages[i].arg[1], turn))
-            turn->faults++;
-        else
+        place_rest(fast, false, turn);
+        if (!serve(fast, messages[i].arg[1], turn))
             messages[left++] = messages[i];
     }
     return left;
 }
 
+/* -> messages that are left. *flood: somebody waits again, within the grace. */
+static uint32_t serve_waiting(snap_fast_path *fast, uffd_message *messages, uint32_t most, uint32_t grace_us,
+                              bool *flood, snap_fast_turn *turn)
+{
+    uint32_t room = SNAP_FAST_FAULTS - turn->faults;
+    int count = uffd_read_msgs(fast->uffd, messages, (int)(room < most ? room : most));
+    if (count < 0)
+        turn->error = count;
+    if (count <= 0)
+        return 0;
+    uint32_t left = serve_all(fast, messages, (uint32_t)count, turn);
+    *flood = !left && uffd_poll_us(fast->uffd, grace_us) > 0;
+    place_rest(fast, !*flood, turn);
+    return left;
+}
+
 int snap_fast_path_watch(snap_fast_path *fast, const int *descriptors, uint32_t count)
 {
-    if (count > MOST_OTHERS)
+    if (count > FAST_OTHERS)
         return -EINVAL;
     for (uint32_t i = 0; i < count; i++)
-        fast->waits[1 + i] = (struct pollfd){.fd = descriptors[i], .events = POLLIN};
+        fast->other[i] = descriptors[i];
     fast->others = count;
     return 0;
 }
 
-int snap_fast_path_pending(const snap_fast_path *fast)
+/* -> poll's; the userfaultfd is waits[0], then come `decoders`. */
+static int wait_for_any(snap_fast_path *fast, int timeout_ms, uint32_t *decoders, snap_fast_turn *turn)
 {
-    return uffd_poll(fast->uffd, 0) != 0;
-}
-
-/* -> whether the userfaultfd has a message, or an error. */
-static bool wait_for_any(snap_fast_path *fast, int timeout_ms, snap_fast_turn *turn)
-{
-    int ready = poll(fast->waits, 1 + fast->others, timeout_ms);
-    if (ready <= 0)
-        return false;
-    bool ours = fast->waits[0].revents;
-    turn->others = (uint32_t)ready - ours;
-    return ours;
+    fast->waits[0] = (struct pollfd){.fd = fast->uffd, .events = POLLIN};
+    *decoders = fast_stream_waits(fast, fast->waits + 1);
+    struct pollfd *others = fast->waits + 1 + *decoders;
+    for (uint32_t i = 0; i < fast->others; i++)
+        others[i] = (struct pollfd){.fd = fast->other[i], .events = POLLIN};
+    int ready = poll(fast->waits, 1 + *decoders + fast->others, timeout_ms);
+    for (uint32_t i = 0; ready > 0 && i < fast->others; i++)
+        turn->others += others[i].revents != 0;
+    return ready;
 }
 
 uint32_t snap_fast_path_turn(snap_fast_path *fast, int timeout_ms, uffd_message *messages, uint32_t most,
-                             uint32_t row, uint32_t grace_us, snap_fast_turn *turn)
+                             uint32_t grace_us, snap_fast_turn *turn)
 {
-    turn->faults = turn->filled = turn->in_a_row = turn->others = turn->count = 0;
+    enum {
+        HOLES = FAST_PAGES / 2, /* ranges of a chunk, at most */
+        ROOM = sizeof turn->ranges / sizeof *turn->ranges - SNAP_FAST_FAULTS * (1 + HOLES) - SNAP_FAST_RUN * HOLES,
+    };
+    uint32_t left = 0, decoders;
+    turn->faults = turn->filled = turn->others = turn->lost = turn->count = 0;
     turn->error = 0;
-    if (!wait_for_any(fast, timeout_ms, turn))
-        return 0;
-    uint32_t left = 0;
-    while (!left && turn->in_a_row < row && turn->faults < SNAP_FAST_MOST) {
-        uint32_t room = SNAP_FAST_MOST - turn->faults;
-        int count = uffd_read_msgs(fast->uffd, messages, (int)(room < most ? room : most));
-        if (count < 0)
-            turn->error = count;
-        if (count <= 0)
+    do {
+        fast_stream_ask(fast);
+        int ready = wait_for_any(fast, fast->ready_count ? 0 : timeout_ms, &decoders, turn);
+        if (ready < 0 || (!ready && !fast->ready_count))
             break;
-        left = serve_all(fast, messages, (uint32_t)count, turn);
-        turn->in_a_row++;
-        if (!left && uffd_poll_us(fast->uffd, grace_us) <= 0)
-            break;
-    }
-    place_rest(fast, turn);
+        bool flood = false;
+        if (fast->waits[0].revents)
+            left = serve_waiting(fast, messages, most, grace_us, &flood, turn);
+        fast_stream_hear(fast, fast->waits + 1, turn);
+        if (!left && !turn->error)
+            fast_stream_put(fast, flood, turn);
+    } while (!left && !turn->error && !turn->others && !turn->lost && turn->faults < SNAP_FAST_FAULTS && turn->count < ROOM &&
+             fast_stream_works(fast));
+    turn->streams = fast_stream_works(fast);
     return left;
 }

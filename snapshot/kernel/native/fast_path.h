@@ -10,21 +10,25 @@
 #include "uffd.h"
 
 /* Faults in a turn. */
-#define SNAP_FAST_MOST 64
+#define SNAP_FAST_FAULTS 64
+/* Chunks that a decoder is asked for at once, when they follow each other. */
+#define SNAP_FAST_RUN 4
+#define SNAP_FAST_OWN 2147483648u
 
 typedef struct {
-    uint64_t address;
-    uint32_t pages; /* bitmap of those that are dealt with */
-} snap_fast_chunk;
+    uint64_t start, end;
+} snap_fast_range;
 
 typedef struct {
     uint32_t faults;   /* that were served */
     uint32_t filled;   /* pages that were put in place */
     int32_t error;     /* of the userfaultfd, 0 or -errno: -ESRCH when the process is gone */
-    uint32_t in_a_row; /* batches, each of which came within the grace of the one before */
     uint32_t others;   /* of the other descriptors that can be read, or have an error */
-    uint32_t count;    /* of `chunks`: two for each fault at most */
-    snap_fast_chunk chunks[128];
+    uint32_t lost;     /* bit i: decoder i has ended */
+    uint32_t streams;  /* there are still chunks that nobody asked for to be brought from decoders */
+    uint32_t count;    /* of `ranges`: what is not missing any more */
+    uint64_t chunks[64]; /* of each fault, the address */
+    snap_fast_range ranges[1024];
 } snap_fast_turn;
 
 /* `uffd` is a userfaultfd that cannot be waited for (O_NONBLOCK). Neither becomes its own. NULL: no memory. */
@@ -39,13 +43,27 @@ void snap_fast_path_forbid(snap_fast_path *fast, uint64_t start, uint64_t end);
 
 /* The other descriptors that `turn` waits for, 256 at most. -> 0 or -EINVAL. */
 int snap_fast_path_watch(snap_fast_path *fast, const int *descriptors, uint32_t count);
-/* Whether there is a message to be read. */
-int snap_fast_path_pending(const snap_fast_path *fast);
-/* Waits for a message or for another descriptor, timeout_ms at most (-1: for ever). Reads up to `most` (64 at
- * most) messages and serves the faults among them, again and again while more come within `grace_us` of the
- * page that was served last, `row` batches at most. -> how many messages are left at `messages` for the caller:
- * faults that it must serve, or everything that was read with an event. */
+
+/* From here on what nobody waits for is brought too: `count` decoders are asked by 16 bytes to requests[i] (u32
+ * slot, u32 chunks, u64 address of the first), and answer by 16 from answers[i] (u32 slot, u32 chunks that were
+ * decoded, u16 the pages present of each), which does not block; -1: there is no decoder i. The `each` slots of
+ * decoder i begin with i * each; a slot is SNAP_FAST_RUN chunks of `memory`, and in requests and answers it has
+ * SNAP_FAST_OWN beside its number: what somebody else asks is answered to him. -> 0 or -EINVAL: too many. */
+int snap_fast_path_stream(snap_fast_path *fast, char *memory, uint32_t count, uint32_t each, const int *requests,
+                          const int *answers);
+/* Asks for nothing more, and forgets what it has asked for. */
+void snap_fast_path_alone(snap_fast_path *fast);
+/* Chunks that come before all others, by their addresses. -> 0 or -ENOMEM: they do not. */
+int snap_fast_path_first(snap_fast_path *fast, const uint64_t *addresses, uint32_t count);
+
+/* Waits for a message, for a decoder, or for another descriptor, timeout_ms at most (-1: for ever). Reads up to
+ * `most` (64 at most) messages, serves the faults among them, and gives those threads grace_us to run; then puts a
+ * run in place that is decoded, all of it when somebody waits again already (or all that is missing would come by
+ * faults), else until somebody does. And so on until the caller is needed: another descriptor can be read, a
+ * decoder has ended, nothing came in time, `turn` is full, there is nothing to stream, an error. -> how many
+ * messages are left at `messages` for the caller: faults that it must serve, or everything that was read with an
+ * event. */
 uint32_t snap_fast_path_turn(snap_fast_path *fast, int timeout_ms, uffd_message *messages, uint32_t most,
-                             uint32_t row, uint32_t grace_us, snap_fast_turn *turn);
+                             uint32_t grace_us, snap_fast_turn *turn);
 
 #endif

@@ -72,6 +72,11 @@ uint32_t snap_stored_decode(snap_stored *stored, uint32_t chunk, uint32_t page, 
     return snap_blocks_decode(stored->blocks, stored->value, place->bytes, digest, page, to, present);
 }
 
+int snap_stored_finish(snap_stored *stored, char *to)
+{
+    return snap_blocks_finish(stored->blocks, stored->value, to);
+}
+
 uint32_t snap_stored_run(snap_stored *stored, uint64_t address, uint32_t chunks, char *to, uint16_t *present)
 {
     uint32_t first = snap_stored_from(stored, address), done = 0;

@@ -1,6 +1,5 @@
 /* The chunks of an image, read from the data file of its store without LMDB and decoded: those that have blocks
- * (blocks.h) and pages of their own (btree_places.h). For the others, and for what does not match its checks,
- * the caller asks the image. */
+ * (blocks.h). For the others, and for what does not match its checks or has moved, the caller asks the image. */
 #ifndef SNAP_STORED_H
 #define SNAP_STORED_H
 
@@ -24,6 +23,8 @@ uint32_t snap_stored_from(const snap_stored *stored, uint64_t address);
 
 /* As snap_blocks_decode. 0 also: it is not to be had in this way. */
 uint32_t snap_stored_decode(snap_stored *stored, uint32_t chunk, uint32_t page, char *to, uint32_t *present);
+/* Goes on with the last one to its end, as snap_blocks_finish. */
+int snap_stored_finish(snap_stored *stored, char *to);
 /* `chunks` chunks as a whole, one behind the other from `address` on, to `to`; present: bitmap of the pages of
  * each that belong to the image. -> how many, up to the first that is not to be had. */
 uint32_t snap_stored_run(snap_stored *stored, uint64_t address, uint32_t chunks, char *to, uint16_t *present);
