@@ -20,6 +20,7 @@ from typing import Any, Literal
 from .errors import DeniedError, SnapError, StoreError, TargetError, UnsupportedError
 from .kernel import probes, procfs, uffd, yama
 from .kernel.selftest import PATTERN
+from .kernel.stored import Stored
 from .units import MIB, count, mib
 
 State = Literal["ok", "degraded", "missing"]
@@ -210,7 +211,9 @@ def _tracing(sample: _Sample) -> list[Item]:
 
 
 def _resources(store: Path | None) -> list[Item]:
-    items = []
+    short_way = "" if Stored.possible() else "not there, or other than it should be"
+    lost = "missing pages of a lazy restore in half the time"
+    items = [_optional("libzstd", short_way, lost, "sudo apt-get install libzstd1")]
     available = _available_memory()
     if available is not None:
         short = "" if available >= 2 * STAGING else f"{mib(available)} available"

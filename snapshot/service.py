@@ -7,6 +7,7 @@ the descriptors, the guardian to keep alive, and leaving no trace when all pages
 from __future__ import annotations
 
 import array
+import gc
 import json
 import os
 import signal
@@ -62,8 +63,10 @@ class Service:
         self._stored: Stored | None = None
 
     def locate(self) -> None:
-        """Where the chunks lie in the store: nobody need wait for this."""
+        """Where the chunks lie in the store: nobody need wait for this. What there is by now stays,
+        and is not looked at again and again by Python's collector, while threads wait."""
         self._stored = Stored.new(self.image.places(self.plan.space))
+        gc.freeze()
 
     @property
     def faults(self) -> int:

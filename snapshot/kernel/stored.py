@@ -39,6 +39,13 @@ class Stored:
         )
         return cls(made, places) if made else None
 
+    @staticmethod
+    def possible() -> bool:
+        """Whether there is a libzstd for it."""
+        made = lib.snap_blocks_new()
+        lib.snap_blocks_free(made)
+        return bool(made)
+
     def run(self, address: int, chunks: int, memory: Any, offset: int) -> list[int]:
         """Decodes chunks that lie one behind the other to `offset` of a writable buffer. -> the
         bitmap of the pages of each that belong to the image, up to the first that is not to be had

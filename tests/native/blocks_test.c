@@ -108,6 +108,47 @@ static void damage(snap_blocks *blocks, struct made *made)
     free(chunk);
 }
 
+static uint64_t number_at(const char *at, int bytes)
+{
+    uint64_t x = 0;
+    for (int i = 0; i < bytes; i++)
+        x = x << 8 | (uint8_t)at[i];
+    return x;
+}
+
+static void put_number(char *at, uint64_t x)
+{
+    for (int i = 7; i >= 0; i--, x >>= 8)
+        at[i] = (char)x;
+}
+
+/* What was changed on purpose, with checks that are right: anything but a step outside. */
+static void forge(snap_blocks *blocks, struct made *made)
+{
+    char *chunk = malloc(CHUNK), *value = made->value, *table = value + HEADER;
+    uint32_t count = 0, present, from = 0;
+    for (int i = rand() % 6; i >= 0; i--)
+        value[(uint32_t)(rand() % 2 ? rand() : rand() % 100) % made->bytes] ^= (char)(1 << rand() % 8);
+    for (uint64_t pages = number_at(value + 2, 2); pages; pages &= pages - 1)
+        count++;
+    uint32_t entries = (count + 3) / 4, heads = HEADER + entries * 12 + 8;
+    uint64_t seed = number_at(value + 8, 8);
+    if (made->bytes >= heads) {
+        for (uint32_t i = 0; i < entries; i++) {
+            uint32_t end = (uint32_t)number_at(table + i * 12, 4);
+            if (end < from || end > made->bytes - heads)
+                break;
+            put_number(table + i * 12 + 4, snap_xxh64(value + heads + from, end - from, seed));
+            from = end;
+        }
+        put_number(value + heads - 8, snap_xxh64(value, heads - 8, seed));
+    }
+    uint32_t page = (uint32_t)rand() % (SNAP_ALL_BLOCKS + 1);
+    if (snap_blocks_decode(blocks, value, made->bytes, value + 8, page, chunk, &present))
+        snap_blocks_finish(blocks, value, chunk);
+    free(chunk);
+}
+
 int main(int argc, char **argv)
 {
     int rounds = (argc > 1 ? atoi(argv[1]) : 5) * 200;
@@ -122,6 +163,9 @@ int main(int argc, char **argv)
         make(blocks, &made);
         read_back(blocks, &made);
         damage(blocks, &made);
+        free(made.value);
+        make(blocks, &made);
+        forge(blocks, &made);
         free(made.value);
     }
     snap_blocks_free(blocks);

@@ -235,7 +235,10 @@ uint32_t snap_blocks_decode(snap_blocks *blocks, const char *value, uint32_t byt
     if (!heads)
         return 0;
     *present = u16_at(value);
-    uint32_t nonzero = u16_at(value + 2), known = ALL & ~nonzero, count = 0;
+    uint32_t nonzero = u16_at(value + 2);
+    if (nonzero & ~*present)
+        return 0;
+    uint32_t known = ALL & ~nonzero, count = 0;
     uint32_t all = (uint32_t)__builtin_popcount(nonzero);
     if (page == SNAP_ALL_BLOCKS) {
         count = all;

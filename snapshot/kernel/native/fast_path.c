@@ -188,8 +188,11 @@ uint32_t snap_fast_path_turn(snap_fast_path *fast, int timeout_ms, uffd_message 
 {
     enum {
         HOLES = FAST_PAGES / 2, /* ranges of a chunk, at most */
-        ROOM = sizeof turn->ranges / sizeof *turn->ranges - SNAP_FAST_FAULTS * (1 + HOLES) - SNAP_FAST_RUN * HOLES,
+        /* That the caller accounts for in a tenth of a millisecond: meanwhile nobody is served. */
+        ENOUGH = 24,
     };
+    _Static_assert(ENOUGH + SNAP_FAST_FAULTS * (1 + HOLES) + SNAP_FAST_RUN * HOLES <=
+                       sizeof turn->ranges / sizeof *turn->ranges, "no room for what one step can add");
     uint32_t left = 0, decoders;
     turn->faults = turn->filled = turn->others = turn->lost = turn->count = 0;
     turn->error = 0;
@@ -204,7 +207,7 @@ uint32_t snap_fast_path_turn(snap_fast_path *fast, int timeout_ms, uffd_message 
         fast_stream_hear(fast, fast->waits + 1, turn);
         if (!left && !turn->error)
             fast_stream_put(fast, flood, turn);
-    } while (!left && !turn->error && !turn->others && !turn->lost && turn->faults < SNAP_FAST_FAULTS && turn->count < ROOM &&
+    } while (!left && !turn->error && !turn->others && !turn->lost && turn->faults < SNAP_FAST_FAULTS && turn->count < ENOUGH &&
              fast_stream_works(fast));
     turn->streams = fast_stream_works(fast);
     return left;

@@ -28,7 +28,7 @@ typedef struct {
     uint32_t streams;  /* there are still chunks that nobody asked for to be brought from decoders */
     uint32_t count;    /* of `ranges`: what is not missing any more */
     uint64_t chunks[64]; /* of each fault, the address */
-    snap_fast_range ranges[1024];
+    snap_fast_range ranges[640];
 } snap_fast_turn;
 
 /* `uffd` is a userfaultfd that cannot be waited for (O_NONBLOCK). Neither becomes its own. NULL: no memory. */

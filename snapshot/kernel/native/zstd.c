@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <string.h>
 
+/* Of the process, as the library is. */
 static zstd_functions functions;
 static int usable;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
