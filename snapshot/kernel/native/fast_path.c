@@ -106,24 +106,32 @@ static void place_rest(snap_fast_path *fast, bool all, snap_fast_turn *turn)
     fast->rest.present = 0;
 }
 
+static bool bring(snap_fast_path *fast, uint32_t chunk, uint32_t page, snap_fast_turn *turn)
+{
+    uint32_t present, known = snap_stored_decode(fast->stored, chunk, page, fast->pages, &present);
+    if (!(known >> page & 1) || place(fast, chunk, 1u << page, present, turn))
+        return false;
+    fast->rest.chunk = chunk, fast->rest.known = known, fast->rest.present = present;
+    return true;
+}
+
 /* -> whether nobody waits for the page any more. */
 static bool serve(snap_fast_path *fast, uint64_t address, snap_fast_turn *turn)
 {
     uint64_t base = address & ~(uint64_t)(FAST_CHUNK - 1);
-    uint32_t page = (uint32_t)((address - base) / FAST_PAGE), i = snap_stored_from(fast->stored, base), present;
+    uint32_t page = (uint32_t)((address - base) / FAST_PAGE), i = snap_stored_from(fast->stored, base);
     if (i == snap_stored_count(fast->stored) || snap_stored_address(fast->stored, i) != base)
         return false;
+    bool done = false;
     if (fast->wanted[i] & PLACED(1u << page)) /* it came between the fault and this */
-        return uffd_wake(fast->uffd, base + page * FAST_PAGE, FAST_PAGE) == 0;
-    if (!(fast->wanted[i] >> page & 1))
-        return false;
-    uint32_t known = snap_stored_decode(fast->stored, i, page, fast->pages, &present);
-    if (!(known >> page & 1) || place(fast, i, 1u << page, present, turn))
-        return false;
-    fast->rest.chunk = i, fast->rest.known = known, fast->rest.present = present;
-    turn->chunks[turn->faults++] = base;
-    fast->cursor = i;
-    return true;
+        done = !uffd_wake(fast->uffd, base + page * FAST_PAGE, FAST_PAGE);
+    else if (fast->wanted[i] >> page & 1)
+        done = bring(fast, i, page, turn);
+    if (done) {
+        turn->chunks[turn->faults++] = base;
+        fast->cursor = i;
+    }
+    return done;
 }
 
 /* -> how many of `count` messages are left. */
@@ -207,8 +215,8 @@ uint32_t snap_fast_path_turn(snap_fast_path *fast, int timeout_ms, uffd_message 
         fast_stream_hear(fast, fast->waits + 1, turn);
         if (!left && !turn->error)
             fast_stream_put(fast, flood, turn);
-    } while (!left && !turn->error && !turn->others && !turn->lost && turn->faults < SNAP_FAST_FAULTS && turn->count < ENOUGH &&
-             fast_stream_works(fast));
+    } while (!left && !turn->error && !turn->others && !turn->lost && turn->faults < SNAP_FAST_FAULTS &&
+             turn->count < ENOUGH && fast_stream_works(fast));
     turn->streams = fast_stream_works(fast);
     return left;
 }

@@ -1,6 +1,7 @@
 /* Missing pages to the threads that wait for them, from the message of the userfaultfd to the page without a
- * step outside of C: what is to be had of the store without LMDB (stored.h), and lies in
- * the image where it belongs in the process. All else is left to the caller, whose ledger has the say. */
+ * step outside of C, and between them those that nobody waits for: what is to be had of the store without LMDB
+ * (stored.h), and lies in the image where it belongs in the process. All else is left to the caller, whose
+ * ledger has the say. */
 #ifndef SNAP_FAST_PATH_H
 #define SNAP_FAST_PATH_H
 
@@ -13,6 +14,7 @@
 #define SNAP_FAST_FAULTS 64
 /* Chunks that a decoder is asked for at once, when they follow each other. */
 #define SNAP_FAST_RUN 4
+/* Beside the number of a slot: the fast path has asked. */
 #define SNAP_FAST_OWN 2147483648u
 
 typedef struct {
@@ -25,7 +27,7 @@ typedef struct {
     int32_t error;     /* of the userfaultfd, 0 or -errno: -ESRCH when the process is gone */
     uint32_t others;   /* of the other descriptors that can be read, or have an error */
     uint32_t lost;     /* bit i: decoder i has ended */
-    uint32_t streams;  /* there are still chunks that nobody asked for to be brought from decoders */
+    uint32_t streams;  /* decoders have something to bring yet */
     uint32_t count;    /* of `ranges`: what is not missing any more */
     uint64_t chunks[64]; /* of each fault, the address */
     snap_fast_range ranges[640];
