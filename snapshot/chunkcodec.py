@@ -205,8 +205,11 @@ def decode(value: Bytes, base: Bytes | None = None) -> tuple[Chunk, bytes]:
     """The chunk and its digest, verified. DamagedError when the value is not what was written.
     `base`: of a delta, the value that it was made against."""
     present, nonzero, codec, digest = _header(value)
-    delta = codec == DELTA
-    payload = _merged(nonzero, value[HEADER.size :], base) if delta else _whole(value)
+    payload = (
+        _merged(nonzero, value[HEADER.size :], base)
+        if codec == DELTA
+        else _whole(value, nonzero, codec, digest)
+    )
     if _digest(present, nonzero, payload) != digest:
         raise DamagedError("the content does not match its checksum")
     return Chunk(present, _spread(nonzero, payload), nonzero), digest
@@ -214,13 +217,12 @@ def decode(value: Bytes, base: Bytes | None = None) -> tuple[Chunk, bytes]:
 
 def decode_base(value: Bytes) -> Chunk:
     """What a value that is no delta holds, unverified: what is made of it has its own digest."""
-    present, nonzero, _, _ = _header(value)
-    return Chunk(present, _spread(nonzero, _whole(value)), nonzero)
+    present, nonzero, codec, digest = _header(value)
+    return Chunk(present, _spread(nonzero, _whole(value, nonzero, codec, digest)), nonzero)
 
 
-def _whole(value: Bytes) -> bytes:
-    """The nonzero pages of a value that is no delta."""
-    _, nonzero, codec, digest = _header(value)
+def _whole(value: Bytes, nonzero: int, codec: int, digest: bytes) -> bytes:
+    """The nonzero pages of a value that is no delta; the others are what its header says."""
     heads = HEADER.size
     if codec in _IN_BLOCKS:
         heads = lib.snap_blocks_heads(ffi.from_buffer(value), len(value), digest)

@@ -133,7 +133,7 @@ class Server:
         self._others = False
         """Some other descriptor could be read when it was waited for last."""
         self._decoders: Decoders | None = None
-        self._streams: Client | None = None
+        self._streams: FastPath | None = None
         """For whom the decoders work, without a step of this loop."""
         self._answers: list[int] = []
         """Descriptors of those decoders."""
@@ -153,8 +153,8 @@ class Server:
 
     def stream_first(self, chunks: Iterable[int]) -> None:
         """Chunk addresses of the image to be brought before those that nobody asked for."""
-        if self._streams and self._streams.fast:
-            self._streams.fast.first(list(chunks))
+        if self._streams:
+            self._streams.first(list(chunks))
         else:
             self._streaming.first(chunks)
 
@@ -168,7 +168,8 @@ class Server:
 
     def _hear_decoder(self, fd: int) -> None:
         if not self._streaming.hear(fd):
-            self.unwatch(fd)
+            if fd in self._watched:  # it is not, while the fast path hears them
+                self.unwatch(fd)
             if not self._streaming.helped:
                 urgency.calm_down()
 
@@ -182,23 +183,23 @@ class Server:
             for piece in missing:
                 client.fast.allow(piece.start, piece.end)
             if self._decoders and not self.pause_ms:
-                self._lend(client, client.fast, self._decoders)
+                self._lend(client.fast, self._decoders)
         self._hear(client)
         return client
 
-    def _lend(self, client: Client, fast: FastPath, decoders: Decoders) -> None:
+    def _lend(self, fast: FastPath, decoders: Decoders) -> None:
         """The decoders are for one client alone, until it has all that they can bring."""
         pipes = decoders.pipes
         if fast.stream(decoders.memory, decoders.each, pipes):
             for fd in decoders.descriptors:
                 self.unwatch(fd)
             self._answers = [answers for _, answers in pipes]
-            self._streams = client
+            self._streams = fast
 
     def _take_back(self) -> None:
-        client, self._streams = self._streams, None
-        if client and client.fast and self._decoders:
-            client.fast.alone()
+        fast, self._streams = self._streams, None
+        if fast and self._decoders:
+            fast.alone()
             for fd in self._decoders.descriptors:
                 self.watch(fd, partial(self._hear_decoder, fd))
 
@@ -332,16 +333,14 @@ class Server:
         self.faults += len(turn.faults)
         self.journal.filled += turn.filled
         self._others = turn.others
-        self.touched |= dict.fromkeys(chunk for chunk in turn.faults if chunk not in self.touched)
-        if turn.faults:
-            client.cursor = turn.faults[-1]
+        for chunk in turn.faults:
+            self.touched.setdefault(chunk)
+            client.cursor = chunk
         for start, end in turn.dealt_with:
             client.missing.take(start, end)
         for number in turn.lost:
-            self._streaming.hear(self._answers[number])
-            if not self._streaming.helped:
-                urgency.calm_down()
-        if client is self._streams and not turn.streams:
+            self._hear_decoder(self._answers[number])
+        if client.fast is self._streams and not turn.streams:
             self._take_back()
         return bool(turn.faults or turn.dealt_with or turn.lost)
 
@@ -509,7 +508,7 @@ class Server:
         if client.number not in self.clients:
             return
         del self.clients[client.number]
-        if client is self._streams:
+        if client.fast is self._streams:
             self._take_back()
         if self._by_fd.get(client.uffd.fd) is client:
             del self._by_fd[client.uffd.fd]

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from ._native import ffi, lib
 from .stored import Stored
-from .uffd import MESSAGE_BYTES, UffdError
+from .uffd import UffdError, messages_at
 
 RUN: int = lib.SNAP_FAST_RUN
-"""Chunks that decoders are asked for together."""
+"""Chunks that decoders are asked for and that are put in place together, when they follow each
+other: each by itself would cost the server more than its pages."""
 OWN: int = lib.SNAP_FAST_OWN
 """Beside the number of a slot in what `FastPath.stream` asks."""
 GRACE_US = 50
@@ -79,10 +80,7 @@ class FastPath:
 
     def read_into(self, memory: Any, offset: int, most: int) -> int:
         """As Uffd.read_into, with the messages that are left to do: what was done `turn` has."""
-        if offset + most * MESSAGE_BYTES > len(memory):
-            raise ValueError("messages would not fit into the buffer")
-        address = ffi.cast("char *", ffi.from_buffer(memory, require_writable=True)) + offset
-        messages = ffi.cast("uffd_message *", address)
+        messages = messages_at(memory, offset, most)
         turn, wait = lib.snap_fast_path_turn, self.timeout_ms
         return int(turn(self._fast, wait, messages, most, GRACE_US, self._turn))
 

@@ -76,11 +76,19 @@ class Filled(NamedTuple):
     gone: int
 
 
-def filled_of(error: int, filled: Any) -> Filled:
+def _filled(error: int, filled: Any) -> Filled:
     """What a function of C returned and wrote into a uffd_filled."""
     return Filled(
         -error, filled.wanted, filled.copied, filled.zeroed, filled.present, filled.gone
     )
+
+
+def messages_at(memory: Any, offset: int, most: int) -> Any:
+    """uffd_message[most] at `offset` of a writable buffer; ValueError when they do not fit."""
+    if offset + most * MESSAGE_BYTES > len(memory):
+        raise ValueError("messages would not fit into the buffer")
+    address = ffi.cast("char *", ffi.from_buffer(memory, require_writable=True)) + offset
+    return ffi.cast("uffd_message *", address)
 
 
 def names(features: int) -> list[str]:
@@ -183,7 +191,7 @@ class Uffd(Closing):
         """
         filled = ffi.new("uffd_filled *")
         error = lib.uffd_fill(self.fd, dst, ffi.from_buffer(src), wanted, present, filled)
-        return filled_of(error, filled)
+        return _filled(error, filled)
 
     def fill_run(
         self, dst: int, src: Any, wanted: Sequence[int], present: Sequence[int], least: int
@@ -197,7 +205,7 @@ class Uffd(Closing):
         error = lib.uffd_fill_run(
             self.fd, dst, ffi.from_buffer(src), count, least, bits, bits + count, done, filled
         )
-        return int(done[0]), filled_of(error, filled)
+        return int(done[0]), _filled(error, filled)
 
     def read_msgs(self, most: int = 64) -> bytes:
         """Up to `most` messages of 32 bytes (see snapshot/events.py); b"" when there is none."""
@@ -210,10 +218,7 @@ class Uffd(Closing):
     def read_into(self, memory: Any, offset: int, most: int) -> int:
         """The same, straight into a writable buffer at `offset`; -> how many messages. The kernel
         has written all of them there even if this process is killed meanwhile."""
-        if offset + most * MESSAGE_BYTES > len(memory):
-            raise ValueError("messages would not fit into the buffer")
-        address = ffi.cast("char *", ffi.from_buffer(memory, require_writable=True)) + offset
-        count = lib.uffd_read_msgs(self.fd, ffi.cast("uffd_message *", address), most)
+        count = lib.uffd_read_msgs(self.fd, messages_at(memory, offset, most), most)
         if count < 0:
             raise UffdError("read(userfaultfd)", -count)
         return int(count)

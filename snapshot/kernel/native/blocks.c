@@ -6,14 +6,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "chunk_internal.h"
 #include "xxh64_internal.h"
 #include "zstd_internal.h"
 
 enum {
-    PAGE = 4096,
-    PAGES = 16,
-    CHUNK = PAGE * PAGES,
-    ALL = 0xffff,
     BLOCK = PAGE * SNAP_BLOCK_PAGES,
     HEADER = 24,
     CODEC_AT = 4,
@@ -151,12 +148,11 @@ uint32_t snap_blocks_heads(const char *value, uint32_t bytes, const char *digest
 {
     if (bytes < HEADER + CHECK || (value[CODEC_AT] != SNAP_RAW_BLOCKS && value[CODEC_AT] != SNAP_ZSTD_BLOCKS))
         return 0;
-    uint32_t count = blocks_of((uint32_t)__builtin_popcount(u16_at(value + 2)));
-    uint32_t heads = HEADER + count * ENTRY + CHECK, from = 0;
+    uint32_t pages = (uint32_t)__builtin_popcount(u16_at(value + 2)), heads = heads_of(pages), from = 0;
     if (bytes < heads || memcmp(value + DIGEST_AT, digest, DIGEST) ||
         u64_at(value + heads - CHECK) != snap_xxh64(value, heads - CHECK, seed_of(value)))
         return 0;
-    for (uint32_t i = 0; i < count; i++) {
+    for (uint32_t i = 0; i < blocks_of(pages); i++) {
         uint32_t end = u32_at(value + HEADER + i * ENTRY);
         if (end < from)
             return 0;

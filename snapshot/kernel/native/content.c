@@ -4,7 +4,9 @@
 #include <stdbool.h>
 #include <string.h>
 
-enum { PAGE = 4096, PAGES = 16, SAMPLE = 512 };
+#include "chunk_internal.h"
+
+enum { SAMPLE = 512 };
 
 static bool is_zero(const char *page)
 {

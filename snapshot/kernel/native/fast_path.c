@@ -38,18 +38,18 @@ void snap_fast_path_free(snap_fast_path *fast)
 static void set(snap_fast_path *fast, uint64_t start, uint64_t end, bool wanted)
 {
     uint32_t count = snap_stored_count(fast->stored);
-    for (uint32_t i = snap_stored_from(fast->stored, start & ~(uint64_t)(FAST_CHUNK - 1)); i < count; i++) {
+    for (uint32_t i = snap_stored_from(fast->stored, start & ~(uint64_t)(CHUNK - 1)); i < count; i++) {
         uint64_t base = snap_stored_address(fast->stored, i);
         if (base >= end)
             return;
-        uint32_t first = start > base ? (uint32_t)((start - base) / FAST_PAGE) : 0;
-        uint32_t last = end - base < FAST_CHUNK ? (uint32_t)((end - base) / FAST_PAGE) : FAST_PAGES;
+        uint32_t first = start > base ? (uint32_t)((start - base) / PAGE) : 0;
+        uint32_t last = end - base < CHUNK ? (uint32_t)((end - base) / PAGE) : PAGES;
         uint32_t pages = (1u << last) - (1u << first);
         if (wanted)
             fast->wanted[i] |= pages;
         else
             fast->wanted[i] &= ~(pages | PLACED(pages));
-        if (wanted || !(fast->wanted[i] & FAST_ALL))
+        if (wanted || !(fast->wanted[i] & ALL))
             fast_note(fast, i, wanted);
     }
 }
@@ -68,16 +68,16 @@ void fast_dealt_with(snap_fast_path *fast, uint32_t chunk, uint32_t pages, uint3
 {
     uint64_t base = snap_stored_address(fast->stored, chunk);
     fast->wanted[chunk] = (fast->wanted[chunk] & ~pages) | PLACED(placed);
-    if (!(fast->wanted[chunk] & FAST_ALL))
+    if (!(fast->wanted[chunk] & ALL))
         fast_note(fast, chunk, false);
-    for (uint32_t page = 0; page < FAST_PAGES; page++) {
-        uint64_t at = base + page * FAST_PAGE;
+    for (uint32_t page = 0; page < PAGES; page++) {
+        uint64_t at = base + page * PAGE;
         if (!(pages >> page & 1))
             continue;
         if (turn->count && turn->ranges[turn->count - 1].end == at)
-            turn->ranges[turn->count - 1].end += FAST_PAGE;
+            turn->ranges[turn->count - 1].end += PAGE;
         else
-            turn->ranges[turn->count++] = (snap_fast_range){at, at + FAST_PAGE};
+            turn->ranges[turn->count++] = (snap_fast_range){at, at + PAGE};
     }
 }
 
@@ -98,9 +98,9 @@ static void place_rest(snap_fast_path *fast, bool all, snap_fast_turn *turn)
 {
     if (!fast->rest.present)
         return;
-    uint32_t wanted = fast->wanted[fast->rest.chunk] & FAST_ALL, known = fast->rest.known;
+    uint32_t wanted = fast->wanted[fast->rest.chunk] & ALL, known = fast->rest.known;
     if (all && wanted & ~known && snap_stored_finish(fast->stored, fast->pages))
-        known = FAST_ALL;
+        known = ALL;
     if (wanted & known)
         place(fast, fast->rest.chunk, wanted & known, fast->rest.present, turn);
     fast->rest.present = 0;
@@ -118,13 +118,13 @@ static bool bring(snap_fast_path *fast, uint32_t chunk, uint32_t page, snap_fast
 /* -> whether nobody waits for the page any more. */
 static bool serve(snap_fast_path *fast, uint64_t address, snap_fast_turn *turn)
 {
-    uint64_t base = address & ~(uint64_t)(FAST_CHUNK - 1);
-    uint32_t page = (uint32_t)((address - base) / FAST_PAGE), i = snap_stored_from(fast->stored, base);
+    uint64_t base = address & ~(uint64_t)(CHUNK - 1);
+    uint32_t page = (uint32_t)((address - base) / PAGE), i = snap_stored_from(fast->stored, base);
     if (i == snap_stored_count(fast->stored) || snap_stored_address(fast->stored, i) != base)
         return false;
     bool done = false;
     if (fast->wanted[i] & PLACED(1u << page)) /* it came between the fault and this */
-        done = !uffd_wake(fast->uffd, base + page * FAST_PAGE, FAST_PAGE);
+        done = !uffd_wake(fast->uffd, base + page * PAGE, PAGE);
     else if (fast->wanted[i] >> page & 1)
         done = bring(fast, i, page, turn);
     if (done) {
@@ -195,7 +195,7 @@ uint32_t snap_fast_path_turn(snap_fast_path *fast, int timeout_ms, uffd_message 
                              uint32_t grace_us, snap_fast_turn *turn)
 {
     enum {
-        HOLES = FAST_PAGES / 2, /* ranges of a chunk, at most */
+        HOLES = PAGES / 2, /* ranges of a chunk, at most */
         /* That the caller accounts for in a tenth of a millisecond: meanwhile nobody is served. */
         ENOUGH = 24,
     };

@@ -3,13 +3,10 @@
 #include <poll.h>
 #include <stdbool.h>
 
+#include "chunk_internal.h"
 #include "fast_path.h"
 
 enum {
-    FAST_PAGE = 4096,
-    FAST_PAGES = 16,
-    FAST_CHUNK = FAST_PAGE * FAST_PAGES,
-    FAST_ALL = 0xffff,
     FAST_DECODERS = 16,
     FAST_SLOTS = 64,
     FAST_OTHERS = 256,
@@ -48,7 +45,7 @@ struct snap_fast_path {
     fast_slot slot[FAST_SLOTS];
     uint32_t ready[FAST_SLOTS], ready_first, ready_count, asked;
 
-    char pages[FAST_CHUNK];
+    char pages[CHUNK];
 };
 
 /* Pages of a chunk are there, or are to be forgotten: on record in `turn`, and not wanted any more. */

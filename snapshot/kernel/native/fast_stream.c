@@ -46,7 +46,7 @@ static uint32_t next_todo(const snap_fast_path *fast, uint32_t chunk)
 static bool follows(const snap_fast_path *fast, uint32_t chunk)
 {
     return is_todo(fast, chunk) && snap_stored_address(fast->stored, chunk) ==
-                                       snap_stored_address(fast->stored, chunk - 1) + FAST_CHUNK;
+                                       snap_stored_address(fast->stored, chunk - 1) + CHUNK;
 }
 
 /* The next run to ask for. -> how many chunks; 0: none */
@@ -103,7 +103,7 @@ static fast_slot *best_slot(snap_fast_path *fast, uint32_t *number, uint32_t *de
 static void ask_again(snap_fast_path *fast, fast_slot *slot)
 {
     for (uint32_t i = 0; i < slot->chunks; i++)
-        if (fast->wanted[slot->first + i] & FAST_ALL)
+        if (fast->wanted[slot->first + i] & ALL)
             fast_note(fast, slot->first + i, true);
     slot->state = SLOT_FREE;
 }
@@ -180,7 +180,7 @@ void fast_stream_hear(snap_fast_path *fast, const struct pollfd *waits, snap_fas
 /* -> 0, or -errno: the chunk is as it was. */
 static int put_chunk(snap_fast_path *fast, const fast_slot *slot, const char *data, snap_fast_turn *turn)
 {
-    uint32_t chunk = slot->first + slot->done, wanted = fast->wanted[chunk] & FAST_ALL;
+    uint32_t chunk = slot->first + slot->done, wanted = fast->wanted[chunk] & ALL;
     uint32_t present = slot->present[slot->done], pages = wanted & present;
     uffd_filled filled;
     if (pages) {
@@ -202,7 +202,7 @@ void fast_stream_put(snap_fast_path *fast, bool all, snap_fast_turn *turn)
     for (bool begun = false; slot->done < slot->good; slot->done++, begun = true) {
         if (begun && !all && uffd_poll(fast->uffd, 0))
             return;
-        int error = put_chunk(fast, slot, fast->memory + ((size_t)number * SNAP_FAST_RUN + slot->done) * FAST_CHUNK, turn);
+        int error = put_chunk(fast, slot, fast->memory + ((size_t)number * SNAP_FAST_RUN + slot->done) * CHUNK, turn);
         if (error) {
             if (error != -EAGAIN) /* an event is to be read first */
                 turn->error = error;

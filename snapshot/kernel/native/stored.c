@@ -4,7 +4,9 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-enum { PAGES = 16, CHUNK = 4096 * PAGES, ALL = 0xffff, MOST_BYTES = SNAP_BLOCKS_HEADS + CHUNK, DIGEST_AT = 16 };
+#include "chunk_internal.h"
+
+enum { MOST_BYTES = SNAP_BLOCKS_HEADS + CHUNK, DIGEST_AT = 16 };
 
 struct snap_stored {
     snap_blocks *blocks;
