@@ -23,6 +23,7 @@ from .pump import LostError, OutrunError, Pump, Round
 from .resources import descriptors
 from .resources.memfd import SharedMemory
 from .units import CHUNK, KIB, MIB, PAGE, align_up, mib
+from .wrprotect import WriteProtection
 
 REMAINDER = 512 * KIB
 """Bytes that may be copied while the target stands still: some 0.1 ms. More is armed and copied
@@ -54,6 +55,7 @@ PAGES_EACH = 1024
 QUIET = 1.0
 """Seconds: who has unmapped nothing for so long will hardly do so before the list is proved."""
 VAIN = 4
+RUNNING_LOOKS = 3
 SHRINKS = 0.7
 """A round that would copy more than this part of the one before gains nothing on the writers."""
 
@@ -87,6 +89,8 @@ class Ahead:
         self._lister = lister
         self._maps = procfs.open_file(pump.pid, "maps")
         stack.callback(os.close, self._maps)
+        self._pagemap = procfs.open_file(pump.pid, "pagemap")
+        stack.callback(os.close, self._pagemap)
 
     def prepare(self) -> None:
         """Before the first stop: what `plan` needs, if nothing changes until then."""
@@ -218,6 +222,30 @@ class Ahead:
         self._planned = True
         self._open_objects()
         self.pump.plan(self.examination.plan, self._objects)
+
+    def plan_running(self, protection: WriteProtection) -> bool:
+        """The same while the target runs, of a process of which only private memory is armed.
+        False: it changed too much; it has to be stopped.
+
+        Registered is all that lies between mappings of other kinds, holes included: what grows just
+        then does so within that. Then what is mapped is read, and seen to be registered: from then
+        on events tell of each change, and nothing can be mapped that looks the same and is not.
+        """
+        if not protection.register(self.examination.plan.runs()):
+            return False
+        for _ in range(RUNNING_LOOKS):
+            maps, before = procfs.read_again(self._maps), self.examination
+            armed = [one.start for one in before.plan.windows if one.armed]
+            if before.holds(before.needed, maps) and protection.registered(self._pagemap, armed):
+                break
+            self.examination = examine.examine(self.pump.pid, None, before)
+            examine.refuse(self.pump.pid, self.examination.plan)
+        else:
+            return False
+        self._planned = True
+        self._open_objects()
+        self.pump.plan(self.examination.plan, self._objects, registered=True)
+        return True
 
     def look_for_others(self, *, forks: bool) -> None:
         """While it runs, registered: who can write to its shared memory although nobody could when

@@ -12,6 +12,8 @@ from typing import Literal
 
 Point = Literal[
     "begun",
+    "visited",
+    "guest-made",
     "first-stop",
     "paired",
     "passed",

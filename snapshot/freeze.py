@@ -36,7 +36,7 @@ from .kernel.remote import NOTHING, Call, Interview, Packed, Remote, data_area, 
 from .kernel.room import Room
 from .kernel.urgency import urgent
 
-_DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Held back while threads are being stopped or let go, so that no exception cuts that in two."""
 
 _STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
@@ -272,6 +272,18 @@ class Frozen:
                     refusal.refused(self.pid, failed[self.pid])
             # The others that failed are ending (ESRCH, EPERM) and will not be listed again.
 
+    def _stop_only(self, tid: int, timeout: float, reaper: Reaper) -> bytes:
+        """One thread, while the others run -> its registers."""
+        self.threads, failed = ptrace.seize_and_stop(
+            [tid], (), reaper, timeout, RESTARTED, self._told_us
+        )
+        while True:
+            registers, gone = ptrace.registers_of(self.threads)
+            if failed or gone:
+                raise TargetError(f"thread {tid} has ended", f"ls /proc/{self.pid}/task")
+            if not self._sent_home(registers):
+                return registers
+
     def _sent_home(self, all_registers: bytes) -> bool:
         """Lets threads go on that are still on their way home, since the end of a `snap` that was
         killed (kernel/remote.py): their registers say nothing, and what leads them may not be
@@ -283,10 +295,11 @@ class Frozen:
             guard = room.guard_left(self.threads[0], places) if places else range(0)
         late = [one for one, at in zip(self.threads, places, strict=True) if at in guard]
         for tracee in late:
-            tracee.cont()
-            time.sleep(_ENDING_SECONDS)
-            tracee.halt()
-            lib.snap_make_again(tracee.tid, ptrace.call_set(RESTARTED))
+            with suppress(TargetError):  # it has ended
+                tracee.cont()
+                time.sleep(_ENDING_SECONDS)
+                tracee.halt()
+                lib.snap_make_again(tracee.tid, ptrace.call_set(RESTARTED))
         return bool(late)
 
     def _begin_again(self, late: LateError) -> None:
@@ -361,8 +374,9 @@ def freeze(
     earlier: Frozen | None = None,
     room: Room | None = None,
     scratch: int = 0,
+    only: int = 0,
 ) -> Iterator[Frozen]:
-    """Stops every thread of a process for the length of a `with` block.
+    """Stops every thread of a process for the length of a `with` block, or the one of this tid.
 
     Afterwards, and on any exception, the scratch is unmapped, registers and masks are the threads'
     own again, and all run on (or stay stopped, if somebody had sent SIGSTOP).
@@ -380,13 +394,16 @@ def freeze(
     except OSError as error:
         refusal.refused(pid, error.errno or errno.ESRCH)
     frozen = Frozen(pid, pidfd, earlier, room, scratch)
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, DEFERRED)
     hurry = ExitStack()
     try:
         reaper = hurry.enter_context(Reaper(pid))
         hurry.enter_context(urgent())
         try:
-            registers = frozen._stop(timeout, reaper)
+            if only:
+                registers = frozen._stop_only(only, timeout, reaper)
+            else:
+                registers = frozen._stop(timeout, reaper)
         except (FileNotFoundError, ProcessLookupError):
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}") from None
         if _ended(pidfd):
@@ -399,7 +416,7 @@ def freeze(
     finally:
         frozen._earlier = None  # no chain of them
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _DEFERRED)
+            signal.pthread_sigmask(signal.SIG_BLOCK, DEFERRED)
         finally:  # whatever Ctrl-C did to the line above
             frozen.thaw()
             frozen.stopped_us = frozen._since_us()

@@ -381,13 +381,14 @@ class Pump(Closing):
         """Before the target is stopped: for this plan."""
         self._prepared = plan, _windows(plan, objects)
 
-    def plan(self, plan: Plan, objects: dict[int, int]) -> None:
-        """What to save, in place of an earlier plan; registers what can be armed. `objects`:
-        SharedObject.id → descriptor to read it from, open until the end."""
+    def plan(self, plan: Plan, objects: dict[int, int], *, registered: bool = False) -> None:
+        """What to save, in place of an earlier plan; registers what can be armed, if that is not
+        `registered`. `objects`: SharedObject.id → descriptor to read it from, open until the
+        end."""
         ready = self._prepared if self._prepared and self._prepared[0] is plan else None
         windows, count = ready[1] if ready else _windows(plan, objects)
         address = ffi.new("uint64_t *")
-        result = lib.snap_pump_plan(self._pump, windows, count, address)
+        result = lib.snap_pump_plan(self._pump, windows, count, registered, address)
         _check(result, f"registering the memory at {address[0]:#x}", f"snap check {self.pid}")
 
     def settle(

@@ -243,7 +243,7 @@ def _threads(process: Process, spawned: Spawned, remote: Remote) -> dict[int, Tr
         for (tid, call), result in zip(steps, results, strict=True):
             if result < 0:
                 _again(tid, call, -result, remote, spawned)
-    by_inner = _inner_tids(spawned.pid)
+    by_inner = procfs.inner_tids(spawned.pid)
     for thread in others:
         found[thread.tid] = ptrace.adopt(by_inner[thread.tid], remote.tracee.options)
     return found
@@ -260,11 +260,6 @@ def _again(tid: int, call: Call, error: int, remote: Remote, spawned: Spawned) -
     if error == errno.EPERM:
         raise DeniedError(f"clone3(set_tid={tid}): {name}", "sudo snap check")
     raise RestoreError(f"thread {tid}: clone3: {name}", spawning.PID_NEW)
-
-
-def _inner_tids(pid: int) -> dict[int, int]:
-    """Thread ids of the process in its own pid namespace -> as seen from here."""
-    return {procfs.status(pid, tid).numbers("NSpid")[-1]: tid for tid in procfs.threads(pid)}
 
 
 def _place(process: Process, remote: Remote, ctx: Context) -> None:

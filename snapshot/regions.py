@@ -6,13 +6,13 @@ half open: [start, end).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from .manifest import OBJECT_SPACE, MappedFile, Mapping, MappingKind, SharedObject
-from .maps import Line
+from .maps import HIGHEST, LOWEST, Line
 from .resources.memfd import SharedMemory
 from .units import PAGE, PAGE_SIZES, align_up, mib
 
@@ -74,6 +74,20 @@ class Plan:
         """(device, inode) of the shared objects of which something is armed."""
         ids = {one.object for one in self.windows if one.armed}
         return frozenset(key for key, known in self.objects.items() if known.id in ids)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """[start, end) of private memory that is armed, as much of it and of what is free around it
+        as lies between two mappings of other kinds."""
+        armed = {one.start for one in self.windows if one.armed and one.object is None}
+        start, end, found = LOWEST, LOWEST, False
+        for mapping in (*self.mappings, None):
+            if mapping is not None and mapping.start in armed:
+                found = True
+                continue
+            end = min(mapping.start, HIGHEST) if mapping is not None else HIGHEST
+            if found:
+                yield start, end
+            start, found = (mapping.end if mapping is not None else end), False
 
 
 def plan(

@@ -1,8 +1,9 @@
 """Taking a snapshot: freeze → ahead → T0 → pump → store.
 
-The target stops twice, each time for about a millisecond: once to make its userfaultfd, once for
-T0. Between the two its memory is copied ahead while it runs; after T0 what is left is saved at its
-first write or by the sweep. Nothing here waits for the target, and whatever goes wrong it runs on:
+One thread of the target stops for an instant, and a thread of ours makes its userfaultfd; where
+that does not do, all stop for it. At T0 all stop, for about a millisecond. Between the two its
+memory is copied ahead while it runs; after T0 what is left is saved at its first write or by the
+sweep. Nothing here waits for the target, and whatever goes wrong it runs on:
 the last close of its userfaultfd, wherever this process ends, releases all that was armed.
 """
 
@@ -20,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from . import examine, faults
 from .ahead import EVERYTHING, MOST_PASSED, REMAINDER, Ahead
-from .errors import TakeError
+from .errors import TakeError, TargetError
 from .freeze import RESTARTED, Frozen, freeze
 from .hooks import Hooks
 from .image import Image
@@ -32,7 +33,7 @@ from .kernel.fdcalls import reserve
 from .kernel.ptrace import Tracee, child_signals, rseq_addresses
 from .kernel.refusal import capable
 from .kernel.remote import NOTHING, SCRATCH_SIZE, Interview, data_area
-from .kernel.room import find_room
+from .kernel.room import Room, find_room
 from .kernel.task_iterator import TaskProgram
 from .kernel.watchdog import Watchdog
 from .manifest import Host, Manifest, Process, TakeStats
@@ -49,6 +50,7 @@ from .stats import Progress, ProgressCallback, Stopwatch
 from .store import Store, check_name
 from .tracer import Tracer
 from .units import PAGE
+from .visit import visiting
 from .writer import ImageWriter
 from .wrprotect import MAKING, WriteProtection, shows_empty_pages
 
@@ -86,6 +88,13 @@ class _Take:
     clock: Stopwatch = field(default_factory=Stopwatch)
     reasons: list[str] = field(default_factory=list)
     stops_us: list[int] = field(default_factory=list)
+
+
+class _Place(NamedTuple):
+    """Where calls can be made in the target, and memory for them be mapped."""
+
+    room: Room
+    scratch: int
 
 
 class _Pause(NamedTuple):
@@ -223,33 +232,13 @@ def _attempt(job: _Take, *, guarded: bool, last: bool) -> bool:
         try:
             faults.point("begun")
             ahead.prepare()
-            empties = shows_empty_pages()
             statement = _statement(job, scratch, after_pump)
             room = find_room(Tracee(job.pid, 0))
-            with freeze(job.pid, room=room, scratch=scratch) as first:
-                faults.point("first-stop")
-                made = _make(first, statement)
-                protection = after_pump.enter_context(
-                    WriteProtection.create(
-                        first,
-                        forks=shares,
-                        passes=passes,
-                        empties=empties,
-                        fetched=made.fetched if made is not None else None,
-                    )
-                )
-                faults.point("created")
-                if statement is not None:
-                    _state(first, statement, made)
-                first.close_remote()
-                faults.point("clean")
-                if not passes:
-                    ahead.touched = rseq_addresses(first.threads)
-                pump.attach(protection)
-                ahead.plan()  # what is registered tells of its events
-                faults.point("registered")
-                pump.release()
-            job.stops_us.append(first.stopped_us)
+            place = _Place(room, scratch)
+            begun = _visit(job, ahead, statement, place, after_pump) if passes else None
+            first, protection = begun or _stop(
+                job, ahead, statement, place, after_pump, forks=shares, passes=passes
+            )
             faults.point("first-resumed")
             pump.store(writer.put, os.cpu_count() or 1)
             ahead.look_for_others(forks=protection.forks)
@@ -297,6 +286,88 @@ def _passes(job: _Take, plan: Plan, copying: bool) -> bool:
             f"snap take {job.pid}",
         )
     return False
+
+
+def _visit(
+    job: _Take,
+    ahead: Ahead,
+    statement: Statement | None,
+    place: _Place,
+    held: ExitStack,
+) -> tuple[Frozen, WriteProtection] | None:
+    """The userfaultfd, and what it is to tell of, with one thread stopped in place of all. None: it
+    cannot be done so."""
+    pump = ahead.pump
+    with ExitStack() as made:
+        try:
+            with visiting(job.pid, *place) as visit:
+                if visit.host is not None:
+                    job.stops_us.append(visit.host.stopped_us)
+                if visit.guest is None:
+                    return None
+                protection = made.enter_context(
+                    WriteProtection.create(visit.guest, passes=True, empties=True)
+                )
+                faults.point("created")
+                if statement is not None:
+                    statement.make_running(visit.guest)
+        except TargetError:
+            return None  # our thread was killed: so was the process, or it is another program now
+        held.enter_context(made.pop_all())
+    assert visit.host is not None
+    faults.point("clean")
+    pump.attach(protection)
+    if ahead.plan_running(protection):
+        faults.point("registered")
+        pump.release()
+        return visit.host, protection
+    pump.release()
+    with freeze(job.pid, earlier=visit.host) as frozen:
+        pump.order_hold()
+        pump.await_hold()
+        ahead.plan()
+        pump.release()
+    job.stops_us.append(frozen.stopped_us)
+    return frozen, protection
+
+
+def _stop(
+    job: _Take,
+    ahead: Ahead,
+    statement: Statement | None,
+    place: _Place,
+    held: ExitStack,
+    *,
+    forks: bool,
+    passes: bool,
+) -> tuple[Frozen, WriteProtection]:
+    """The same with all of it stopped."""
+    pump = ahead.pump
+    with freeze(job.pid, room=place.room, scratch=place.scratch) as first:
+        faults.point("first-stop")
+        made = _make(first, statement)
+        protection = held.enter_context(
+            WriteProtection.create(
+                first,
+                forks=forks,
+                passes=passes,
+                empties=shows_empty_pages(),
+                fetched=made.fetched if made is not None else None,
+            )
+        )
+        faults.point("created")
+        if statement is not None:
+            _state(first, statement, made)
+        first.close_remote()
+        faults.point("clean")
+        if not passes:
+            ahead.touched = rseq_addresses(first.threads)
+        pump.attach(protection)
+        ahead.plan()  # what is registered tells of its events
+        faults.point("registered")
+        pump.release()
+    job.stops_us.append(first.stopped_us)
+    return first, protection
 
 
 def _statement(job: _Take, scratch: int, held: ExitStack) -> Statement | None:

@@ -13,19 +13,21 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Iterable
 from contextlib import suppress
 
 from . import faults
 from .errors import DeniedError, KernelError
 from .freeze import Frozen
 from .kernel import pidfd
-from .kernel._native import lib
+from .kernel._native import ffi, lib
 from .kernel.arch_x86_64 import NR
 from .kernel.closing import Closing
 from .kernel.errnames import error_name
 from .kernel.remote import Call
-from .kernel.uffd import FEATURES, Uffd
+from .kernel.uffd import FEATURES, WP, Uffd, UffdError
 from .resources.threads import PR_GET_TID_ADDRESS
+from .units import PAGE
 
 NEEDED = ("PAGEFAULT_FLAG_WP", "EVENT_REMAP", "EVENT_REMOVE", "EVENT_UNMAP", "WP_HUGETLBFS_SHMEM")
 """EVENT_FORK only where shared memory is armed, which a child could write to unseen. Without it a
@@ -91,11 +93,33 @@ class WriteProtection(Closing):
         uffd = Uffd(made)
         try:
             forks = _handshake(uffd, forks, empties, passes)
-            clear = 0 if lib.snap_pump_has_robust_list(frozen.pid) else _clear_child_tid(frozen)
+            told = passes or lib.snap_pump_has_robust_list(frozen.pid)
+            clear = 0 if told else _clear_child_tid(frozen)
         except BaseException:
             uffd.close()
             raise
         return cls(uffd, forks=forks, empties=empties, clear_child_tid=clear, passes=passes)
+
+    def register(self, runs: Iterable[tuple[int, int]]) -> bool:
+        """While the target runs: all that is mapped in these [start, end), which end where nothing
+        of it can grow, so that no mapping is split. What is mapped later is not. False: something
+        is there that cannot be."""
+        try:
+            for start, end in runs:
+                self.uffd.register(start, end - start, WP)
+        except UffdError:
+            return False
+        return True
+
+    def registered(self, pagemap: int, addresses: Iterable[int]) -> bool:
+        """Whether at each address something is mapped, and registered so that its writers wait for
+        nobody. `pagemap`: a descriptor of that file of the target's."""
+        first = ffi.new("uint64_t *")
+        wanted = lib.SNAP_PAGE_WPALLOWED
+        return all(
+            lib.snap_pagemap_first(pagemap, at, at + PAGE, 0, wanted, 0, first) == 1
+            for at in addresses
+        )
 
     def close(self) -> None:
         self.uffd.close()

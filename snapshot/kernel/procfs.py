@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat as stat_bits
+from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
 from .. import maps as maps_text
@@ -101,6 +102,24 @@ def threads(pid: int) -> list[int]:
     """Thread ids, the leader first, the others ascending."""
     tids = sorted(int(name) for name in names(pid, "task"))
     return sorted(tids, key=lambda tid: (tid != pid, tid))
+
+
+def inner_tids(pid: int) -> dict[int, int]:
+    """Thread ids of the process in its own pid namespace -> as seen from here. Threads may end
+    meanwhile."""
+    found = {}
+    for tid in threads(pid):
+        with suppress(TargetError):
+            found[status(pid, tid).numbers("NSpid")[-1]] = tid
+    return found
+
+
+def outer_tid(pid: int, inner: int) -> int:
+    """One of them; 0: there is no such thread."""
+    with suppress(TargetError):
+        if status(pid, inner).numbers("NSpid") == (inner,):  # there is one namespace, mostly
+            return inner
+    return inner_tids(pid).get(inner, 0)
 
 
 def comm(pid: int, tid: int | None = None) -> bytes:

@@ -59,7 +59,7 @@ import re
 import signal
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
@@ -221,15 +221,53 @@ class Remote:
 
     def _begin(self, status_text: bytes) -> None:
         """Everything that comes before the first call."""
+        instruction = self._find_guard(status_text)
+        self._prepare(instruction)
+        self._at.undo = self.scratch_size if self._guard else 0
+        self._at.undo_call = NR.munmap
+
+    def _find_guard(self, status_text: bytes) -> int:
+        """-> address of a `syscall` instruction."""
         if self.room is None or not is_still(self.tracee, self.room):
             self.room = find_room(self.tracee)
         if self.room.guard and not self.tracee.options & EXITKILL:
             self._guard = self.room.guard
             self._caught, self._ignored = dispositions(self.tracee.tid, text=status_text)
             self._mem = _open_memory(self.tracee.tid)
+        return self.room.instruction
+
+    def look(self) -> None:
+        """What comes before `clone`, of the process as it runs."""
+        self._find_guard(b"")
+
+    def clone(self, tracee: Tracee, flags: int) -> int | None:
+        """Has this thread, now stopped, make another one (CLONE_PTRACE is among `flags`), which
+        stands at its birth, in code of the guard that lies there until `wipe`, and would end if it
+        went on -> its number in its own pid namespace. None: it cannot be had, nothing is there."""
+        self.tracee = tracee
+        assert self.room is not None, "look() comes first"
         self._prepare(self.room.instruction)
-        self._at.undo = self.scratch_size if self._guard else 0
-        self._at.undo_call = NR.munmap
+        if not self._guard or not tracee.options & SUSPEND_SECCOMP:
+            self._abandon()
+            return None
+        made = ffi.new("int64_t *")
+        result = lib.snap_clone_thread(self._at, flags, made)
+        self.tracee.stop = self._at.stop
+        if result < 0:
+            failure = self._failure(-result, [Call(NR.clone)])
+            with suppress(SnapError):
+                self.close()
+            raise failure
+        if made[0] < 0:
+            self.wipe()
+            return None
+        return int(made[0])
+
+    def wipe(self) -> None:
+        """After `look` or `clone`: nothing of it is in the target any more."""
+        if self._at is not None:
+            lib.snap_guard_wipe(self._at)
+        self._abandon()
 
     def interview(
         self,

@@ -39,6 +39,13 @@ class Answers:
         """Of an inquiry that was one batch."""
         return cls(results, [data])
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Answers):
+            return NotImplemented
+        return (self._results, self._data) == (other._results, other._data)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def result(self, call: int) -> int:
         """The raw result of a call, -errno when it failed."""
         return self._results[call]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..freeze import Frozen
     from .inquiry import Answers
 
+LOOKS = 8
+
 
 class Statement(Closing):
     """`open` and `make` in a stop ask, `holds` in a later one looks again."""
@@ -31,9 +33,10 @@ class Statement(Closing):
         self.program = program
         self.answers: Answers | None = None
         self._record: bytes | None = None
+        self._before: bytes | None = None
         with ExitStack() as stack:
-            records = [stack.enter_context(ProcessRecord(program, pid)) for _ in range(5)]
-            before, after, self._stopped, self._asked, self._later = records
+            records = [stack.enter_context(ProcessRecord(program, pid)) for _ in range(5 + LOOKS)]
+            before, after, self._stopped, self._asked, self._later, *self._running = records
             self._files = stack.enter_context(Open(pid, [pid]))
             self._meant = before.read()
             self.questions = Questions(Facts.read(pid, [pid], self._files), *place)
@@ -46,7 +49,8 @@ class Statement(Closing):
         """In the stop: what is to be asked, if it is one batch and the answers go where they were
         to go. Then `note`, or `make`."""
         facts = self.questions.facts
-        if self._meant is None or self._stopped.read() != self._meant:
+        self._before = self._stopped.read()
+        if self._meant is None or self._before != self._meant:
             facts = Facts.first(frozen.pid, self._files)
         self.questions = self.questions.now(facts, *self.questions.place)
         return self.questions.packed[0]
@@ -68,6 +72,20 @@ class Statement(Closing):
         remote = frozen.remote
         self.questions = self.questions.now(self.questions.facts, remote.data, remote.data_size)
         self.note(self.questions.first.run(remote, self.questions.packed[0]))
+
+    def make_running(self, guest: Frozen) -> None:
+        """Asked of a thread of ours while the others run, again and again, the record read before
+        and after each time: it says nothing if what is asked changes just then. Who changes it and
+        back all the time, faster than that, is found out by one of so many looks."""
+        remote = guest.remote
+        self.look(guest)
+        self.questions = self.questions.now(self.questions.facts, remote.data, remote.data_size)
+        first, packed = self.questions.first, self.questions.packed[0]
+        answers = first.run(remote, packed)
+        for record in self._running:
+            if record.read() != self._before or first.run(remote, packed) != answers:
+                return
+        self.answers, self._record = answers, self._before
 
     def lasts(self) -> bool:
         """Whether it may hold: no timer runs, whose time changes by itself."""

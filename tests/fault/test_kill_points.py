@@ -38,6 +38,8 @@ POINTS: tuple[faults.Point, ...] = get_args(faults.Point)
 DEVICE = ("paired", "passed", "made", "fetched")
 """Points of the way through /dev/userfaultfd, which a target without CAP_SYS_PTRACE needs. (Others
 make it in one go, with a death at every point of that: tests/kernel/test_guard.py.)"""
+STOPPED = ("first-stop",)
+"""Where a take comes only if writers have to wait: then all threads are stopped."""
 UNSAVED = ("stays",)
 """Where a take comes only if something is unsaved at T0."""
 IMAGE_EXISTS = ("committed", "synced")
@@ -91,6 +93,7 @@ def test_at_a_point(
 
     fault = ("env", f"SNAP_FAULT={point}", *more_env)
     more = ["--now"] if point in UNSAVED else []
+    more += ["--writers", "wait"] if point in STOPPED else []
 
     def killed(image: str) -> int:
         """Returns how often epoll_wait has been interrupted."""

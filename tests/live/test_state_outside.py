@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from signal import SIGCHLD
 
+import msgspec
 import pytest
 from snapshot.kernel._native import ffi, lib
 
@@ -19,11 +20,13 @@ from snapshot.kernel.ptrace import Tracee
 from snapshot.kernel.remote import Interview, Packed, Remote, data_area
 from snapshot.kernel.task_iterator import ProcessRecord, TaskAnswers, TaskProgram
 from snapshot.manifest import Process
+from snapshot.resources import settings
 from snapshot.resources.capture import Preparation, capture_process, gather
 from snapshot.resources.facts import Facts
 from snapshot.resources.inquiry import Answers
 from snapshot.resources.questions import Questions
 from snapshot.resources.settings import (
+    PR_GET_CHILD_SUBREAPER,
     PR_SET_CHILD_SUBREAPER,
     PR_SET_DUMPABLE,
     PR_SET_MDWE,
@@ -35,7 +38,9 @@ from snapshot.resources.statement import Statement
 from snapshot.resources.timers import PAIR
 from snapshot.units import PAGE
 
+from . import freezing
 from .state_victim import Victim, build, running
+from .visits import visited
 
 pytestmark = pytest.mark.live
 
@@ -104,10 +109,31 @@ def test_more_threads_than_there_is_room_for(tasks: TaskProgram, victim_program:
             assert not outside.read([*tids[1:], os.getpid()], 0)  # none of its threads
 
 
+SWITCHING = r"""
+static void *sleep_on(void *arg) { for (;;) pause(); return arg; }
+int main(int argc, char **argv)
+{
+    pthread_t thread;
+    open_page(argv);
+    pthread_create(&thread, NULL, sleep_on, NULL);
+    for (page->ready = 1; argc; page->count++)
+        prctl(PR_SET_CHILD_SUBREAPER, page->count & 1);
+}
+"""
+SWITCHING_ROUNDS = 60
+
+
 @contextmanager
-def stated(tasks: TaskProgram, victim: Victim) -> Iterator[tuple[Statement, Frozen]]:
-    """With the statement made in a first stop."""
+def stated(
+    tasks: TaskProgram, victim: Victim, how: str = "stopped"
+) -> Iterator[tuple[Statement, Frozen]]:
+    """With the statement made in a first stop, or by a thread of ours while the process runs."""
     with Statement(victim.pid, tasks, data_area(0)) as statement:
+        if how == "running":
+            with visited(victim.pid) as (host, guest):
+                statement.make_running(guest)
+            yield statement, host
+            return
         with freeze(victim.pid) as first:
             statement.look(first)
             statement.make(first)
@@ -139,11 +165,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
+@pytest.mark.parametrize("how", ["stopped", "running"])
 def test_nobody_is_asked(
-    tasks: TaskProgram, victim_program: Path, monkeypatch: pytest.MonkeyPatch
+    tasks: TaskProgram, victim_program: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     asked = counted(monkeypatch)
-    with running(victim_program, "blank", Path("/")) as victim, stated(tasks, victim) as made:
+    with running(victim_program, "blank", Path("/")) as victim, stated(tasks, victim, how) as made:
         statement, first = made
         with Preparation(victim.pid, first.data, statement) as prepared:
             found, expected = found_and_expected(victim.pid, first, prepared)
@@ -194,13 +221,14 @@ def change(remote: Remote, what: str) -> None:
     remote.call(number, *(arg if isinstance(arg, int) else remote.put(arg) for arg in args))
 
 
+@pytest.mark.parametrize("how", ["stopped", "running"])
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_has_changed_is_asked_again(
-    tasks: TaskProgram, victim_program: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    tasks: TaskProgram, victim_program: Path, monkeypatch: pytest.MonkeyPatch, what: str, how: str
 ) -> None:
     """Every call by which a process can change one of the answers."""
     asked = counted(monkeypatch)
-    with running(victim_program, "blank", Path("/")) as victim, stated(tasks, victim) as made:
+    with running(victim_program, "blank", Path("/")) as victim, stated(tasks, victim, how) as made:
         statement, first = made
         before = statement.answers
         with Preparation(victim.pid, first.data, statement) as prepared:
@@ -213,6 +241,29 @@ def test_what_has_changed_is_asked_again(
     changing = {"timers"} if what in ("real", "virtual", "prof") else set()
     for name in set(expected.state) - changing:
         assert found.state[name] == expected.state[name], name
+
+
+def test_answers_that_change_while_they_are_given(
+    tasks: TaskProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread switches something on and off all the time: what is found later is what is so
+    then, whether it was asked again or not."""
+    asked = counted(monkeypatch)
+    with freezing.Victim(SWITCHING) as victim:
+        for _ in range(SWITCHING_ROUNDS):
+            with Statement(victim.pid, tasks, data_area(0)) as statement, ExitStack() as stack:
+                with visited(victim.pid) as (host, guest):
+                    statement.make_running(guest)
+                prepared = stack.enter_context(Preparation(victim.pid, host.data, statement))
+                frozen = stack.enter_context(freeze(victim.pid, earlier=host))
+                gathered = gather(frozen, prepared)
+                gathered.complete()
+                state = gathered.process(0, mappings=()).state["settings"]
+                place = frozen.remote.put(bytes(8))
+                frozen.remote.call(NR.prctl, PR_GET_CHILD_SUBREAPER, place)
+                now = bool(frozen.remote.get(place, 1)[0])
+                assert msgspec.msgpack.decode(state, type=settings.State).subreaper == now
+    assert asked
 
 
 def test_a_process_that_has_ended(tasks: TaskProgram, victim_program: Path) -> None:

@@ -294,7 +294,7 @@ static void plan_anew(snap_pump *pump)
     snap_window windows[THREADS + 1];
     uint64_t where;
     plan_windows(windows);
-    CHECK(!snap_pump_plan(pump, windows, THREADS + 1, &where));
+    CHECK(!snap_pump_plan(pump, windows, THREADS + 1, 0, &where));
 }
 
 static void hold(snap_pump *pump)

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from snapshot.manifest import OBJECT_SPACE
-from snapshot.maps import Line
+from snapshot.maps import HIGHEST, LOWEST, Line
 from snapshot.regions import FileFacts, Plan, plan
 from snapshot.resources.memfd import SharedMemory
 from snapshot.units import GIB, HUGE, PAGE
@@ -215,3 +215,26 @@ def test_a_file_that_is_mapped_no_more() -> None:
     """The target runs while it is looked at: another look follows when it stands still."""
     gone = plan([line(0x10000, 2, inode=9, name=b"/lib/x")], 0, lambda _: None)
     assert (gone.mappings, gone.windows, gone.files, gone.problems) == ([], [], {}, [])
+
+
+def test_runs_end_at_mappings_of_other_kinds() -> None:
+    """Holes are in them, as far as to the neighbours: what grows grows into a hole."""
+    lines = [
+        line(0x20000, 2, b"/bin/x", inode=7),
+        line(0x30000, 2),
+        line(0x34000, 2, prot=0),
+        line(0x40000, 1, b"/lib/y", inode=8),
+        line(0x41000, 1, b"/lib/y", inode=8),
+        line(0x42000, 1),
+        line(0x50000, 1, vm_flags=(*RW, "dp")),
+        line(0x60000, 1, b"[vdso]"),
+    ]
+    found = list(plan(lines, 0, lambda _: facts()).runs())
+    assert found == [(0x22000, 0x40000), (0x42000, 0x50000)]
+
+
+def test_the_last_run_ends_where_user_memory_does() -> None:
+    lines = [line(0x30000, 2), line(0xFFFFFFFFFF600000, 1, b"[vsyscall]")]
+    assert list(plan(lines, 0, lambda _: None).runs()) == [(LOWEST, HIGHEST)]
+    assert list(plan(lines[:1], 0, lambda _: None).runs()) == [(LOWEST, HIGHEST)]
+    assert list(plan(lines[1:], 0, lambda _: None).runs()) == []

@@ -47,8 +47,15 @@ __asm__(
     "snap_guard_told_at:\n"
     "   jmp *%r12\n"
 
+    /* A clone: what is made by it, of which nobody has said what to do next, ends. */
+    "snap_guard_clone_at:\n"
+    "   syscall\n"
+    "   test %rax, %rax\n jnz snap_guard_called\n"
+    "4: xor %edi, %edi\n mov $60, %eax\n syscall\n jmp 4b\n"
+
     "snap_guard_call_at:\n"
     "   syscall\n"
+    "snap_guard_called:\n"
     "   mov %rax, %rbx\n lea 1f(%rip), %r12\n jmp snap_guard_tell\n"
     "1: mov %rbx, %rax\n"
     "   xor %r13d, %r13d\n"
@@ -111,8 +118,8 @@ __asm__(
     ".org snap_guard_slot + 288, 0xcc\n" /* SNAP_GUARD_SLOT: an error when it is longer */
     ".popsection\n");
 
-extern const unsigned char snap_guard_begin[], snap_guard_call_at[], snap_guard_parked_at[],
-    snap_guard_told_at[], snap_guard_charge[], snap_guard_slot[];
+extern const unsigned char snap_guard_begin[], snap_guard_clone_at[], snap_guard_call_at[],
+    snap_guard_parked_at[], snap_guard_told_at[], snap_guard_charge[], snap_guard_slot[];
 
 #define RESTART_SYSCALL 219
 #define TRAP_FLAG 0x100ull
@@ -148,6 +155,11 @@ void snap_guard_fill_slot(unsigned char *bytes, const snap_home *home)
 uint64_t snap_guard_call(void)
 {
     return (uint64_t)(snap_guard_call_at - snap_guard_begin);
+}
+
+uint64_t snap_guard_clone(void)
+{
+    return (uint64_t)(snap_guard_clone_at - snap_guard_begin);
 }
 
 uint64_t snap_guard_told(void)

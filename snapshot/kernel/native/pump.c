@@ -157,13 +157,13 @@ static bool is_registered(snap_pump *p, const snap_window *w)
     return !w->armed || (old->is.start == w->start && old->is.end == w->end);
 }
 
-int snap_pump_plan(snap_pump *p, const snap_window *windows, size_t count, uint64_t *address)
+int snap_pump_plan(snap_pump *p, const snap_window *windows, size_t count, int registered, uint64_t *address)
 {
     window *made = calloc(count ? count : 1, sizeof *made);
     if (!made)
         return -ENOMEM;
     for (size_t i = 0; i < count; i++)
-        made[i] = (window){windows[i], is_registered(p, &windows[i])};
+        made[i] = (window){windows[i], (registered && windows[i].armed) || is_registered(p, &windows[i])};
     free(p->windows.at);
     p->windows.at = made;
     p->windows.count = count;

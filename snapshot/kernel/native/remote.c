@@ -147,7 +147,7 @@ static int borrow(snap_injection *at)
     at->quiet = 0;
     uint64_t candidates = at->ignored & ~at->signal_mask;
     if (at->guard && candidates)
-        at->quiet = (uint64_t)__builtin_ctzll(candidates) + 1;
+        at->quiet = 64 - (uint64_t)__builtin_clzll(candidates); /* the higher, the less it is used */
     if (at->guard) {
         if (!was_parked)
             at->slot = at->parked && *at->parked && (*at->parked)->slot == 0;
@@ -339,12 +339,13 @@ static int step_syscall(snap_injection *at, int64_t deadline)
     }
 }
 
-static int step_call(snap_injection *at, snap_call *call, int64_t deadline)
+/* `code`: offset into the guard, if there is one. */
+static int step_call(snap_injection *at, uint64_t code, snap_call *call, int64_t deadline)
 {
     unsigned char registers[SNAP_REGISTERS_SIZE];
     do {
         memcpy(registers, at->registers, sizeof registers);
-        uint64_t instruction = at->guard ? at->guard + snap_guard_call() : at->instruction;
+        uint64_t instruction = at->guard ? at->guard + code : at->instruction;
         snap_arch_enter_syscall(registers, instruction, call);
         if (at->guard)
             snap_guard_lead(registers, record(at));
@@ -366,11 +367,11 @@ static int step_call(snap_injection *at, snap_call *call, int64_t deadline)
 }
 
 /* The same with one stop in place of two: the guard's code tells of the result. */
-static int tell_call(snap_injection *at, snap_call *call, int64_t deadline)
+static int tell_call(snap_injection *at, uint64_t code, snap_call *call, int64_t deadline)
 {
     unsigned char registers[SNAP_REGISTERS_SIZE];
     memcpy(registers, at->registers, sizeof registers);
-    snap_arch_enter_syscall(registers, at->guard + snap_guard_call(), call);
+    snap_arch_enter_syscall(registers, at->guard + code, call);
     snap_guard_lead(registers, record(at));
     int result = snap_set_registers(at->tid, registers, sizeof registers);
     if (result == 0)
@@ -381,9 +382,15 @@ static int tell_call(snap_injection *at, snap_call *call, int64_t deadline)
     return result;
 }
 
+static int make_call_at(snap_injection *at, uint64_t code, snap_call *call, int64_t deadline)
+{
+    return at->guard && at->quiet ? tell_call(at, code, call, deadline)
+                                  : step_call(at, code, call, deadline);
+}
+
 static int make_call(snap_injection *at, snap_call *call, int64_t deadline)
 {
-    return at->guard && at->quiet ? tell_call(at, call, deadline) : step_call(at, call, deadline);
+    return make_call_at(at, snap_guard_call(), call, deadline);
 }
 
 static int give_back_now(snap_injection *at)
@@ -436,6 +443,22 @@ int snap_make(snap_injection *at, snap_call *call)
         result = make_call(at, call, snap_now_us() + at->timeout_us);
     at->fault = at->stop;
     return result;
+}
+
+int snap_clone_thread(snap_injection *at, uint64_t flags, int64_t *tid)
+{
+    snap_call call = {.nr = SYS_clone, .args = {flags}};
+    int result = snap_guard_place(at);
+    at->use_loop = 0;
+    if (result == 0)
+        result = borrow(at);
+    if (result == 0)
+        result = make_call_at(at, snap_guard_clone(), &call, snap_now_us() + at->timeout_us);
+    *tid = call.result;
+    if (result == -ESRCH)
+        return result;
+    int back = give_back_now(at);
+    return result < 0 ? result : back;
 }
 
 /* Up to where the thread has unmapped the scratch on its way home, by system call stops. */

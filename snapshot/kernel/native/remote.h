@@ -64,6 +64,12 @@ int snap_inject(snap_injection *at, snap_call *calls, int count);
    is given back: with a guard, and a scratch. Errors as above. */
 int snap_unmap_scratch(snap_injection *at);
 
+/* clone(flags) with CLONE_PTRACE: a thread that has the same tracer stands at its birth, and ends by
+   itself if we die before it has registers that say otherwise. At a guard that has not been placed,
+   which lies there until snap_guard_wipe. 0: *tid is its number in the target's own pid namespace, or
+   -errno of the call. Errors as above. */
+int snap_clone_thread(snap_injection *at, uint64_t flags, int64_t *tid);
+
 /* Makes a call that gives a descriptor, and leaves the thread at its end, borrowed. Returns 0 with
    call->result; snap_unmake comes next in any case. With a guard a thread that is left there by our
    death closes the descriptor (not 0) before it goes home. Errors as above. */
