@@ -112,6 +112,8 @@ class Frozen:
         self._calls_at: dict[int, tuple[tuple[int, int], int]] = {}
         """By tid: where (rip, rsp) a thread is in a call that goes on as restart_syscall, and its
         own number."""
+        self._marks = b""
+        """What is remarkable in the registers of each thread (`ptrace.marks`)."""
         self._registers: bytes | None = None
         """Of all threads in their order, as they stood."""
         self._restarting: list[Tracee] = []
@@ -288,19 +290,25 @@ class Frozen:
         """Lets threads go on that are still on their way home, since the end of a `snap` that was
         killed (kernel/remote.py): their registers say nothing, and what leads them may not be
         written over. Whether there were any."""
-        places = [rip for _, _, rip, _ in arch.CALL.iter_unpack(all_registers)]
         if self._room is not None:
             guard = self._room.guarded
         else:
+            places = [rip for _, _, rip, _ in arch.CALL.iter_unpack(all_registers)]
             guard = room.guard_left(self.threads[0], places) if places else range(0)
-        late = [one for one, at in zip(self.threads, places, strict=True) if at in guard]
-        for tracee in late:
+        self._marks = ptrace.marks(all_registers, guard, RESTARTED)
+        late = self._marked(ptrace.MARK_GUARDED)
+        for i in late:
+            tracee = self.threads[i]
             with suppress(TargetError):  # it has ended
                 tracee.cont()
                 time.sleep(_ENDING_SECONDS)
                 tracee.halt()
                 lib.snap_make_again(tracee.tid, ptrace.call_set(RESTARTED))
         return bool(late)
+
+    def _marked(self, what: int) -> list[int]:
+        """Places in `threads`."""
+        return [i for i, mark in enumerate(self._marks) if mark & what]
 
     def _begin_again(self, late: LateError) -> None:
         """Lets all go, those that are late as soon as they stop. Raises `late` when one does not,
@@ -334,13 +342,14 @@ class Frozen:
         is decided when the thread goes on, so a signal that arrives meanwhile is no race. Done in C
         as soon as a thread stands, in case that we die; here they are counted.
         """
-        found = arch.CALL.iter_unpack(all_registers)
-        for tracee, (result, number, rip, rsp) in zip(self.threads, found, strict=True):
+        self.restarted = len(self._marked(ptrace.MARK_AGAIN))
+        for i in self._marked(ptrace.MARK_RESTARTS):
+            tracee, at = self.threads[i], i * arch.REGISTERS_SIZE
+            result, number, rip, rsp = arch.CALL.unpack_from(all_registers, at)
             if result == arch.ERESTART_RESTARTBLOCK:
                 self._note_call(tracee.tid, number, (rip, rsp))
             elif result == NR.restart_syscall:  # it stands before the instruction
                 self._note_call(tracee.tid, number, (rip + len(arch.SYSCALL_INSTRUCTION), rsp))
-            self.restarted += result == arch.ERESTARTNOHAND and number in RESTARTED
             if NR.restart_syscall in (result, number):
                 self._restarting.append(tracee)
 
@@ -358,13 +367,8 @@ class Frozen:
             if self._stays is not None:  # first: another could end it, and this stop at its end
                 self._stays.run_on()
             ptrace.detach_all([tracee for tracee in self.threads if tracee is not self._stays])
-            ptrace.reap(sorted(self._gone))  # or they, and so their process, would never be gone
-
-
-def _ended(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+            if self._gone:  # or they, and so their process, would never be gone
+                ptrace.reap(sorted(self._gone))
 
 
 @contextmanager
@@ -394,7 +398,11 @@ def freeze(
     except OSError as error:
         refusal.refused(pid, error.errno or errno.ESRCH)
     frozen = Frozen(pid, pidfd, earlier, room, scratch)
+    ended = select.poll()
+    ended.register(pidfd, select.POLLIN)
     held = signal.pthread_sigmask(signal.SIG_BLOCK, DEFERRED)
+    # In no other thread anything of Python's is interrupted.
+    interruptible = threading.current_thread() is threading.main_thread()
     hurry = ExitStack()
     try:
         reaper = hurry.enter_context(Reaper(pid))
@@ -406,17 +414,19 @@ def freeze(
                 registers = frozen._stop(timeout, reaper)
         except (FileNotFoundError, ProcessLookupError):
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}") from None
-        if _ended(pidfd):
+        if ended.poll(0):
             raise TargetError(f"process {pid} has ended", f"ps -p {pid}")
         frozen._registers = registers
         frozen._note_interrupted(registers)
         frozen.freeze_us = frozen._since_us()
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        if interruptible:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         yield frozen
     finally:
         frozen._earlier = None  # no chain of them
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, DEFERRED)
+            if interruptible:
+                signal.pthread_sigmask(signal.SIG_BLOCK, DEFERRED)
         finally:  # whatever Ctrl-C did to the line above
             frozen.thaw()
             frozen.stopped_us = frozen._since_us()

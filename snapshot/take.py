@@ -450,6 +450,7 @@ def _pause(
     files = prepared.files
     # With a tracer that lacks the capability an execve of the target would not be setuid.
     allowed = capable()
+    watched = job.hooks.wants("frozen")
     with freeze(job.pid, earlier=first) as frozen:
         faults.point("second-stop")
         pump.order_look(most)
@@ -491,8 +492,8 @@ def _pause(
             )
         taken_at = time.time()
         faults.point("settled")
-        with clock.stage("hooks"):
-            if job.hooks.wants("frozen"):
+        if watched:
+            with clock.stage("hooks"):
                 tracer.elsewhere(lambda: job.hooks.run("frozen", pid=job.pid, image=job.name))
         stays = unsaved and allowed
         if stays:

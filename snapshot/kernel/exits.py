@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection
 from typing import Any
 
 from ..errors import KernelError
@@ -19,7 +18,7 @@ class Exits(Closing):
     `again`: system calls that are made again when a signal that nobody handles interrupts them.
     """
 
-    def __init__(self, pid: int, seconds: float, again: Collection[int]) -> None:
+    def __init__(self, pid: int, seconds: float, again: frozenset[int]) -> None:
         made = ffi.new("snap_exits **")
         result = lib.snap_exits_new(pid, max(1, int(seconds * 1000)), call_set(again), made)
         if result < 0:

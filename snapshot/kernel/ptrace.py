@@ -17,8 +17,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..errors import KernelError, TargetError, UnsupportedError
@@ -57,6 +58,8 @@ class State(NamedTuple):
     signal_mask: int
     rseq: Rseq | None
     critical_section: int  # of that: rseq_cs
+
+_NO_CALLS: frozenset[int] = frozenset()
 
 
 class Tracee:
@@ -315,7 +318,7 @@ def seize_and_stop(
     known: Sequence[Tracee] = (),
     reaper: Reaper | None = None,
     timeout: float = STOP_TIMEOUT,
-    again: Collection[int] = (),
+    again: frozenset[int] = _NO_CALLS,
     since_us: Any = None,
 ) -> tuple[list[Tracee], dict[int, int]]:
     """Seizes threads of one process, then waits until each is in an event stop. `known`: those of
@@ -350,7 +353,8 @@ def seize_and_stop(
             continue
         tracee.stop = stop
         stopped.append(tracee)
-    reap([tid for tid, number in failed.items() if number == errno.ESRCH], timeout=0)
+    if failed:
+        reap([tid for tid, number in failed.items() if number == errno.ESRCH], timeout=0)
     return stopped, failed
 
 
@@ -371,7 +375,8 @@ def child_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def call_set(numbers: Collection[int]) -> Any:
+@lru_cache(maxsize=4)
+def call_set(numbers: frozenset[int]) -> Any:
     """System calls as C takes them: uint64_t[], a bit for each."""
     bits = sum(1 << number for number in numbers).to_bytes(lib.SNAP_AGAIN_CALLS // 8, "little")
     return ffi.from_buffer("uint64_t[]", bits)
@@ -392,6 +397,25 @@ def registers_of(tracees: Sequence[Tracee]) -> tuple[bytes, list[Tracee]]:
             tracee.registers()  # raises, with the reason
     reap([tracee.tid for tracee in gone], timeout=0)
     return bytes(ffi.buffer(out)), gone
+
+
+MARK_GUARDED = int(lib.SNAP_MARK_GUARDED)
+MARK_RESTARTS = int(lib.SNAP_MARK_RESTARTS)
+MARK_AGAIN = int(lib.SNAP_MARK_AGAIN)
+
+
+def marks(registers: bytes, guarded: range, again: frozenset[int]) -> bytes:
+    """Of each thread, out of what `registers_of` has read, the sum of what there is to see: it
+    stands in the range `guarded`; it is in restart_syscall, about to make it, or goes there; its
+    call is one of `again` and is made again. Nothing: of none of them there is anything."""
+    count = len(registers) // arch.REGISTERS_SIZE
+    found = bytearray(count)
+    some = lib.snap_mark_registers(
+        ffi.from_buffer("unsigned char[]", registers),
+        *(count, guarded.start, guarded.stop, call_set(again)),
+        ffi.from_buffer("unsigned char[]", found),
+    )
+    return bytes(found) if some else b""
 
 
 class StateRoom:
@@ -473,7 +497,8 @@ def detach_all(tracees: Sequence[Tracee]) -> None:
     lib.snap_detach_all(numbers, stops, len(tracees))
     for tracee in tracees:
         tracee.stop = 0
-    reap([tid for tid, result in zip(numbers, stops, strict=True) if result == -errno.ESRCH])
+    if any(stops):
+        reap([tid for tid, result in zip(numbers, stops, strict=True) if result == -errno.ESRCH])
 
 
 def reap(tids: Sequence[int], timeout: float = STOP_TIMEOUT) -> None:

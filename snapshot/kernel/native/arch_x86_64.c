@@ -83,6 +83,19 @@ int64_t snap_arch_interrupted(const void *registers)
     return (int64_t)regs->rax == -4 ? (int64_t)regs->orig_rax : -1;
 }
 
+int64_t snap_arch_made_again(const void *registers)
+{
+    const struct user_regs_struct *regs = registers;
+    return (int64_t)regs->rax == -514 ? (int64_t)regs->orig_rax : -1;
+}
+
+int snap_arch_restarts(const void *registers)
+{
+    const struct user_regs_struct *regs = registers;
+    return (int64_t)regs->rax == -516 || regs->rax == SNAP_RESTART_SYSCALL ||
+           regs->orig_rax == SNAP_RESTART_SYSCALL;
+}
+
 long snap_arch_raw(long number, long a, long b, long c)
 {
     register long fourth __asm__("r10") = 0;

@@ -8,6 +8,7 @@
 
 #define SNAP_REGISTERS_SIZE 216
 #define SNAP_LOOP_SIZE 45
+#define SNAP_RESTART_SYSCALL 219
 
 /* One injected call as the loop finds it in the target's memory: 64 bytes. */
 typedef struct {
@@ -36,6 +37,10 @@ int snap_arch_is_restart(int64_t result);
 /* The number of the system call that returned EINTR to these registers, made by a `syscall`
    instruction right before rip; -1: none did. */
 int64_t snap_arch_interrupted(const void *registers);
+/* The number of the call that has been made to be made again (snap_arch_make_again); -1: none. */
+int64_t snap_arch_made_again(const void *registers);
+/* The thread is in restart_syscall, or about to make it, or goes there when it runs on. */
+int snap_arch_restarts(const void *registers);
 /* A system call of our own that touches no thread-local memory (no errno): -errno when it fails. A fourth
    argument is 0. */
 long snap_arch_raw(long number, long a, long b, long c);

@@ -121,7 +121,6 @@ __asm__(
 extern const unsigned char snap_guard_begin[], snap_guard_clone_at[], snap_guard_call_at[],
     snap_guard_parked_at[], snap_guard_told_at[], snap_guard_charge[], snap_guard_slot[];
 
-#define RESTART_SYSCALL 219
 #define TRAP_FLAG 0x100ull
 
 const unsigned char *snap_guard_code(uint64_t *size)
@@ -173,7 +172,7 @@ static void restart(snap_home *home, const struct user_regs_struct *regs)
     int64_t result = (int64_t)regs->rax;
     if (regs->orig_rax == (unsigned long long)-1 || !snap_arch_is_restart(result))
         return;
-    home->rax = result == -516 ? RESTART_SYSCALL : regs->orig_rax;
+    home->rax = result == -516 ? SNAP_RESTART_SYSCALL : regs->orig_rax;
     home->rip = regs->rip - 2;
     home->by_flags = result == -512;
     if (result == -513) { /* ERESTARTNOINTR: whatever handler runs */

@@ -96,14 +96,18 @@ static void watch(snap_reaper *r, const int *tids, int count)
     pthread_mutex_unlock(&r->lock);
 }
 
+static int is_among(int64_t number, const uint64_t *calls)
+{
+    return number >= 0 && number < SNAP_AGAIN_CALLS && (calls[number / 64] >> (number % 64) & 1);
+}
+
 void snap_make_again(int tid, const uint64_t *again)
 {
     unsigned char registers[SNAP_REGISTERS_SIZE];
     unsigned char code[2];
     if (!again || snap_get_registers(tid, registers, sizeof registers) < 0)
         return;
-    int64_t number = snap_arch_interrupted(registers);
-    if (number < 0 || number >= SNAP_AGAIN_CALLS || !(again[number / 64] >> (number % 64) & 1))
+    if (!is_among(snap_arch_interrupted(registers), again))
         return;
     /* int 0x80 has other numbers. */
     if (snap_read_memory(tid, snap_arch_rip(registers) - 2, code, sizeof code) < 0 ||
@@ -224,6 +228,23 @@ int snap_get_registers_all(const int *tids, int *stops, int count, void *registe
         }
     }
     return silent;
+}
+
+int snap_mark_registers(const unsigned char *registers, int count, uint64_t guard, uint64_t guard_end,
+                        const uint64_t *again, unsigned char *marks)
+{
+    int all = 0;
+    for (int i = 0; i < count; i++) {
+        const unsigned char *one = registers + (size_t)i * SNAP_REGISTERS_SIZE;
+        const uint64_t at = snap_arch_rip(one);
+        marks[i] = at >= guard && at < guard_end ? SNAP_MARK_GUARDED : 0;
+        if (snap_arch_restarts(one))
+            marks[i] |= SNAP_MARK_RESTARTS;
+        if (is_among(snap_arch_made_again(one), again))
+            marks[i] |= SNAP_MARK_AGAIN;
+        all |= marks[i];
+    }
+    return all;
 }
 
 void snap_get_rseq_all(const int *tids, int count, uint64_t *addresses)

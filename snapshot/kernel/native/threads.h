@@ -40,6 +40,14 @@ void snap_detach_all(const int *tids, int *stops, int count);
    answer gets -errno for its stop (-ESRCH: it is gone); returns how many did not. */
 int snap_get_registers_all(const int *tids, int *stops, int count, void *registers, size_t size);
 
+/* What is remarkable in `count` registers of SNAP_REGISTERS_SIZE bytes: marks[i] becomes the sum of
+   these; returns all that occur. */
+#define SNAP_MARK_GUARDED 1 /* it stands in [guard, guard_end) */
+#define SNAP_MARK_RESTARTS 2 /* in restart_syscall, about to make it, or sent there by its stop */
+#define SNAP_MARK_AGAIN 4   /* its call has been made one of `again` that is made again */
+int snap_mark_registers(const unsigned char *registers, int count, uint64_t guard, uint64_t guard_end,
+                        const uint64_t *again, unsigned char *marks);
+
 /* addresses[i]: of the rseq area of a stopped thread, 0: it has none, or none that is known. */
 void snap_get_rseq_all(const int *tids, int count, uint64_t *addresses);
 
