@@ -55,7 +55,7 @@ PAGES_EACH = 1024
 QUIET = 1.0
 """Seconds: who has unmapped nothing for so long will hardly do so before the list is proved."""
 VAIN = 4
-RUNNING_LOOKS = 3
+RUNNING_LOOKS = 2
 SHRINKS = 0.7
 """A round that would copy more than this part of the one before gains nothing on the writers."""
 
@@ -231,21 +231,31 @@ class Ahead:
         then does so within that. Then what is mapped is read, and seen to be registered: from then
         on events tell of each change, and nothing can be mapped that looks the same and is not.
         """
+        if not self._is_current():  # so far nobody waits for us
+            self._examine_again()
         if not protection.register(self.examination.plan.runs()):
             return False
         for _ in range(RUNNING_LOOKS):
-            maps, before = procfs.read_again(self._maps), self.examination
-            armed = [one.start for one in before.plan.windows if one.armed]
-            if before.holds(before.needed, maps) and protection.registered(self._pagemap, armed):
+            # In this order. Meanwhile who unmaps something waits until that can be told.
+            armed = [one.start for one in self.examination.plan.windows if one.armed]
+            if self._is_current() and protection.registered(self._pagemap, armed):
                 break
-            self.examination = examine.examine(self.pump.pid, None, before)
-            examine.refuse(self.pump.pid, self.examination.plan)
+            self._examine_again()
         else:
             return False
         self._planned = True
         self._open_objects()
         self.pump.plan(self.examination.plan, self._objects, registered=True)
         return True
+
+    def _is_current(self) -> bool:
+        """Whether the target, which runs, still is as it was when it was examined."""
+        before = self.examination
+        return before.holds(before.needed, procfs.read_again(self._maps))
+
+    def _examine_again(self) -> None:
+        self.examination = examine.examine(self.pump.pid, None, self.examination)
+        examine.refuse(self.pump.pid, self.examination.plan)
 
     def look_for_others(self, *, forks: bool) -> None:
         """While it runs, registered: who can write to its shared memory although nobody could when

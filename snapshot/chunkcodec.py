@@ -4,8 +4,9 @@ docs/image-format.md says the same in words. A value is a header and a payload:
 
     present   u16   bit i: the page at i * 4 KiB belongs to the image
     nonzero   u16   bit i: its bytes are in the payload (a subset of present); else they are zeros
-    codec     u8    0: the payload is those pages as they are; 1: one zstd frame of them; 2: a
-                    delta; 3, 4: as 0 and 1, behind a table with a checksum for every four pages
+    codec     u8    0: the payload is those pages as they are; 1: one zstd frame of them; 5: a
+                    delta (2: one without a checksum, of former times); 3, 4: as 0 and 1, behind a
+                    table with a checksum for every four pages
     reserved  3 bytes, 0
     digest    16 bytes: BLAKE3 of the nonzero pages, keyed with the bitmaps
 
@@ -18,6 +19,7 @@ of another value, its base, which is no delta:
     own       u16   bit i: the page is in this payload (a subset of nonzero)
     codec     u8    0 or 1, of the own pages
     reserved  5 bytes, 0
+    check     u64   of these headers and the pages (native/delta.c)
 
 All integers big endian. The pages are in ascending order.
 """
@@ -44,7 +46,9 @@ MAX_BYTES = lib.SNAP_BLOCKS_HEADS + CHUNK
 _RESERVED = slice(5, 8)
 _DELTA_RESERVED = slice(3, 8)
 _CODEC = 4
-RAW, ZSTD, DELTA, RAW_BLOCKS, ZSTD_BLOCKS = range(5)
+RAW, ZSTD, UNCHECKED_DELTA, RAW_BLOCKS, ZSTD_BLOCKS, DELTA = range(6)
+_DELTAS = (DELTA, UNCHECKED_DELTA)
+CHECK = struct.Struct(">Q")
 _IN_BLOCKS = {RAW_BLOCKS: RAW, ZSTD_BLOCKS: ZSTD}
 MOST_OWN = PAGES_PER_CHUNK // 2
 """Pages of a delta: a chunk of which more are other than those of its base is stored whole, so that
@@ -198,7 +202,7 @@ def pages_of(value: Bytes) -> int:
 
 def is_delta(value: Bytes) -> bool:
     """Whether it takes another value, its base, to decode it."""
-    return len(value) > _CODEC and value[_CODEC] == DELTA
+    return len(value) > _CODEC and value[_CODEC] in _DELTAS
 
 
 def decode(value: Bytes, base: Bytes | None = None) -> tuple[Chunk, bytes]:
@@ -206,8 +210,8 @@ def decode(value: Bytes, base: Bytes | None = None) -> tuple[Chunk, bytes]:
     `base`: of a delta, the value that it was made against."""
     present, nonzero, codec, digest = _header(value)
     payload = (
-        _merged(nonzero, value[HEADER.size :], base)
-        if codec == DELTA
+        _merged(value, nonzero, codec, base)
+        if codec in _DELTAS
         else _whole(value, nonzero, codec, digest)
     )
     if _digest(present, nonzero, payload) != digest:
@@ -232,17 +236,30 @@ def _whole(value: Bytes, nonzero: int, codec: int, digest: bytes) -> bytes:
     return _payload(codec, value[heads:], nonzero.bit_count() * PAGE)
 
 
-def _merged(nonzero: int, stored: Bytes, base: Bytes | None) -> bytes:
+def _merged(value: Bytes, nonzero: int, codec: int, base: Bytes | None) -> bytes:
     """The nonzero pages of a delta."""
+    heads = HEADER.size + DELTA_HEADER.size
     if base is None:
         raise DamagedError("a delta without its base")
-    if len(stored) < DELTA_HEADER.size:
-        raise DamagedError(f"a delta of {len(stored)} bytes")
-    own, codec = DELTA_HEADER.unpack_from(stored)
-    if stored[_DELTA_RESERVED] != bytes(5) or own & ~nonzero or codec == DELTA:
-        raise DamagedError(f"a delta of the pages {own:#06x} among {nonzero:#06x}, codec {codec}")
-    payload = _payload(codec, stored[DELTA_HEADER.size :], own.bit_count() * PAGE)
+    if len(value) < heads + CHECK.size * (codec == DELTA):
+        raise DamagedError(f"a delta of {len(value)} bytes")
+    own, inner = DELTA_HEADER.unpack_from(value, HEADER.size)
+    reserved = value[HEADER.size :][_DELTA_RESERVED]
+    if reserved != bytes(5) or own & ~nonzero or inner not in (RAW, ZSTD):
+        raise DamagedError(f"a delta of the pages {own:#06x} among {nonzero:#06x}, codec {inner}")
+    stored = value[heads:]
+    if codec == DELTA:
+        (check,), stored = CHECK.unpack_from(stored), stored[CHECK.size :]
+        if check != _check(value[:heads], stored):
+            raise DamagedError("a delta does not match its checksum")
+    payload = _payload(inner, stored, own.bit_count() * PAGE)
     return _gathered(nonzero, _overlaid(decode_base(base).data, own, _spread(own, payload)))
+
+
+def _check(heads: Bytes, payload: Bytes) -> int:
+    """Of a delta."""
+    found = lib.snap_delta_check(ffi.from_buffer(heads), ffi.from_buffer(payload), len(payload))
+    return int(found)
 
 
 def _digest(present: int, nonzero: int, payload: Bytes) -> bytes:
@@ -264,7 +281,8 @@ def _raw(content: Content) -> bytes:
 def _value(content: Content, codec: int, payload: Any) -> bytes:
     if content.own is None:
         return b"".join((_head(content, codec), payload))
-    return b"".join((_head(content, DELTA), DELTA_HEADER.pack(content.own, codec), payload))
+    heads = _head(content, DELTA) + DELTA_HEADER.pack(content.own, codec)
+    return b"".join((heads, CHECK.pack(_check(heads, payload)), payload))
 
 
 def _head(content: Content, codec: int) -> bytes:

@@ -152,7 +152,10 @@ class Image:
     def places(self, space: int) -> Places:
         """Where the values of its chunks lie, for kernel.stored: good until the image is
         closed."""
-        return self._space(space).places(self._environment)
+        found = self._space(space).places(self._environment)
+        if BASES not in self._summaries:
+            return found
+        return found._replace(bases=self._space(BASES).places(self._environment))
 
     def touched(self, space: int) -> list[int]:
         """Chunks that restored processes waited for, the first first: a hint (workingset.py)."""

@@ -16,10 +16,10 @@ from .errors import DamagedError
 from .manifest import Record
 from .units import CHUNK
 
-FORMAT = b"livesnap store 3"
-EARLIER = (b"livesnap store 1", b"livesnap store 2")
-"""Without deltas, without blocks. They are read, and become one of the newer format with the next
-take."""
+FORMAT = b"livesnap store 4"
+EARLIER = (b"livesnap store 1", b"livesnap store 2", b"livesnap store 3")
+"""Without deltas, without blocks, with deltas that have no checksum. They are read, and become one
+of the newer format with the next take."""
 FORMAT_KEY, NEXT_SEQUENCE_KEY, NEXT_IMAGE_KEY = b"format", b"next sequence", b"next image"
 
 NUMBER = struct.Struct(">Q")

@@ -235,10 +235,13 @@ def _attempt(job: _Take, *, guarded: bool, last: bool) -> bool:
             statement = _statement(job, scratch, after_pump)
             room = find_room(Tracee(job.pid, 0))
             place = _Place(room, scratch)
-            begun = _visit(job, ahead, statement, place, after_pump) if passes else None
-            first, protection = begun or _stop(
-                job, ahead, statement, place, after_pump, forks=shares, passes=passes
-            )
+            first, protection = None, None
+            if passes:
+                first, protection = _visit(job, ahead, statement, place, after_pump)
+            if first is None or protection is None:
+                first, protection = _stop(
+                    job, ahead, statement, place, after_pump, first, forks=shares, passes=passes
+                )
             faults.point("first-resumed")
             pump.store(writer.put, os.cpu_count() or 1)
             ahead.look_for_others(forks=protection.forks)
@@ -294,17 +297,19 @@ def _visit(
     statement: Statement | None,
     place: _Place,
     held: ExitStack,
-) -> tuple[Frozen, WriteProtection] | None:
-    """The userfaultfd, and what it is to tell of, with one thread stopped in place of all. None: it
-    cannot be done so."""
+) -> tuple[Frozen | None, WriteProtection | None]:
+    """The userfaultfd, and what it is to tell of, with one thread stopped in place of all -> the
+    last stop, if there was any, and None where that is all that came of it."""
     pump = ahead.pump
+    host: Frozen | None = None
     with ExitStack() as made:
         try:
             with visiting(job.pid, *place) as visit:
-                if visit.host is not None:
-                    job.stops_us.append(visit.host.stopped_us)
+                host = visit.host
+                if host is not None:
+                    job.stops_us.append(host.stopped_us)
                 if visit.guest is None:
-                    return None
+                    return host, None
                 protection = made.enter_context(
                     WriteProtection.create(visit.guest, passes=True, empties=True)
                 )
@@ -312,17 +317,17 @@ def _visit(
                 if statement is not None:
                     statement.make_running(visit.guest)
         except TargetError:
-            return None  # our thread was killed: so was the process, or it is another program now
+            # Our thread was killed: so was the process, or it is another program now.
+            return host, None
         held.enter_context(made.pop_all())
-    assert visit.host is not None
     faults.point("clean")
     pump.attach(protection)
     if ahead.plan_running(protection):
         faults.point("registered")
         pump.release()
-        return visit.host, protection
+        return host, protection
     pump.release()
-    with freeze(job.pid, earlier=visit.host) as frozen:
+    with freeze(job.pid, earlier=host) as frozen:
         pump.order_hold()
         pump.await_hold()
         ahead.plan()
@@ -337,13 +342,14 @@ def _stop(
     statement: Statement | None,
     place: _Place,
     held: ExitStack,
+    earlier: Frozen | None,
     *,
     forks: bool,
     passes: bool,
 ) -> tuple[Frozen, WriteProtection]:
     """The same with all of it stopped."""
     pump = ahead.pump
-    with freeze(job.pid, room=place.room, scratch=place.scratch) as first:
+    with freeze(job.pid, earlier=earlier, room=place.room, scratch=place.scratch) as first:
         faults.point("first-stop")
         made = _make(first, statement)
         protection = held.enter_context(

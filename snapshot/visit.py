@@ -99,7 +99,7 @@ def _enter(pid: int, thread: int, room: Room, scratch: int) -> tuple[Frozen | No
     remote = Remote(Tracee(thread, 0), room=room)
     try:
         remote.look()
-        with freeze(pid, room=room, only=thread) as host:
+        with freeze(pid, room=room, scratch=scratch, only=thread) as host:
             faults.point("visited")
             inner = remote.clone(host.threads[0], _CLONE)
     except (TargetError, LateError) as error:
@@ -111,6 +111,7 @@ def _enter(pid: int, thread: int, room: Room, scratch: int) -> tuple[Frozen | No
         remote.wipe()
         return host, None
     faults.point("guest-made")
+    room = remote.room or room
     tracee = _settled(pid, inner, host.threads[0].options, room.instruction)
     if tracee is None:
         return host, None  # it was killed: what it stands in stays, in case that it was not

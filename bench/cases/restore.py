@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench import machine, pages
+from bench.cases.increments import REWRITTEN
 from bench.commands import Failed, Ran, Snap
 from bench.figures import Part, Plot, Row, Rows, Table, distribution, number, size, spread
 from bench.pages import Felt, Pages
@@ -29,7 +30,9 @@ MISSING_NS = 2000
 AFTER_SECONDS = 0.3
 STEADY_SECONDS = 60
 LARGEST_EAGER_MIB = 4096
+LARGEST_DELTAS_MIB = 1024
 LAZY, AGAIN, EAGER, IDLE = "lazy", "lazy, again", "eager", "lazy, idle"
+DELTAS = "lazy, idle, deltas"
 FIRST = ("--lazy",)
 """Nothing is noted before it: it is what comes first the next time."""
 MODES = {
@@ -37,10 +40,12 @@ MODES = {
     AGAIN: ("--lazy",),
     EAGER: ("--eager",),
     IDLE: ("--lazy", "--no-working-set"),
+    DELTAS: ("--lazy", "--no-working-set"),
 }
 """`again`: what an earlier restore of the image waited for comes first. `idle`: of an image in
 which the process has no clock, which keeps a processor busy, and reads IDLE_TOUCHES pages a
-second."""
+second. `deltas`: of one that was taken after that, when one page in ten was another."""
+IMAGES = {IDLE: "idle", DELTAS: "deltas"}
 IDLE_TOUCHES = 500
 ROUNDS = {64: 4, 1024: 2}
 STARTS = {
@@ -81,16 +86,22 @@ def _rounds(bench: Bench, snap: Snap, target: Pages, way: str) -> None:
     target.tell("touch", IDLE_TOUCHES)
     target.tell("mark")
     snap("take", target.pid, "--name", "idle")
+    if target.mib <= LARGEST_DELTAS_MIB:
+        target.tell("rewrite", *REWRITTEN["10 %, page by page"])
+        target.tell("mark")
+        snap("take", target.pid, "--name", "deltas")
     target.kill()
     rounds = bench.rounds(ROUNDS, target.mib)
     for number_, mode in in_turn(rounds, list(MODES)):
         if mode == EAGER and target.mib > LARGEST_EAGER_MIB:
             continue
+        if mode == DELTAS and target.mib > LARGEST_DELTAS_MIB:
+            continue
         bench.say(f"restore: {size(target.mib)}, {mode}, {way}")
         machine.warm(target.mib + 256)
         try:
             options = FIRST if mode == LAZY and number_ == 0 else MODES[mode]
-            image = "idle" if mode == IDLE else "one"
+            image = IMAGES.get(mode, "one")
             measured = _one(snap, target, image, options, row["saved_bytes"])
         finally:
             target.kill()
@@ -104,7 +115,7 @@ def _one(snap: Snap, target: Pages, image: str, options: Sequence[str], saved: i
     ended = _drained(ran) if ran.answer["server_pid"] else ran.ended
     time.sleep(AFTER_SECONDS)
     felt = target.felt()
-    runs = _first_touch(felt, ran) if image == "idle" else _runs_at(felt, ran)
+    runs = _first_touch(felt, ran) if image in IMAGES.values() else _runs_at(felt, ran)
     touches = [(at, ns) for at, ns in felt.touches if runs <= at]
     missing = [(at, ns) for at, ns in touches if at < ended and ns >= MISSING_NS]
     row: Row = {

@@ -17,6 +17,21 @@ class Places(NamedTuple):
     entries: bytes  # of each as many, the digest of its content at 16
     entry: int  # bytes
     places: Any  # btree_place[]
+    bases: Places | None = None
+    """Of the chunks that deltas among them are made against."""
+
+    def chunks(self) -> Any:
+        """snap_chunks *, good as long as this is."""
+        return ffi.new(
+            "snap_chunks *",
+            {
+                "addresses": ffi.from_buffer("uint64_t[]", self.addresses),
+                "places": self.places,
+                "entries": ffi.from_buffer(self.entries),
+                "count": len(self.addresses),
+                "entry": self.entry,
+            },
+        )
 
 
 class Stored:
@@ -29,14 +44,8 @@ class Stored:
     @classmethod
     def new(cls, places: Places) -> Stored | None:
         """None: there is no memory or no libzstd for it."""
-        made = lib.snap_stored_new(
-            places.fd,
-            len(places.addresses),
-            ffi.from_buffer("uint64_t[]", places.addresses),
-            places.places,
-            ffi.from_buffer(places.entries),
-            places.entry,
-        )
+        bases = places.bases.chunks() if places.bases is not None else ffi.new("snap_chunks *")
+        made = lib.snap_stored_new(places.fd, places.chunks(), bases)
         return cls(made, places) if made else None
 
     @staticmethod

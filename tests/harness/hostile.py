@@ -212,6 +212,12 @@ def sealed_chunk(present: int, nonzero: int, codec: int, payload: bytes, content
     return chunkcodec.HEADER.pack(present, nonzero, codec, found) + payload
 
 
+def sealed_delta(present: int, head: bytes, payload: bytes, content: bytes) -> bytes:
+    """A delta whose checksum and check are right for these."""
+    value = sealed_chunk(present, present, chunkcodec.DELTA, head, content)
+    return value + chunkcodec.CHECK.pack(chunkcodec._check(value, payload)) + payload
+
+
 def read_chunk(data: bytes) -> None:
     """The bytes as they come, and as the payload of a value that says they are right."""
     with suppress(SnapError):
@@ -227,9 +233,11 @@ def read_delta(data: bytes) -> None:
     base = sealed_chunk(0b111, 0b011, chunkcodec.RAW, b"a" * 2 * PAGE, b"a" * 2 * PAGE)
     present = int.from_bytes(data[:2], "big")
     content = b"a" * present.bit_count() * PAGE
-    value = sealed_chunk(present, present, chunkcodec.DELTA, data[2:], content)
-    chunk, _ = chunkcodec.decode(value, base)
-    assert len(chunk.data) == CHUNK
+    former = sealed_chunk(present, present, chunkcodec.UNCHECKED_DELTA, data[2:], content)
+    head, payload = data[2:10].ljust(chunkcodec.DELTA_HEADER.size, b"\0"), data[10:]
+    for value in (former, sealed_delta(present, head, payload, content)):
+        chunk, _ = chunkcodec.decode(value, base)
+        assert len(chunk.data) == CHUNK
 
 
 def read_index(data: bytes) -> None:
@@ -378,13 +386,15 @@ def chunk(random: Random, sound: bool = False) -> bytes:
     if random.random() < 0.3:
         own = random.choice((0, present, random.randrange(1 << 16)))
         head = chunkcodec.DELTA_HEADER.pack(own, random.choice((0, 1, 1, 2)))
-        return sealed_chunk(present, present, chunkcodec.DELTA, head + payload, content)
+        if random.random() < 0.5:
+            return sealed_delta(present, head, payload, content)
+        return sealed_chunk(present, present, chunkcodec.UNCHECKED_DELTA, head + payload, content)
     match random.randrange(8):
         case 0:  # a bomb: it says what belongs and gives more, or says more
             payload = zstandard.compress(bytes(random.choice((1 << 16, 1 << 24))), 1)
         case 1:
             payload = mangled(random, payload)
-    codec = random.choice((1, 1, 1, 1, 0, 2, 3, 4, 255))
+    codec = random.choice((1, 1, 1, 1, 0, 2, 3, 4, 5, 255))
     return sealed_chunk(present, present, codec, payload, content)
 
 

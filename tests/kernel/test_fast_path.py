@@ -22,7 +22,7 @@ from snapshot.kernel.uffd import Uffd
 from snapshot.lazy import Content, Server
 from snapshot.missing import Missing
 from snapshot.store import ProcessIdentity, Store
-from snapshot.units import CHUNK
+from snapshot.units import CHUNK, PAGE
 from snapshot.writer import RawChunk
 from tests.unit.images import manifest, mapping, process
 
@@ -59,26 +59,46 @@ class Place:
         self.server.add(uffd, Missing.of([(base, base + len(data))]), self.stored)
 
 
+def put(store: Store, name: str, base: int, data: bytes) -> None:
+    writer = store.begin(name, ProcessIdentity("boot", 100, 5))
+    for at in range(0, len(data), CHUNK):
+        writer.put([RawChunk(0, base + at, 0xFFFF, memoryview(data)[at : at + CHUNK])])
+    writer.commit(manifest(name, process(mapping(start=base, size=len(data))), taken_at=1.0))
+
+
+def earlier(data: bytearray) -> bytes:
+    """What it was before up to nine pages of each chunk were written; some of these are zeros
+    now."""
+    random, before = Random(11), bytearray(data)
+    for number in range(COUNT):
+        for page in random.sample(range(16), number % 10):
+            at = number * CHUNK + page * PAGE
+            before[at : at + PAGE] = random.randbytes(PAGE)
+            if page % 5 == 0:
+                data[at : at + PAGE] = bytes(PAGE)
+    return bytes(before)
+
+
 @contextmanager
-def missing(directory: Path) -> Iterator[Place]:
+def missing(directory: Path, *, deltas: bool = False) -> Iterator[Place]:
     area = mmap.mmap(-1, (COUNT + 1) * CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     base = -(-ctypes.addressof(ctypes.c_char.from_buffer(area)) // CHUNK) * CHUNK
     words = Random(5).randbytes(CHUNK // 8 * COUNT)
-    data = b"".join(words[at : at + 64] * 8 for at in range(0, len(words), 64))
+    now = bytearray(b"".join(words[at : at + 64] * 8 for at in range(0, len(words), 64)))
+    before = earlier(now) if deltas else b""
+    data = bytes(now)
     with Store.open(directory / "store", create=True) as store, Uffd.open() as uffd:
-        writer = store.begin("one", ProcessIdentity("boot", 100, 5))
-        for at in range(0, len(data), CHUNK):
-            part = memoryview(data)[at : at + CHUNK]
-            writer.put([RawChunk(0, base + at, 0xFFFF, part)])
-        whole = process(mapping(start=base, size=len(data)))
-        writer.commit(manifest("one", whole, taken_at=1.0))
+        if deltas:
+            put(store, "before", base, before)
+        put(store, "one", base, data)
         uffd.api(0)
         uffd.register(base, len(data), lib.UFFDIO_REGISTER_MODE_MISSING)
         with store.image("one") as image:
             yield Place(image, base, data, uffd)
 
 
-def test_the_image_is_not_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deltas", [False, True])
+def test_the_image_is_not_asked(tmp_path: Path, deltas: bool) -> None:
     read = ctypes.create_string_buffer(COUNT * CHUNK)
     order = Random(3).sample(range(COUNT * 16), COUNT * 16)
 
@@ -87,8 +107,11 @@ def test_the_image_is_not_asked(tmp_path: Path) -> None:
             at = page * 4096
             LIBC.memcpy(ctypes.addressof(read) + at, place.base + at, 4096)
 
-    with missing(tmp_path) as place:
+    with missing(tmp_path, deltas=deltas) as place:
         assert place.stored is not None
+        bases = place.asked.image.places(0).bases
+        assert bases is None or len(bases.addresses) > COUNT // 2
+        assert (bases is not None) == deltas
         thread = threading.Thread(target=work, args=[place])
         thread.start()
         place.server.run()
@@ -99,16 +122,22 @@ def test_the_image_is_not_asked(tmp_path: Path) -> None:
         assert set(place.server.touched) <= set(place.asked.addresses(0))
 
 
-def test_a_page_whose_block_is_damaged_is_left_to_the_image(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["block", "delta", "base"])
+def test_a_page_that_is_damaged_is_left_to_the_image(tmp_path: Path, what: str) -> None:
     """Which says that it is; its bytes reach nobody."""
-    number = COUNT // 2
-    with missing(tmp_path) as place:
-        entry = place.asked.image.places(0).places[number]
+    number = COUNT // 2 + 4
+    with missing(tmp_path, deltas=what != "block") as place:
+        places = place.asked.image.places(0)
+        entries = [places.places[number]]
+        if what == "base":
+            assert places.bases is not None
+            entries = [places.bases.places[i] for i in range(len(places.bases.addresses))]
         with (tmp_path / "store" / "data.mdb").open("r+b") as file:
-            file.seek(entry.offset + entry.bytes - 1)
-            last = file.read(1)[0]
-            file.seek(-1, 1)
-            file.write(bytes([last ^ 1]))
+            for entry in entries:
+                file.seek(entry.offset + entry.bytes - 1)
+                last = file.read(1)[0]
+                file.seek(-1, 1)
+                file.write(bytes([last ^ 1]))
         address = place.base + (number + 1) * CHUNK - 4096
         read = ctypes.create_string_buffer(b"x" * 8)
         thread = threading.Thread(target=LIBC.memcpy, args=[ctypes.addressof(read), address, 8])

@@ -176,11 +176,11 @@ def test_no_signal_to_tell_by() -> None:
 def test_in_a_pid_namespace_of_its_own(tmp_path: Path) -> None:
     """The number that clone returns there is another one here."""
     script = "import os, threading, signal; threading.Thread(target=signal.pause).start()\n"
-    script += f"open({str(tmp_path / 'pid')!r}, 'w').write('x'); signal.pause()"
+    script += f"os.mkdir({str(tmp_path / 'on')!r}); signal.pause()"
     command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", script]
     with subprocess.Popen(command) as outer:
         try:
-            wait_until((tmp_path / "pid").exists, "it runs")
+            wait_until((tmp_path / "on").exists, "it runs")
             children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
             pid = int(children[0])
             before = proc_state(pid)

@@ -20,6 +20,7 @@ static char *area, *image, *memory;
 static uint64_t addresses[CHUNKS];
 static btree_place places[CHUNKS];
 static char entries[CHUNKS * ENTRY];
+static const snap_chunks chunks = {addresses, places, entries, CHUNKS, ENTRY}, none;
 static int store, uffd, finished, pipes[DECODERS][2][2];
 static unsigned seed;
 static int sound; /* all chunks are to be had */
@@ -61,7 +62,7 @@ static void make_chunk(snap_blocks *blocks, uint32_t i, uint64_t *end)
 static void *decode(void *argument)
 {
     size_t number = (size_t)argument;
-    snap_stored *stored = snap_stored_new(store, CHUNKS, addresses, places, entries, ENTRY);
+    snap_stored *stored = snap_stored_new(store, &chunks, &none);
     struct { uint32_t slot, chunks; uint64_t address; } asked;
     unsigned own = seed + (unsigned)number;
     CHECK(stored);
@@ -194,7 +195,7 @@ static void round_of(void)
         make_chunk(blocks, i, &end);
     CHECK((uffd = uffd_open(O_CLOEXEC | O_NONBLOCK)) >= 0 && !uffd_api(uffd, &features, NULL));
     CHECK(!uffd_register(uffd, addresses[0], CHUNKS * CHUNK, UFFDIO_REGISTER_MODE_MISSING, NULL));
-    snap_stored *stored = snap_stored_new(store, CHUNKS, addresses, places, entries, ENTRY);
+    snap_stored *stored = snap_stored_new(store, &chunks, &none);
     snap_fast_path *fast = snap_fast_path_new(stored, uffd);
     CHECK(stored && fast && !snap_fast_path_watch(fast, &finished, 1));
     snap_fast_path_allow(fast, addresses[0], addresses[0] + CHUNKS * CHUNK);

@@ -15,12 +15,14 @@ from snapshot.kernel._native import lib
 
 from snapshot import chunkcodec
 from snapshot.chunkcodec import (
+    CHECK,
     DELTA,
     DELTA_HEADER,
     HEADER,
     MOST_OWN,
     RAW,
     RAW_BLOCKS,
+    UNCHECKED_DELTA,
     ZSTD,
     Chunk,
 )
@@ -149,7 +151,7 @@ def test_deltas(some: tuple[bytes, int, bytes, int]) -> None:
         return
     assert chunkcodec.is_delta(value)
     assert not chunkcodec.is_delta(base)
-    assert len(value) <= HEADER.size + DELTA_HEADER.size + differ * PAGE
+    assert len(value) <= HEADER.size + DELTA_HEADER.size + CHECK.size + differ * PAGE
     assert chunkcodec.decode(value, base) == chunkcodec.decode(value_of(data, present))
     assert chunkcodec.pages_of(value) == present
 
@@ -182,15 +184,28 @@ def test_a_delta_takes_a_base_that_is_none() -> None:
     assert value
     for wrong, reason in (
         (None, "without its base"),
-        (value, "unknown codec 2"),
+        (value, "unknown codec 5"),
         (value_of(data[:-1] + b"\0"), "does not match"),
         (b"", "a chunk of 0 bytes"),
     ):
         with pytest.raises(DamagedError, match=reason):
             chunkcodec.decode(value, wrong)
     for stored in (b"\0", DELTA_HEADER.pack(1, DELTA), DELTA_HEADER.pack(2, RAW) + bytes(PAGE)):
-        with pytest.raises(DamagedError, match="a delta of"):
-            chunkcodec.decode(HEADER.pack(1, 1, DELTA, bytes(16)) + stored, base)
+        for codec in (DELTA, UNCHECKED_DELTA):
+            with pytest.raises(DamagedError, match="a delta of"):
+                chunkcodec.decode(HEADER.pack(1, 1, codec, bytes(16)) + stored, base)
+
+
+def test_a_delta_of_former_times_is_read() -> None:
+    base = value_of(b"\xaa" * CHUNK)
+    value = delta_of(b"\xbb" * PAGE + b"\xaa" * (CHUNK - PAGE), ALL_PAGES, base)
+    assert value
+    heads = HEADER.size + DELTA_HEADER.size
+    present, nonzero, _, digest = HEADER.unpack_from(value)
+    former = HEADER.pack(present, nonzero, UNCHECKED_DELTA, digest)
+    former += value[HEADER.size : heads] + value[heads + CHECK.size :]
+    assert chunkcodec.is_delta(former)
+    assert chunkcodec.decode(former, base) == chunkcodec.decode(value, base)
 
 
 def test_zeros_have_no_payload() -> None:

@@ -34,7 +34,7 @@ class SecondReader:
             with environment.begin(db=handle) as transaction:
                 self.get[database] = dict(transaction.cursor())
         environment.close()
-        assert self.get["meta"][b"format"] == b"livesnap store 3"
+        assert self.get["meta"][b"format"] == b"livesnap store 4"
         sealed = self.get["images"][name.encode()]
         assert sealed[:16] == blake3(name.encode() + sealed[16:]).digest(16)
         self.record: dict[str, Any] = msgspec.msgpack.decode(sealed[16:])
@@ -79,11 +79,15 @@ class SecondReader:
         present, nonzero, codec, digest = struct.unpack(">HHB3x16s", value[:24])
         own, payload = nonzero, value[24:]
         pages: dict[int, bytes] = {}
-        if codec == 2:
+        if codec in (2, 5):
             base = self.entries[1 << 31, entry[0] * 65536]
             _, pages = self._pages(base)
-            own, codec = struct.unpack(">HB5x", payload[:8])
+            own, checked, codec = *struct.unpack(">HB5x", payload[:8])[:1], codec == 5, payload[2]
             payload = payload[8:]
+            if checked:
+                check, payload = payload[:8], payload[8:]
+                seed = xxh64_intdigest(payload, int.from_bytes(value[8:16], "big"))
+                assert int.from_bytes(check, "big") == xxh64_intdigest(value[:32], seed)
         size = 4096 * own.bit_count()
         if codec in (3, 4):
             payload = self._unchecked(value, -(-own.bit_count() // 4))

@@ -734,8 +734,8 @@ def test_an_lmdb_of_somebody_else(tmp_path: Path) -> None:
 def test_a_store_of_a_later_format(store: Store) -> None:
     environment = store._environment
     meta = environment.databases["meta"]
-    environment.write(lambda t: t.put(b"format", b"livesnap store 4", db=meta))
-    with pytest.raises(StoreError, match="is a livesnap store 4; this snap reads livesnap store 3"):
+    environment.write(lambda t: t.put(b"format", b"livesnap store 5", db=meta))
+    with pytest.raises(StoreError, match="is a livesnap store 5; this snap reads livesnap store 4"):
         Store.open(store.path)
 
 

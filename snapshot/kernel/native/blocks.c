@@ -1,21 +1,17 @@
 #include "blocks.h"
 
-#include <endian.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "bytes_internal.h"
 #include "chunk_internal.h"
 #include "xxh64_internal.h"
 #include "zstd_internal.h"
 
 enum {
     BLOCK = PAGE * SNAP_BLOCK_PAGES,
-    HEADER = 24,
-    CODEC_AT = 4,
-    DIGEST_AT = 8,
-    DIGEST = 16,
     ENTRY = 12, /* u32 end of the block behind the table, u64 check of its bytes */
     CHECK = 8,
 };
@@ -25,27 +21,6 @@ struct snap_blocks {
     void *compressor, *decompressor;
     uint32_t blocks_read, at, done; /* of the frame that is being read, and of what it has given */
 };
-
-static uint64_t u64_at(const char *at)
-{
-    uint64_t x;
-    memcpy(&x, at, sizeof x);
-    return be64toh(x);
-}
-
-static uint32_t u32_at(const char *at)
-{
-    uint32_t x;
-    memcpy(&x, at, sizeof x);
-    return be32toh(x);
-}
-
-static uint32_t u16_at(const char *at)
-{
-    uint16_t x;
-    memcpy(&x, at, sizeof x);
-    return be16toh(x);
-}
 
 static void put_u64(char *at, uint64_t x)
 {
@@ -57,12 +32,6 @@ static void put_u32(char *at, uint32_t x)
 {
     x = htobe32(x);
     memcpy(at, &x, sizeof x);
-}
-
-/* Checks are those of this chunk: the same bytes of another do not pass for its own. */
-static uint64_t seed_of(const char *value)
-{
-    return u64_at(value + DIGEST_AT);
 }
 
 static uint32_t blocks_of(uint32_t pages)
@@ -118,7 +87,7 @@ static uint32_t encode_one(snap_blocks *blocks, const char *header, const char *
     memcpy(to, header, HEADER);
     if (!plain && bytes)
         stored = compressed(blocks, payload, bytes, level, behind, table);
-    to[CODEC_AT] = stored ? SNAP_ZSTD_BLOCKS : SNAP_RAW_BLOCKS;
+    to[HEADER_CODEC] = stored ? SNAP_ZSTD_BLOCKS : SNAP_RAW_BLOCKS;
     if (!stored)
         stored = plain_blocks(payload, bytes, behind, table);
     uint32_t from = 0;
@@ -146,10 +115,10 @@ int snap_blocks_encode(snap_blocks *blocks, uint32_t n, const char *headers, con
 
 uint32_t snap_blocks_heads(const char *value, uint32_t bytes, const char *digest)
 {
-    if (bytes < HEADER + CHECK || (value[CODEC_AT] != SNAP_RAW_BLOCKS && value[CODEC_AT] != SNAP_ZSTD_BLOCKS))
+    if (bytes < HEADER + CHECK || (value[HEADER_CODEC] != SNAP_RAW_BLOCKS && value[HEADER_CODEC] != SNAP_ZSTD_BLOCKS))
         return 0;
     uint32_t pages = (uint32_t)__builtin_popcount(u16_at(value + 2)), heads = heads_of(pages), from = 0;
-    if (bytes < heads || memcmp(value + DIGEST_AT, digest, DIGEST) ||
+    if (bytes < heads || memcmp(value + HEADER_DIGEST, digest, HEADER_DIGEST_BYTES) ||
         u64_at(value + heads - CHECK) != snap_xxh64(value, heads - CHECK, seed_of(value)))
         return 0;
     for (uint32_t i = 0; i < blocks_of(pages); i++) {
@@ -215,7 +184,7 @@ static bool read_up_to(snap_blocks *blocks, const char *value, uint32_t heads, u
         from = next;
     }
     blocks->blocks_read = end;
-    if (value[CODEC_AT] == SNAP_ZSTD_BLOCKS)
+    if (value[HEADER_CODEC] == SNAP_ZSTD_BLOCKS)
         return read_frame(blocks, stored, from, to, pages * PAGE);
     if (from != pages * PAGE)
         return false;
@@ -255,6 +224,12 @@ uint32_t snap_blocks_decode(snap_blocks *blocks, const char *value, uint32_t byt
 int snap_blocks_finish(snap_blocks *blocks, const char *value, char *to)
 {
     return u16_at(value + 2) == ALL && read_up_to(blocks, value, heads_of(PAGES), blocks_of(PAGES), to, PAGES);
+}
+
+int snap_blocks_unpack(snap_blocks *blocks, const char *frame, uint32_t bytes, char *to, uint32_t expected)
+{
+    return begin_frame(blocks) && read_frame(blocks, frame, bytes, to, expected) &&
+           blocks->zstd->wanted(blocks->decompressor) == 0;
 }
 
 /* Whether the library does what its names say: it need not have these functions in this form. */

@@ -38,4 +38,7 @@ uint32_t snap_blocks_decode(snap_blocks *blocks, const char *value, uint32_t byt
  * then; it only can when all are in the payload. */
 int snap_blocks_finish(snap_blocks *blocks, const char *value, char *to);
 
+/* A zstd frame like any other, of `expected` bytes, to the 64 KiB at `to`. Whether it is that. */
+int snap_blocks_unpack(snap_blocks *blocks, const char *frame, uint32_t bytes, char *to, uint32_t expected);
+
 #endif

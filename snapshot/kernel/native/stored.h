@@ -1,5 +1,6 @@
 /* The chunks of an image, read from the data file of its store without LMDB and decoded: those that have blocks
- * (blocks.h). For the others, and for what does not match its checks or has moved, the caller asks the image. */
+ * (blocks.h), and deltas (delta.h) whose bases have. For the others, and for what does not match its checks or has
+ * moved, the caller asks the image. */
 #ifndef SNAP_STORED_H
 #define SNAP_STORED_H
 
@@ -8,12 +9,20 @@
 #include "blocks.h"
 #include "btree_places.h"
 
-/* `store` is the data file. Chunk i is at addresses[i], ascending, its value at places[i], and its digest at
- * entries + i * entry + 16: all of it must stay there. For one thread at a time. NULL: no memory, or no blocks
+/* Chunk i is at addresses[i], ascending, its value at places[i], and its index entry, of so many bytes, at
+ * entries + i * entry: its number at 8, its digest at 16. */
+typedef struct {
+    const uint64_t *addresses;
+    const btree_place *places;
+    const char *entries;
+    uint32_t count, entry;
+} snap_chunks;
+
+/* `store` is the data file; `bases` the chunks that deltas are made against: that of a delta is at its number
+ * times 65536. What they point to must stay there. For one thread at a time. NULL: no memory, or no blocks
  * here. */
 typedef struct snap_stored snap_stored;
-snap_stored *snap_stored_new(int store, uint32_t count, const uint64_t *addresses, const btree_place *places,
-                             const char *entries, uint32_t entry);
+snap_stored *snap_stored_new(int store, const snap_chunks *chunks, const snap_chunks *bases);
 void snap_stored_free(snap_stored *stored);
 
 uint32_t snap_stored_count(const snap_stored *stored);
