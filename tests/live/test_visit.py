@@ -18,6 +18,7 @@ from snapshot.kernel import procfs
 from snapshot.kernel.arch_x86_64 import NR
 from snapshot.wrprotect import WriteProtection
 from tests.conftest import ROOT
+from tests.harness.cgroups import cgroup
 
 from .freezing import Victim, proc_state, wait_until
 from .visits import visit_of, visited
@@ -171,6 +172,40 @@ def test_no_signal_to_tell_by() -> None:
             assert proc_state(process.pid) == before
         finally:
             process.kill()
+
+
+def test_no_room_for_a_thread(tmp_path: Path) -> None:
+    """A thread was stopped in vain, and all are stopped in its place."""
+    with Victim(BUSY) as victim:
+        before, threads = settled(victim), len(procfs.threads(victim.pid))
+        with cgroup("pids", "pids.max", threads) as members:
+            members.write_text(str(victim.pid))
+            with visit_of(victim.pid) as visit:
+                assert visit.host is not None
+                assert visit.guest is None
+            assert settled(victim) == before
+            with snapshot.take(victim.pid, store=tmp_path) as image:
+                assert image.manifest.stats.threads == threads
+        assert settled(victim) == before
+        assert victim.get("bad") == 0
+
+
+def test_a_process_that_is_stopped_stays_so() -> None:
+    with Victim(BUSY) as victim:
+        before = settled(victim)
+        os.kill(victim.pid, signal.SIGSTOP)
+
+        def stopped() -> bool:
+            return {state for state, _ in states(victim.pid).values()} == {"T"}
+
+        wait_until(stopped, "all are stopped")
+        with visited(victim.pid) as (_, guest):
+            assert guest.remote.call(NR.getpid) == victim.pid
+        wait_until(stopped, "they are again")
+        turn = victim.get("tid")
+        os.kill(victim.pid, signal.SIGCONT)
+        wait_until(lambda: victim.get("tid") > turn, "it runs on")
+        assert settled(victim) == before  # (SIGCONT itself has interrupted what they wait in)
 
 
 def test_in_a_pid_namespace_of_its_own(tmp_path: Path) -> None:
