@@ -231,7 +231,8 @@ class Ahead:
         then does so within that. Then what is mapped is read, and seen to be registered: from then
         on events tell of each change, and nothing can be mapped that looks the same and is not.
         """
-        if not self._is_current():  # so far nobody waits for us
+        self._planned = False
+        if not self._is_current():
             self._examine_again()
         if not protection.register(self.examination.plan.runs()):
             return False
@@ -247,6 +248,18 @@ class Ahead:
         self._open_objects()
         self.pump.plan(self.examination.plan, self._objects, registered=True)
         return True
+
+    def catch_up(self, protection: WriteProtection) -> None:
+        """Shortly before T0, where writers wait for nobody: what was mapped or unmapped since the
+        plan, if anything was. Else all would have to be examined in the pause, and what is new be
+        copied there."""
+        if self._is_current() and not self.pump.stale:
+            return
+        self._examine_again()  # while nobody waits for us
+        self.pump.order_hold()
+        self.pump.await_hold()
+        self.plan_running(protection)
+        self.pump.release()
 
     def _is_current(self) -> bool:
         """Whether the target, which runs, still is as it was when it was examined."""

@@ -248,6 +248,8 @@ def _attempt(job: _Take, *, guarded: bool, last: bool) -> bool:
             if copying:
                 ahead.copy(lambda: _report(job, pump, "copying ahead"), patient=guarded)
             most = MOST_PASSED if protection.passes else EVERYTHING if guarded else REMAINDER
+            if protection.passes:
+                ahead.catch_up(protection)
             instant = _instant(job, ahead, first, most, tracer, statement)
             faults.point("resumed")
             job.hooks.run("resumed", pid=job.pid, image=job.name)

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import snapshot
+from snapshot import examine, faults
 from snapshot.ahead import Ahead
 from snapshot.kernel import procfs
 from snapshot.kernel.arch_x86_64 import NR
+from snapshot.stats import Progress
 from snapshot.wrprotect import WriteProtection
 from tests.conftest import ROOT
 from tests.harness.cgroups import cgroup
@@ -59,6 +62,14 @@ static void *remap(void *arg)
     }
     return arg;
 }
+/* Memory that is kept, more of it now and then. */
+static void *grow(void *arg)
+{
+    for (; arg; page->count++, usleep(40000))
+        if (mmap(0, FEW * PAGE, page->count % 2 ? PROT_READ : PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED) failed();
+    return arg;
+}
 static void *have_children(void *arg)
 {
     int before = open_count();
@@ -80,6 +91,7 @@ int main(int argc, char **argv)
     pthread_sigmask(SIG_BLOCK, &set, NULL);
     for (int i = 0; i < 2; i++) pthread_create(&thread, NULL, wait_for_ever, &set);
     if (argc > 2 && strchr(argv[2], 'm')) pthread_create(&thread, NULL, remap, argv);
+    if (argc > 2 && strchr(argv[2], 'g')) pthread_create(&thread, NULL, grow, argv);
     if (argc > 2 && strchr(argv[2], 'f')) pthread_create(&thread, NULL, have_children, argv);
     for (page->ready = 1;; page->tid++) if (argc > 2 && strchr(argv[2], 's')) pause();
 }
@@ -273,3 +285,36 @@ def test_taken(what: str, takes: int, tmp_path: Path, monkeypatch: pytest.Monkey
             assert victim.get("bad") == 0, number
         assert len(planned) >= takes
         assert all(planned) or what != "s"
+
+
+def test_what_is_mapped_during_a_take_is_not_examined_in_the_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To examine all takes milliseconds for each GiB: it is done before, mostly."""
+    seen: list[str] = []
+    examined = examine.examine
+
+    def noted(*args: Any) -> examine.Examination:
+        seen.append("examined")
+        return examined(*args)
+
+    monkeypatch.setattr(faults, "point", seen.append)
+    monkeypatch.setattr(examine, "examine", noted)
+    before = in_pause = 0
+    with Victim(BUSY, "sg") as victim:
+        for number in range(8):
+            seen.clear()
+            count = victim.get("count")
+
+            def more(_: Progress, count: int = count) -> None:
+                wait_until(lambda: victim.get("count") > count + 1, "it has mapped more")
+
+            store = tmp_path / str(number)
+            with snapshot.take(victim.pid, store=store, writers="pass", progress=more) as image:
+                assert image.manifest.stats.writers == "pass"
+            begin, pause = seen.index("first-resumed"), seen.index("second-stop")
+            before += "examined" in seen[begin:pause]
+            in_pause += "examined" in seen[pause : seen.index("held")]
+        assert victim.get("bad") == 0
+    assert before > 4
+    assert in_pause < before
