@@ -215,13 +215,10 @@ class Ahead:
         before = self.examination
         now = procfs.read_again(self._maps) if maps is None else maps
         if problems or not before.holds(before.needed if needed is None else needed, now):
-            self.examination = examine.examine(self.pump.pid, needed, before)
-            examine.refuse(self.pump.pid, self.examination.plan, list(problems))
+            self._examine_again(needed, problems)
         elif self._planned and not self.pump.stale:
             return
-        self._planned = True
-        self._open_objects()
-        self.pump.plan(self.examination.plan, self._objects)
+        self._plan()
 
     def plan_running(self, protection: WriteProtection) -> bool:
         """The same while the target runs, of a process of which only private memory is armed.
@@ -244,9 +241,7 @@ class Ahead:
             self._examine_again()
         else:
             return False
-        self._planned = True
-        self._open_objects()
-        self.pump.plan(self.examination.plan, self._objects, registered=True)
+        self._plan(registered=True)
         return True
 
     def catch_up(self, protection: WriteProtection) -> None:
@@ -256,19 +251,26 @@ class Ahead:
         if self._is_current() and not self.pump.stale:
             return
         self._examine_again()  # while nobody waits for us
-        self.pump.order_hold()
-        self.pump.await_hold()
-        self.plan_running(protection)
-        self.pump.release()
+        with self.pump.held():
+            self.plan_running(protection)
 
     def _is_current(self) -> bool:
         """Whether the target, which runs, still is as it was when it was examined."""
         before = self.examination
         return before.holds(before.needed, procfs.read_again(self._maps))
 
-    def _examine_again(self) -> None:
-        self.examination = examine.examine(self.pump.pid, None, self.examination)
-        examine.refuse(self.pump.pid, self.examination.plan)
+    def _examine_again(
+        self,
+        needed: dict[tuple[int, int], SharedMemory] | None = None,
+        problems: Sequence[str] = (),
+    ) -> None:
+        self.examination = examine.examine(self.pump.pid, needed, self.examination)
+        examine.refuse(self.pump.pid, self.examination.plan, list(problems))
+
+    def _plan(self, *, registered: bool = False) -> None:
+        self._planned = True
+        self._open_objects()
+        self.pump.plan(self.examination.plan, self._objects, registered=registered)
 
     def look_for_others(self, *, forks: bool) -> None:
         """While it runs, registered: who can write to its shared memory although nobody could when

@@ -40,7 +40,7 @@ DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Held back while threads are being stopped or let go, so that no exception cuts that in two."""
 
 _STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-_LATE_SECONDS = 5.0
+LATE_SECONDS = 5.0
 """How long a thread that did not stop in time (vfork, dead storage) is waited for, so that it can
 be let go; the others run meanwhile."""
 _ENDING_SECONDS = 50e-6
@@ -289,7 +289,7 @@ class Frozen:
     def _sent_home(self, all_registers: bytes) -> bool:
         """Lets threads go on that are still on their way home, since the end of a `snap` that was
         killed (kernel/remote.py): their registers say nothing, and what leads them may not be
-        written over. Whether there were any."""
+        written over. Whether there were any. (What else is remarkable is noted: `_marks`.)"""
         if self._room is not None:
             guard = self._room.guarded
         else:
@@ -316,7 +316,7 @@ class Frozen:
         threads, self.threads = self.threads, []
         ptrace.detach_all(threads)
         self._late += 1
-        if not late.let_go(_LATE_SECONDS) or self._late > 1:
+        if not late.let_go(LATE_SECONDS) or self._late > 1:
             raise late
 
     def _unstoppable(self, failed: dict[int, int], timeout: float) -> NoReturn:

@@ -11,8 +11,8 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -371,6 +371,16 @@ class Pump(Closing):
     def release(self) -> None:
         """The fault thread goes on, still ahead of T0."""
         lib.snap_pump_release(self._pump)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """It stands still for the length of the block."""
+        self.order_hold()
+        self.await_hold()
+        try:
+            yield
+        finally:
+            self.release()
 
     @property
     def stale(self) -> bool:

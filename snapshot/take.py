@@ -329,11 +329,8 @@ def _visit(
         pump.release()
         return host, protection
     pump.release()
-    with freeze(job.pid, earlier=host) as frozen:
-        pump.order_hold()
-        pump.await_hold()
+    with freeze(job.pid, earlier=host) as frozen, pump.held():
         ahead.plan()
-        pump.release()
     job.stops_us.append(frozen.stopped_us)
     return frozen, protection
 

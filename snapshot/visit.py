@@ -4,8 +4,8 @@ One thread of the target is stopped for as long as it takes to make another (clo
 be done is done by that one, which has a table of descriptors of its own, so that no fork of the
 target inherits what it holds, and no signal. Then it ends. If this process dies it ends by itself.
 
-Threads that other threads might miss, or that they would have to wait for, are what a process with
-only one thread does not have, and could find out (unshare(2), setns(2)): it is not visited.
+A process with only one thread is not visited: to stop it is to stop all, and it could find out that
+it has another (unshare(2) and setns(2) refuse then).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 from . import faults
 from .errors import SnapError, TargetError
-from .freeze import DEFERRED, Frozen, freeze
+from .freeze import DEFERRED, LATE_SECONDS, Frozen, freeze
 from .kernel import arch_x86_64 as arch
-from .kernel import procfs, ptrace
+from .kernel import pidfd, procfs, ptrace
 from .kernel.arch_x86_64 import NR, Registers
 from .kernel.ptrace import LateError, Tracee
 from .kernel.remote import Call, Remote, dispositions
@@ -28,8 +28,6 @@ from .kernel.room import Room
 
 _CLONE = 0x100 | 0x400 | 0x800 | 0x2000 | 0x10000
 """VM, FILES, SIGHAND, PTRACE, THREAD: sched.h"""
-_PIDFD_THREAD = os.O_EXCL
-"""Linux 6.9"""
 _UNSHARE = 1 << 1
 """CLOSE_RANGE_UNSHARE"""
 _ALL_SIGNALS = (1 << 64) - 1
@@ -37,7 +35,6 @@ _EVERY = 0xFFFF_FFFF
 _DONTFORK = 10
 """MADV_DONTFORK: no child of the target has what we have mapped"""
 _LOOKS = 16
-_LATE_SECONDS = 5.0
 
 
 class Visit(NamedTuple):
@@ -77,11 +74,18 @@ def visiting(pid: int, room: Room, scratch: int) -> Iterator[Visit]:
 def _possible(room: Room) -> bool:
     if not room.guard:
         return False
+    found = _handle(os.getpid())
+    if found >= 0:
+        os.close(found)
+    return found >= 0
+
+
+def _handle(tid: int) -> int:
+    """A pidfd of the thread, or -1."""
     try:
-        os.close(os.pidfd_open(os.getpid(), _PIDFD_THREAD))
-    except OSError:
-        return False
-    return True
+        return pidfd.find(tid, pidfd.THREAD)
+    except SnapError:
+        return -1
 
 
 def _sleeper(pid: int) -> int:
@@ -104,7 +108,7 @@ def _enter(pid: int, thread: int, room: Room, scratch: int) -> tuple[Frozen | No
             inner = remote.clone(host.threads[0], _CLONE)
     except (TargetError, LateError) as error:
         remote.wipe()
-        if isinstance(error, LateError) and not error.let_go(_LATE_SECONDS):
+        if isinstance(error, LateError) and not error.let_go(LATE_SECONDS):
             raise
         return None, None  # that thread has ended; of the process the next one tells
     if inner is None:
@@ -135,12 +139,11 @@ def _settled(pid: int, inner: int, options: int, instruction: int) -> Tracee | N
 
 
 def _guest(pid: int, tracee: Tracee, room: Room, scratch: int) -> Frozen | None:
-    try:
-        pidfd = os.pidfd_open(tracee.tid, _PIDFD_THREAD)
-    except OSError:
+    handle = _handle(tracee.tid)
+    if handle < 0:
         _end(tracee)
         return None
-    guest = Frozen(pid, pidfd, room=room, scratch=scratch)
+    guest = Frozen(pid, handle, room=room, scratch=scratch)
     guest.threads = [tracee]
     with suppress(SnapError):  # it has ended
         remote = guest.remote

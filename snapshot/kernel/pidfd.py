@@ -24,11 +24,15 @@ def open(pid: int) -> int:
     return found
 
 
-def find(pid: int) -> int:
-    """The same; -1 when there is no such process. Its number may be a thread's by now, which the
-    kernel calls ENOENT (EINVAL before Linux 6.16)."""
+THREAD = os.O_EXCL
+"""PIDFD_THREAD: of one thread, with its own table of descriptors (Linux 6.9)."""
+
+
+def find(pid: int, flags: int = 0) -> int:
+    """The same; -1 when there is no such process, or this kernel knows no such flag. Its number may
+    be a thread's by now, which the kernel calls ENOENT (EINVAL before Linux 6.16)."""
     try:
-        return os.pidfd_open(pid)
+        return os.pidfd_open(pid, flags)
     except OSError as error:
         if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
             return -1

@@ -105,21 +105,17 @@ def threads(pid: int) -> list[int]:
 
 
 def inner_tids(pid: int) -> dict[int, int]:
-    """Thread ids of the process in its own pid namespace -> as seen from here. Threads may end
-    meanwhile."""
-    found = {}
-    for tid in threads(pid):
-        with suppress(TargetError):
-            found[status(pid, tid).numbers("NSpid")[-1]] = tid
-    return found
+    """Thread ids of the process in its own pid namespace -> as seen from here."""
+    return {status(pid, tid).numbers("NSpid")[-1]: tid for tid in threads(pid)}
 
 
 def outer_tid(pid: int, inner: int) -> int:
-    """One of them; 0: there is no such thread."""
-    with suppress(TargetError):
-        if status(pid, inner).numbers("NSpid") == (inner,):  # there is one namespace, mostly
-            return inner
-    return inner_tids(pid).get(inner, 0)
+    """The same of one thread, while others may end; 0: there is no such thread."""
+    for tid in (inner, *threads(pid)):  # mostly there is one namespace
+        with suppress(TargetError):
+            if status(pid, tid).numbers("NSpid")[-1] == inner:
+                return tid
+    return 0
 
 
 def comm(pid: int, tid: int | None = None) -> bytes:

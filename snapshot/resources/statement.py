@@ -35,8 +35,8 @@ class Statement(Closing):
         self._record: bytes | None = None
         self._before: bytes | None = None
         with ExitStack() as stack:
-            records = [stack.enter_context(ProcessRecord(program, pid)) for _ in range(5 + LOOKS)]
-            before, after, self._stopped, self._asked, self._later, *self._running = records
+            records = [stack.enter_context(ProcessRecord(program, pid)) for _ in range(5)]
+            before, after, self._stopped, self._asked, self._later = records
             self._files = stack.enter_context(Open(pid, [pid]))
             self._meant = before.read()
             self.questions = Questions(Facts.read(pid, [pid], self._files), *place)
@@ -82,9 +82,10 @@ class Statement(Closing):
         self.questions = self.questions.now(self.questions.facts, remote.data, remote.data_size)
         first, packed = self.questions.first, self.questions.packed[0]
         answers = first.run(remote, packed)
-        for record in self._running:
-            if record.read() != self._before or first.run(remote, packed) != answers:
-                return
+        for _ in range(LOOKS):
+            with ProcessRecord(self.program, guest.pid) as record:
+                if record.read() != self._before or first.run(remote, packed) != answers:
+                    return
         self.answers, self._record = answers, self._before
 
     def lasts(self) -> bool:

@@ -19,8 +19,10 @@ bool delta_open(const char *value, uint32_t bytes, const char *digest, delta *fo
     if (bytes < SNAP_DELTA_HEADS || value[HEADER_CODEC] != SNAP_DELTA ||
         memcmp(value + HEADER_DIGEST, digest, HEADER_DIGEST_BYTES))
         return false;
-    *found = (delta){u16_at(value), u16_at(value + 2), u16_at(value + OWN_AT), bytes - SNAP_DELTA_HEADS,
-                     value + SNAP_DELTA_HEADS, value[CODEC_AT] != 0};
+    const uint32_t nonzero = u16_at(value + 2), own = u16_at(value + OWN_AT);
+    *found = (delta){.present = u16_at(value), .nonzero = nonzero, .own = own, .based = nonzero & ~own,
+                     .bytes = bytes - SNAP_DELTA_HEADS, .payload = value + SNAP_DELTA_HEADS,
+                     .packed = value[CODEC_AT] != 0};
     return !(found->nonzero & ~found->present) && !(found->own & ~found->nonzero) &&
            u64_at(value + CHECK_AT) == snap_delta_check(value, found->payload, found->bytes);
 }

@@ -6,7 +6,7 @@
 #include "delta.h"
 
 typedef struct {
-    uint32_t present, nonzero, own; /* bitmaps of pages */
+    uint32_t present, nonzero, own, based; /* bitmaps of pages; based: those that are the base's */
     uint32_t bytes;                 /* of the payload */
     const char *payload;
     bool packed;

@@ -37,8 +37,8 @@ uint64_t snap_guard_record(int slot);
 /* Bytes of all of it, a multiple of 8. */
 uint64_t snap_guard_size(void);
 /* Offsets into the code: where one call is made (rax, rdi, … and the record set, nothing else), or one
-   that makes a thread, which ends at once if it runs on from its birth; where the thread stands when the quiet signal arrives: after the loop, the call, or the end of the scratch
-   on the way home. */
+   that makes a thread, which ends at once if it runs on from its birth; where the thread stands when
+   the quiet signal arrives: after the loop, the call, or the end of the scratch on the way home. */
 uint64_t snap_guard_call(void);
 uint64_t snap_guard_clone(void);
 uint64_t snap_guard_told(void);

@@ -143,9 +143,9 @@ int snap_pump_has_robust_list(int tid);
 void snap_pump_pace(snap_pump *pump, uint64_t bytes, unsigned percent);
 
 /* All windows, in place of those planned before, and registers what will be armed. With the target
- * stopped, or `registered` by the caller, and the pump held: to register a range that is not, or no longer, a whole mapping would split
- * one for a moment, and a mremap of the target across the split would fail. What was copied stays
- * copied. A window that cannot be registered is an error, with its address in *address (EBUSY: another
+ * stopped, or `registered` by the caller, and the pump held: to register a range that is not, or no
+ * longer, a whole mapping would split one for a moment, and a mremap of the target across the split
+ * would fail. What was copied stays copied. A window that cannot be registered is an error, with its address in *address (EBUSY: another
  * userfaultfd owns it). */
 int snap_pump_plan(snap_pump *pump, const snap_window *windows, size_t count, int registered,
                    uint64_t *address);

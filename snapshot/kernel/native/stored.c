@@ -98,25 +98,24 @@ static uint32_t from_base(snap_stored *stored, uint32_t page, char *to)
     uint32_t known = !bytes ? 0
                             : snap_blocks_decode(stored->blocks, stored->base_value, bytes, digest, page,
                                                  stored->under, &ours);
-    if (!known || d->nonzero & ~d->own & ~u16_at(stored->base_value + 2))
+    if (!known || d->based & ~u16_at(stored->base_value + 2))
         return 0;
     stored->has_base = true;
-    delta_copy(known & d->nonzero & ~d->own, stored->under, to);
-    return known & d->nonzero & ~d->own;
+    delta_copy(known & d->based, stored->under, to);
+    return known & d->based;
 }
 
 static uint32_t decode_delta(snap_stored *stored, uint32_t chunk, uint32_t page, char *to, uint32_t *present)
 {
     const delta *d = &stored->delta;
-    const uint32_t others = d->nonzero & ~d->own;
-    uint32_t known = ALL & ~others;
+    uint32_t known = ALL & ~d->based;
     const uint64_t number = u64_at(entry_of(&stored->chunks, chunk) + NUMBER_AT);
     stored->is_delta = true, stored->has_base = false;
     stored->base = from(&stored->bases, number * CHUNK);
     *present = d->present;
     if (stored->base == stored->bases.count || stored->bases.addresses[stored->base] != number * CHUNK)
         return 0;
-    if (others && (page == SNAP_ALL_BLOCKS || others >> page & 1)) {
+    if (d->based && (page == SNAP_ALL_BLOCKS || d->based >> page & 1)) {
         const uint32_t found = from_base(stored, page, to);
         if (!found)
             return 0;
@@ -147,12 +146,11 @@ int snap_stored_finish(snap_stored *stored, char *to)
     if (!stored->is_delta)
         return snap_blocks_finish(stored->blocks, stored->value, to);
     const delta *d = &stored->delta;
-    const uint32_t others = d->nonzero & ~d->own;
     if (stored->has_base && snap_blocks_finish(stored->blocks, stored->base_value, stored->under)) {
-        delta_copy(others, stored->under, to);
+        delta_copy(d->based, stored->under, to);
         return 1;
     }
-    return !others || from_base(stored, SNAP_ALL_BLOCKS, to) == others;
+    return !d->based || from_base(stored, SNAP_ALL_BLOCKS, to) == d->based;
 }
 
 uint32_t snap_stored_run(snap_stored *stored, uint64_t address, uint32_t chunks, char *to, uint16_t *present)
