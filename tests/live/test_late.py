@@ -80,7 +80,7 @@ def test_the_second_try_succeeds(victim: Victim, monkeypatch: pytest.MonkeyPatch
 
 
 def test_one_that_never_stops(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(freezing, "_LATE_SECONDS", 0.05)
+    monkeypatch.setattr(freezing, "LATE_SECONDS", 0.05)
     with pytest.raises(LateError) as raised, freeze(victim.pid, timeout=0.05):
         pytest.fail("it cannot have stopped")
     goes_on(victim)
