@@ -35,6 +35,7 @@ from .kernel.refusal import capable
 from .kernel.remote import NOTHING, SCRATCH_SIZE, Interview, data_area
 from .kernel.room import Room, find_room
 from .kernel.task_iterator import TaskProgram
+from .kernel.warm import warm
 from .kernel.watchdog import Watchdog
 from .manifest import Host, Manifest, Process, TakeStats
 from .maps import gap
@@ -420,6 +421,7 @@ def _instant(
     ):
         pump.read_beside(prepared.reading)
         held.callback(pump.forget_reading)
+        warm()
         ahead.last_rounds(lambda: _report(job, pump, "protecting"))
         # A thread that goes on, also from one injected call to the next, would wait for its page.
         if not pump.passes:

@@ -20,7 +20,6 @@
 
 #define MOST_EARLY 12     /* pages of a chunk; then all of it is saved */
 #define SCARCE 4          /* when a quarter of what staging may hold is in use */
-#define MOST_AT_ONCE 512  /* pages; half of what the kernel takes (UIO_MAXIOV) */
 #define SWEEP_SLOTS 512   /* 32 MiB: what storing threads have, what waits for them, and a step */
 
 /* ---- cells -------------------------------------------------------------------------------------- */
@@ -103,9 +102,16 @@ static uint32_t take_cell(snap_pump *p)
     return number;
 }
 
+/* They may have been cut long ago: kernel/warm.py says what that costs. */
 void early_ready(snap_pump *p)
 {
     make_ready(p, MOST_AT_ONCE);
+    uint32_t number = free_like(p, 0)->first;
+    for (unsigned i = 0; i < MOST_AT_ONCE && number; i++) {
+        const early_page *one = &p->early.at[number - 1];
+        (void)((volatile uint8_t *)p->staging)[(uint64_t)one->cell * PAGE];
+        number = one->next;
+    }
 }
 
 static void give_cell(snap_pump *p, uint32_t number)
@@ -202,20 +208,10 @@ int early_hold(snap_pump *p, uint32_t space, uint64_t address, chunk *c, uint16_
     return r;
 }
 
-/* Pages on their way into cells, with one call of the kernel for all. */
-typedef struct {
-    struct iovec here[MOST_AT_ONCE], there[MOST_AT_ONCE];
-    struct {
-        place of;
-        uint32_t number;
-        uint16_t bit;
-    } pages[MOST_AT_ONCE];
-    size_t count;
-} batch;
-
 /* One by one where that is not possible: some cannot be read so. */
-static int hold_batch(snap_pump *p, batch *b)
+static int hold_batch(snap_pump *p)
 {
+    batch *b = &p->batch;
     ssize_t got = b->count ? process_vm_readv(p->pid, b->here, b->count, b->there, b->count, 0) : 0;
     int r = 0;
     for (size_t i = 0; i < b->count; i++) {
@@ -234,8 +230,9 @@ static int hold_batch(snap_pump *p, batch *b)
 }
 
 /* As many of the pages as cells of staging are to be had at once for. -> those that are left */
-static uint16_t collect(snap_pump *p, batch *b, place of, uint16_t pages)
+static uint16_t collect(snap_pump *p, place of, uint16_t pages)
 {
+    batch *b = &p->batch;
     uint64_t at[CHUNK_PAGES];
     if (find_pages(p, of.space, of.address, pages, at))
         return pages;
@@ -261,21 +258,21 @@ static uint16_t collect(snap_pump *p, batch *b, place of, uint16_t pages)
 
 int early_hold_listed(snap_pump *p)
 {
-    batch b = {.count = 0};
     int r = 0;
+    p->batch.count = 0;
     for (size_t i = 0; !r && i < p->listed.count; i++) {
         place of = p->listed.at[i];
         chunk *c = ledger_chunk(p, of.space, of.address);
         uint16_t left = is_unsaved(c) ? lacking(c) : 0;
-        if (left && b.count + CHUNK_PAGES > MOST_AT_ONCE)
-            r = hold_batch(p, &b);
+        if (left && p->batch.count + CHUNK_PAGES > MOST_AT_ONCE)
+            r = hold_batch(p);
         if (left && !r)
-            left = collect(p, &b, of, left);
+            left = collect(p, of, left);
         if (left && !r)
             r = early_hold(p, of.space, of.address, c, left);
         beat(p);
     }
-    return r ? r : hold_batch(p, &b);
+    return r ? r : hold_batch(p);
 }
 
 void early_drop(snap_pump *p, chunk *c, uint16_t pages)

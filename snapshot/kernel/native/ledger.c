@@ -99,6 +99,11 @@ static size_t block_position(const snap_pump *p, uint32_t space, uint64_t start)
     return low;
 }
 
+size_t ledger_objects(const snap_pump *p)
+{
+    return block_position(p, OBJECT_SPACE, 0);
+}
+
 chunk *ledger_chunk(const snap_pump *p, uint32_t space, uint64_t at)
 {
     uint64_t start = at & ~(BLOCK - 1);
@@ -298,7 +303,7 @@ bool ledger_coverable(const snap_pump *p, uint64_t start, uint64_t end)
 uint64_t ledger_unsaved_objects(const snap_pump *p, uint64_t *where)
 {
     uint64_t bytes = 0;
-    for (size_t k = block_position(p, OBJECT_SPACE, 0); k < p->blocks.count; k++)
+    for (size_t k = ledger_objects(p); k < p->blocks.count; k++)
         for (unsigned i = 0; i < BLOCK_CHUNKS; i++) {
             const chunk *c = &p->blocks.at[k]->chunks[i];
             if (!is_unsaved(c))

@@ -86,9 +86,9 @@ int snap_pump_shows(snap_pump *p, uint64_t start, uint64_t end)
 int save_objects(snap_pump *p)
 {
     int later = 0;
-    for (size_t k = 0; k < p->blocks.count; k++) {
+    for (size_t k = ledger_objects(p); k < p->blocks.count; k++) {
         const block *b = p->blocks.at[k];
-        int r = b->space < OBJECT_SPACE ? 0 : save_space(p, b->space, b->start, b->start + BLOCK);
+        int r = save_space(p, b->space, b->start, b->start + BLOCK);
         if (r && r != -EAGAIN)
             return r;
         later = r ? r : later;

@@ -28,9 +28,10 @@
 int snap_pump_new(int pid, int pagemap, int mem, int spill, void *staging, uint64_t slots,
                   snap_pump **pump)
 {
-    snap_pump *p = calloc(1, sizeof *p);
+    snap_pump *p = aligned_alloc(_Alignof(snap_pump), sizeof *p);
     if (!p)
         return -ENOMEM;
+    memset(p, 0, sizeof *p); /* touched: what of it is for the pause costs no faults there */
     p->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     p->bounce = aligned_alloc(PAGE, CHUNK);
     p->free_slots = calloc(slots ? slots : 1, sizeof *p->free_slots);

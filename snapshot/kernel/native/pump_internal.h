@@ -10,6 +10,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <sys/uio.h>
 #include <time.h>
 
 #define PAGE UINT64_C(4096)
@@ -128,6 +129,18 @@ typedef struct {
     uint16_t mask; /* pages that were looked at */
 } seen;
 
+/* Pages on their way into cells, with one call of the kernel for all. */
+#define MOST_AT_ONCE 512 /* half of what the kernel takes (UIO_MAXIOV) */
+typedef struct {
+    struct iovec here[MOST_AT_ONCE], there[MOST_AT_ONCE];
+    struct {
+        place of;
+        uint32_t number;
+        uint16_t bit;
+    } pages[MOST_AT_ONCE];
+    size_t count;
+} batch;
+
 typedef struct looking looking; /* see written.c */
 
 typedef VECTOR(range) ranges;
@@ -163,6 +176,7 @@ struct snap_pump {
     free_cells free_early[2];   /* those of staging, and of the spill file */
     uint64_t cut_slots;         /* of staging, into cells */
     uint64_t early_used;        /* cells */
+    batch batch;
     places early_chunks;        /* those that got their first early page, in that order */
     size_t early_head;          /* of those before it nothing is to be done */
     addresses faults;           /* those whose fault is not yet served */
@@ -197,6 +211,7 @@ struct snap_pump {
     addresses spared;           /* of pages, sorted */
     places spared_chunks;       /* to be listed at T0: a round protected them but for such pages */
     ranges covered, fickle;     /* see cover.c; run-time addresses */
+    seen found[BLOCK_CHUNKS];   /* by the look at a block at T0 */
     places listed;              /* chunks to be looked at at T0, or in the next round */
     places work;                /* of this round, sorted */
     uint64_t wanted_pages;      /* of all chunks, as `account` was told */
@@ -284,6 +299,9 @@ window *ledger_find(snap_pump *p, uint64_t address);
 size_t ledger_above(const snap_pump *p, uint64_t address);
 /* The first window of `space` that may hold space address `at` or above; iterate while inside. */
 size_t ledger_first(const snap_pump *p, uint32_t space, uint64_t at);
+/* The first block of shared objects; all behind it are. Others are not looked at for that: in the pause the
+ * first use of each takes long. */
+size_t ledger_objects(const snap_pump *p);
 /* The chunk at a space address: NULL when nothing was ever found near it. */
 chunk *ledger_chunk(const snap_pump *p, uint32_t space, uint64_t at);
 /* The same, made when it is not there; NULL when there is no memory. */

@@ -59,10 +59,9 @@ static int list_gaps(snap_pump *p)
         for (uint64_t start = w->start, end; !r && next_gap(p, w, &start, &end); start = end)
             r = list_known(p, w->space, start - w->start + w->at, end - w->start + w->at);
     }
-    for (size_t k = 0; !r && k < p->blocks.count; k++) {
+    for (size_t k = ledger_objects(p); !r && k < p->blocks.count; k++) {
         const block *b = p->blocks.at[k];
-        if (b->space >= OBJECT_SPACE)
-            r = list_known(p, b->space, b->start, b->start + BLOCK);
+        r = list_known(p, b->space, b->start, b->start + BLOCK);
     }
     return r;
 }
@@ -70,11 +69,12 @@ static int list_gaps(snap_pump *p)
 /* ---- looking ------------------------------------------------------------------------------------ */
 
 /* Enters what a window holds in [start, end), run-time addresses of one block. */
-static int look_at(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end, seen *found)
+static int look_at(snap_pump *p, const snap_window *w, uint64_t start, uint64_t end)
 {
     uint64_t first = (start - w->start + w->at) & ~(CHUNK - 1);
+    const seen *found = p->found;
     beat(p);
-    int r = survey(p, w, start, end, found);
+    int r = survey(p, w, start, end, p->found);
     chunk *c = NULL;
     for (size_t i = 0; !r && i < survey_chunks(w, start, end); i++) {
         p->counters.looked_chunks++;
@@ -95,7 +95,7 @@ static int look_at(snap_pump *p, const snap_window *w, uint64_t start, uint64_t 
 }
 
 /* What is not covered of w. */
-static int look_at_gaps(snap_pump *p, const snap_window *w, seen *found)
+static int look_at_gaps(snap_pump *p, const snap_window *w)
 {
     int r = 0;
     for (uint64_t at = w->start, gap; !r && next_gap(p, w, &at, &gap); at = gap)
@@ -106,7 +106,7 @@ static int look_at_gaps(snap_pump *p, const snap_window *w, seen *found)
                 break;
             end = start + BLOCK - (start - w->start + w->at) % BLOCK;
             end = end < gap ? end : gap;
-            r = look_at(p, w, start, end, found);
+            r = look_at(p, w, start, end);
         }
     return r;
 }
@@ -143,7 +143,7 @@ static size_t run_of_listed(const snap_pump *p, size_t i, size_t count)
 }
 
 /* What is covered of listed chunks of private memory, the space addresses [start, end) of one block. */
-static int look_at_listed(snap_pump *p, uint32_t space, uint64_t start, uint64_t end, seen *found)
+static int look_at_listed(snap_pump *p, uint32_t space, uint64_t start, uint64_t end)
 {
     int r = 0;
     for (size_t k = ledger_first(p, space, start); !r && k < p->windows.count; k++) {
@@ -158,13 +158,13 @@ static int look_at_listed(snap_pump *p, uint32_t space, uint64_t start, uint64_t
         for (; !r && from < to; from = until) {
             bool covered = is_covered(p, w, from, &until);
             until = until < to ? until : to;
-            r = covered ? look_at(p, w, from, until, found) : 0;
+            r = covered ? look_at(p, w, from, until) : 0;
         }
     }
     return r;
 }
 
-static int look(snap_pump *p, seen *found)
+static int look(snap_pump *p)
 {
     p->counters.looked_chunks = p->held_ahead = 0;
     int r = p->passes && !p->looked ? written_look(p) : 0;
@@ -186,15 +186,15 @@ static int look(snap_pump *p, seen *found)
         const place where = p->listed.at[i];
         n = run_of_listed(p, i, count);
         if (where.space < OBJECT_SPACE)
-            r = look_at_listed(p, where.space, where.address, where.address + n * CHUNK, found);
+            r = look_at_listed(p, where.space, where.address, where.address + n * CHUNK);
     }
     for (size_t k = 0; !r && k < p->windows.count; k++)
-        r = look_at_gaps(p, &p->windows.at[k].is, found);
+        r = look_at_gaps(p, &p->windows.at[k].is);
     return r;
 }
 
 /* Once more at what may have been written since, for the caller's sake. */
-static int look_at_touched(snap_pump *p, seen *found)
+static int look_at_touched(snap_pump *p)
 {
     int r = 0;
     for (size_t i = 0; !r && i < p->touched.count; i++) {
@@ -207,7 +207,7 @@ static int look_at_touched(snap_pump *p, seen *found)
         const chunk *c = ledger_chunk(p, w.space, where);
         int held = c ? __builtin_popcount(c->early) : 0;
         end = end < w.end ? end : w.end;
-        r = look_at(p, &w, start, end, found);
+        r = look_at(p, &w, start, end);
         if (!r && p->by_list)
             r = ranges_add(&p->looked_at, start, end);
         if (c && p->held_ahead) /* those are copied again */
@@ -231,7 +231,7 @@ static void compare(snap_pump *p, uint64_t address, const seen *found, const chu
 }
 
 /* What is covered and not listed is as it is known. */
-static int verify(snap_pump *p, seen *found)
+static int verify(snap_pump *p)
 {
     int r = 0;
     for (size_t k = 0; !r && k < p->windows.count; k++) {
@@ -240,12 +240,12 @@ static int verify(snap_pump *p, seen *found)
             bool covered = is_covered(p, w, start, &until);
             end = start + BLOCK - (start - w->start + w->at) % BLOCK;
             until = until < end ? until : end;
-            r = covered ? survey(p, w, start, until, found) : 0;
+            r = covered ? survey(p, w, start, until, p->found) : 0;
             uint64_t at = (start - w->start + w->at) & ~(CHUNK - 1);
             for (size_t i = 0; covered && !r && i < survey_chunks(w, start, until); i++) {
                 const chunk *c = ledger_chunk(p, w->space, at + i * CHUNK);
                 if (!c || !c->listed || !was_looked_at(p, w->space, at + i * CHUNK))
-                    compare(p, at + i * CHUNK, &found[i], c);
+                    compare(p, at + i * CHUNK, &p->found[i], c);
             }
         }
     }
@@ -463,11 +463,9 @@ static int hold_ahead(snap_pump *p)
 
 void settle_ahead(snap_pump *p)
 {
-    seen *found = p->counters.stale ? NULL : malloc(sizeof *found * BLOCK_CHUNKS);
-    if (!found)
+    if (p->counters.stale)
         return;
-    int r = look(p, found);
-    free(found);
+    int r = look(p);
     sort_listed(p);
     if (!r && !p->aliased && !p->huge_removed)
         p->surveyed = hold_ahead(p) == 0;
@@ -477,9 +475,6 @@ int settle(snap_pump *p, uint64_t most, int trust)
 {
     if (p->counters.stale)
         return -ESTALE;
-    seen *found = malloc(sizeof *found * BLOCK_CHUNKS);
-    if (!found)
-        return -ENOMEM;
     p->counters.missed_pages = 0;
     bool looked = p->passes && p->surveyed && trust == (SNAP_TRUST_COPIES | SNAP_TRUST_COVER);
     distrust_copies(p, !(trust & SNAP_TRUST_COPIES));
@@ -490,13 +485,12 @@ int settle(snap_pump *p, uint64_t most, int trust)
         p->covered.count = 0;
     int r = distrust_discarded(p);
     if (!r && !looked)
-        r = look(p, found);
+        r = look(p);
     if (!r)
-        r = look_at_touched(p, found);
+        r = look_at_touched(p);
     sort_listed(p);
     if (!r && p->verify)
-        r = verify(p, found);
-    free(found);
+        r = verify(p);
     if (!r)
         r = judge(p);
     if (!r && p->passes) {
