@@ -272,6 +272,14 @@ class Ahead:
         self._open_objects()
         self.pump.plan(self.examination.plan, self._objects, registered=registered)
 
+    @property
+    def known_maps(self) -> bytes:
+        """/proc/PID/maps as it has to be for the plan to fit at T0, where nothing else decides
+        that; nothing: more does."""
+        now = self.examination
+        simple = self._planned and not (now.needed or now.plan.objects or self.direct_io)
+        return now.maps if simple else b""
+
     def look_for_others(self, *, forks: bool) -> None:
         """While it runs, registered: who can write to its shared memory although nobody could when
         it was examined? From here on children are told of (`forks`; without that nothing is sure).

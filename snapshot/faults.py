@@ -49,14 +49,15 @@ Succession = Literal["keeper-made", "generation-set", "keepers-replaced", "led",
 """Of guardian and keeper, in the same order: the first three when a server is replaced, `led` when
 a keeper has taken the lead, `followed` when it has a keeper of its own."""
 
-_ARMED = os.environ.get("SNAP_FAULT")
+ARMED = os.environ.get("SNAP_FAULT")
+"""The point, if there is one."""
 
 
 _ONCE = os.environ.get("SNAP_FAULT_ONCE")
 
 
 def point(name: Point | Succession) -> None:
-    if _ARMED is not None and name == _ARMED:
+    if ARMED is not None and name == ARMED:
         if _ONCE is not None:
             try:
                 os.unlink(_ONCE)

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import NoReturn
 
 from .errors import KernelError, SnapError, TargetError
@@ -116,8 +117,11 @@ class Frozen:
         """What is remarkable in the registers of each thread (`ptrace.marks`)."""
         self._registers: bytes | None = None
         """Of all threads in their order, as they stood."""
-        self._restarting: list[Tracee] = []
-        """In restart_syscall, or about to make it."""
+        self._restarting: list[tuple[Tracee, bytes]] = []
+        """In restart_syscall, or about to make it, with their registers."""
+        self._code: dict[int, tuple[int, bytes]] | None = None
+        """By tid, where it is not read from the threads: code that was read of these, and its
+        address."""
         self.scratch: int = earlier.scratch if earlier is not None else scratch
         """Where it was at its last use, or may be, and in it:"""
         self.data: tuple[int, int] = earlier.data if earlier is not None else (0, 0)
@@ -136,6 +140,29 @@ class Frozen:
         self._remote, self._room, self.scratch = remote, remote.room, remote.scratch
         self.data = remote.data, remote.data_size
         return remote
+
+    @classmethod
+    def over(
+        cls,
+        earlier: Frozen,
+        threads: list[Tracee],
+        registers: bytes,
+        marks: bytes,
+        code: dict[int, tuple[int, bytes]],
+    ) -> Frozen:
+        """A stop that has been made elsewhere, and is over: its threads, the leader first, what was
+        found in them, and, where that is needed, the code before where they stood."""
+        made = cls(earlier.pid, -1, earlier)
+        made.threads, made._registers, made._marks, made._code = threads, registers, marks, code
+        made._note_interrupted(registers)
+        made._earlier = None
+        return made
+
+    @property
+    def guarded(self) -> range | None:
+        """Where threads may stand that are still on their way home; None: that is to be found
+        out in the stop."""
+        return self._room.guarded if self._room is not None else None
 
     @property
     def group_stopped(self) -> bool:
@@ -174,11 +201,13 @@ class Frozen:
         """What every thread holds, in the order of `threads`; before the first use of `remote`.
         `room`: for that."""
         assert self._remote is None, "calls have been made"
-        return States(self.threads, room, self._registers)
+        states = States(self.threads, room)
+        states.read(self._registers)
+        return states
 
     def restarting(self) -> dict[int, bytes]:
         """By tid: `registers` of the threads of which an image stores others than they have."""
-        return {tracee.tid: self.registers(tracee) for tracee in self._restarting}
+        return {tracee.tid: self._as_image(tracee, data) for tracee, data in self._restarting}
 
     def registers(self, tracee: Tracee) -> bytes:
         """The registers as an image stores them, 216 bytes: those of the thread, in which a call
@@ -205,12 +234,20 @@ class Frozen:
 
     def _call_before(self, tracee: Tracee, end: int) -> int | None:
         """The call whose `syscall` instruction ends at `end`; None: not known, or there is none."""
-        code = arch.code_before(end, tracee.read)
+        code = arch.code_before(end, partial(self._read, tracee))
         if code and not code.endswith(arch.SYSCALL_INSTRUCTION):
             return None
         if tracee.tid in self._calls_at:
             return self._calls_at[tracee.tid][1]
         return arch.call_number_before(code)
+
+    def _read(self, tracee: Tracee, address: int, length: int) -> bytes:
+        if self._code is None:
+            return tracee.read(address, length)
+        start, code = self._code.get(tracee.tid, (0, b""))
+        if not start <= address <= address + length <= start + len(code):
+            raise TargetError(f"no code of thread {tracee.tid} at {address:#x}", "")
+        return code[address - start : address - start + length]
 
     def close_remote(self) -> None:
         """Unmaps the scratch before the end of the block; the next use of `remote` maps it anew."""
@@ -351,7 +388,8 @@ class Frozen:
             elif result == NR.restart_syscall:  # it stands before the instruction
                 self._note_call(tracee.tid, number, (rip + len(arch.SYSCALL_INSTRUCTION), rsp))
             if NR.restart_syscall in (result, number):
-                self._restarting.append(tracee)
+                here = all_registers[at : at + arch.REGISTERS_SIZE]
+                self._restarting.append((tracee, here))
 
     def _since_us(self) -> int:
         return time.monotonic_ns() // 1000 - self._told_us[0] if self._told_us[0] else 0

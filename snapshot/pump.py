@@ -360,6 +360,23 @@ class Pump(Closing):
         if self._has_time:
             lib.snap_pump_assist(self._pump)
 
+    @property
+    def handle(self) -> Any:
+        """For C: snap_pump *."""
+        return self._pump
+
+    @property
+    def has_time(self) -> bool:
+        """Of no descriptor anything has to be asked, as far as is known: the fault thread reads
+        them."""
+        return self._has_time
+
+    def forget_look(self) -> None:
+        """A look was ordered for a T0 that was none, and the target runs: none is good any more."""
+        lib.snap_pump_order_hold(self._pump)  # if it is not held, or about to be
+        self.await_hold()
+        self.release()
+
     def order_hold(self) -> None:
         """The fault thread shall answer what waits, and stand still until `release` or `go`."""
         self._order(lib.snap_pump_order_hold)
@@ -417,19 +434,22 @@ class Pump(Closing):
         `meanwhile` is called while the fault thread does it. -> whether anything
         is unsaved now, or to be proved. Where writers wait for nobody all is copied now;
         OutrunError: that is more than `most`."""
-        what = f"copying memory of process {self.pid}"
         trust = lib.SNAP_TRUST_COPIES * copies | lib.SNAP_TRUST_COVER * cover
         if self.passes:
             array = ffi.new("uint64_t[]", touched)
-            _check(lib.snap_pump_touched(self._pump, array, len(touched)), what)
+            _check(lib.snap_pump_touched(self._pump, array, len(touched)), self._copying)
         self._order(lambda pump: lib.snap_pump_order_settle(pump, most, trust))
         try:
             meanwhile()
         finally:
             result = lib.snap_pump_await_settled(self._pump)
+        return self.is_unsaved(result)
+
+    def is_unsaved(self, result: int) -> bool:
+        """What settling has come to, of a T0 that is over or not."""
         if result == -errno.E2BIG:
             raise OutrunError(f"{mib(self._raw().remainder_bytes)} had been written again at T0")
-        unsaved = self._answered(result, what, "snap check") > 0
+        unsaved = self._answered(result, self._copying, "snap check") > 0
         if VERIFY and (raw := self._raw()).missed_pages:
             raise SnapError(
                 f"{raw.missed_pages} pages have changed and nothing told of it: at "
@@ -437,6 +457,10 @@ class Pump(Closing):
             )
         self.t0_ticks = int(time.clock_gettime(time.CLOCK_BOOTTIME) * procfs.CLOCK_TICKS)
         return unsaved
+
+    @property
+    def _copying(self) -> str:
+        return f"copying memory of process {self.pid}"
 
     def go(self) -> None:
         """From here on first writes are waited for: before the target runs on."""

@@ -25,6 +25,7 @@ from .errors import TakeError, TargetError
 from .freeze import RESTARTED, Frozen, freeze
 from .hooks import Hooks
 from .image import Image
+from .instant import Instant
 from .kernel import procfs, vdso
 from .kernel.awake import awake
 from .kernel.background import Background
@@ -59,6 +60,7 @@ ATTEMPTS = 3
 STALL = 10.0
 GATE_SECONDS = 0.05
 PROGRESS_SECONDS = 0.1
+QUICK_TRIES = 2
 DESCRIPTORS = 1024
 """More than a take has open: not in the pause must their table grow."""
 
@@ -249,9 +251,7 @@ def _attempt(job: _Take, *, guarded: bool, last: bool) -> bool:
             if copying:
                 ahead.copy(lambda: _report(job, pump, "copying ahead"), patient=guarded)
             most = MOST_PASSED if protection.passes else EVERYTHING if guarded else REMAINDER
-            if protection.passes:
-                ahead.catch_up(protection)
-            instant = _instant(job, ahead, first, most, tracer, statement)
+            instant = _instant(job, ahead, first, protection, most, tracer, statement)
             faults.point("resumed")
             job.hooks.run("resumed", pid=job.pid, image=job.name)
             _await_saved(job, ahead)
@@ -405,6 +405,7 @@ def _instant(
     job: _Take,
     ahead: Ahead,
     first: Frozen,
+    protection: WriteProtection,
     most: int,
     tracer: Tracer,
     statement: Statement | None,
@@ -415,18 +416,48 @@ def _instant(
     pump.rest(GATE_SECONDS)
     most += len(ahead.touched) * PAGE
     clock = Stopwatch()
-    with (
-        Preparation(job.pid, first.data, statement) as prepared,  # before what has to be the last
-        ExitStack() as held,
-    ):
-        pump.read_beside(prepared.reading)
-        held.callback(pump.forget_reading)
-        warm()
-        ahead.last_rounds(lambda: _report(job, pump, "protecting"))
-        # A thread that goes on, also from one injected call to the next, would wait for its page.
-        if not pump.passes:
-            pump.open(ahead.touched)
-        pause = tracer.run(lambda: _pause(job, ahead, first, prepared, most, tracer, clock))
+
+    def report() -> None:
+        _report(job, pump, "protecting")
+
+    with ExitStack() as held:
+
+        def ready(quickly: bool) -> tuple[Preparation, Instant | None]:
+            """What is needed in a stop, and last what changes all the time."""
+            prepared = held.enter_context(Preparation(job.pid, first.data, statement))
+            pump.forget_reading()
+            pump.read_beside(prepared.reading)
+            held.callback(pump.forget_reading)
+            warm()
+            if pump.passes:
+                ahead.catch_up(protection)
+            quick = _quick(job, ahead, first, prepared, most) if quickly else None
+            if quick is not None:
+                held.enter_context(quick)
+            ahead.last_rounds(report)
+            # A thread that goes on, also from one injected call to the next, would wait for its
+            # page.
+            if not pump.passes:
+                pump.open(ahead.touched)
+            return prepared, quick
+
+        def stop() -> _Pause:
+            (prepared, quick), tries = made, 1
+            while quick is not None:
+                taken = quick.take()
+                if taken is not None:
+                    clock.stages_us |= taken.stages_us
+                    if taken.stays:
+                        faults.point("stays")
+                    table = descriptors.Capture(job.pid, -1, prepared.reading)
+                    return _Pause(taken.taken_at, taken.gathered, table, taken.stopped_us)
+                job.stops_us.append(quick.stopped_us)
+                prepared, quick = ready(quick.may_do and tries < QUICK_TRIES)
+                tries += 1
+            return _pause(job, ahead, first, prepared, most, tracer, clock)
+
+        made = ready(True)
+        pause = tracer.run(stop)
     job.stops_us.append(pause.stopped_us)
     pump.rested()
     plan = ahead.examination.plan
@@ -439,6 +470,16 @@ def _instant(
         0, mappings=tuple(plan.mappings), files=files, descriptors=table
     )
     return _Instant(pause.taken_at, process, plan, pause.gathered, clock.stages_us)
+
+
+def _quick(
+    job: _Take, ahead: Ahead, first: Frozen, prepared: Preparation, most: int
+) -> Instant | None:
+    """None: T0 has to be made step by step."""
+    pump, maps = ahead.pump, ahead.known_maps
+    if job.hooks.wants("frozen") or not Instant.is_ordinary(pump, first, prepared, maps):
+        return None
+    return Instant(pump, first, prepared, maps, most, stay=capable())
 
 
 def _pause(

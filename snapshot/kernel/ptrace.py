@@ -427,22 +427,25 @@ class StateRoom:
         self.raw = ffi.new("snap_thread_state[]", self.most)
         self.areas = touched(self.most * arch.XSTATE_MAX)
 
+    def lend(self, to: Any) -> None:
+        """To a snap_instant, which is to read states into it."""
+        to.states, to.area = self.raw, arch.XSTATE_MAX
+        to.areas = ffi.from_buffer("unsigned char[]", self.areas)
+
 
 class States:
     """The `State` of many threads: read at once, in one call, decoded later."""
 
-    def __init__(
-        self,
-        tracees: Sequence[Tracee],
-        room: StateRoom | None = None,
-        registers: bytes | None = None,
-    ) -> None:
-        """`room`: for them, if there is any yet; `registers`: as `registers_of` has read them in
-        this stop, if it has."""
+    def __init__(self, tracees: Sequence[Tracee], room: StateRoom | None = None) -> None:
+        """`room`: for them, if there is any yet; or in which they are."""
         self._tracees = tracees
         count = len(tracees)
         self._room = room if room is not None and room.most >= count else StateRoom(count)
-        numbers = ffi.new("int[]", [tracee.tid for tracee in tracees])
+
+    def read(self, registers: bytes | None = None) -> None:
+        """`registers`: as `registers_of` has read them in this stop, if it has."""
+        count = len(self._tracees)
+        numbers = ffi.new("int[]", [tracee.tid for tracee in self._tracees])
         areas = ffi.from_buffer(self._room.areas)
         raw = self._room.raw
         known = ffi.NULL if registers is None else ffi.from_buffer("unsigned char[]", registers)

@@ -26,7 +26,9 @@ class Reading:
         self._table = touched(fdtable.room_for(pid))
         self._links = touched(_LINKS * lib.SNAP_LINK_MAX)
         self._kept = ffi.new("int[]", files), ffi.new("int64_t[]", count)
-        made = self._made = ffi.new("snap_reading *")
+        made: Any = ffi.new("snap_reading *")
+        self.handle = made
+        """For C: snap_reading *."""
         made.pid, made.count, made.size = pid, count, len(self._room)
         made.files, made.ends = self._kept
         made.room = ffi.from_buffer("char[]", self._room)
@@ -37,20 +39,20 @@ class Reading:
 
     def read(self) -> bool:
         """Reads the files, and the links exe, cwd and root. Whether all could be read."""
-        made = self._made
+        made = self.handle
         lib.snap_read_outline(made)
         ends = made.ends[0 : made.count]
         return bool(made.error == 0 and min(ends) >= 0 and min(made.link_lengths) >= 0)
 
     def file(self, i: int) -> bytes:
         """Of the i-th, all that was in it."""
-        ends = self._made.ends
+        ends = self.handle.ends
         return bytes(self._room[ends[i - 1] if i else 0 : ends[i]])
 
     @property
     def links(self) -> tuple[bytes, bytes, bytes]:
         """exe, cwd, root."""
-        starts, lengths = range(0, len(self._links), lib.SNAP_LINK_MAX), self._made.link_lengths
+        starts, lengths = range(0, len(self._links), lib.SNAP_LINK_MAX), self.handle.link_lengths
         exe, cwd, root = (
             bytes(self._links[at : at + n]) for at, n in zip(starts, lengths, strict=True)
         )
@@ -60,27 +62,27 @@ class Reading:
 
     def look_ahead(self) -> bool:
         """Before the process is stopped: `told`, as it would be now."""
-        lib.snap_read_table(self._made)
-        self._made.listed = 0
+        lib.snap_read_table(self.handle)
+        self.handle.listed = 0
         return self.told
 
     @property
     def errand(self) -> tuple[Any, Any]:
         """The function of C that reads the descriptors, and its argument."""
-        return ffi.addressof(lib, "snap_read_table"), self._made
+        return ffi.addressof(lib, "snap_read_table"), self.handle
 
     @property
     def listed(self) -> bool:
         """Whether they have been read."""
-        return bool(self._made.listed and self._made.table_used >= 0)
+        return bool(self.handle.listed and self.handle.table_used >= 0)
 
     @property
     def told(self) -> bool:
         """Whether nobody has to be asked for any of them while the process stands still, and none
         is O_DIRECT."""
-        return bool(self._made.told)
+        return bool(self.handle.told)
 
     @property
     def entries(self) -> list[fdtable.Entry]:
         """As of `fdtable.entries`, grouped."""
-        return sorted(fdtable.parse(memoryview(self._table)[: self._made.table_used]))
+        return sorted(fdtable.parse(memoryview(self._table)[: self.handle.table_used]))

@@ -72,17 +72,17 @@ class ProcessRecord(Closing):
     once, when it is wanted; made before that (OSError)."""
 
     def __init__(self, program: TaskProgram, pid: int) -> None:
-        self._fd = program.iterator(pid, lib.SNAP_OF_PROCESS)
+        self.fd = program.iterator(pid, lib.SNAP_OF_PROCESS)
         self._room = bytearray(ffi.sizeof("snap_process"))
 
     def read(self) -> bytes | None:
         """None: the process has ended."""
         size = len(self._room)
-        found = lib.snap_task_read(self._fd, ffi.from_buffer(self._room), size)
+        found = lib.snap_task_read(self.fd, ffi.from_buffer(self._room), size)
         return bytes(self._room) if found == size else None
 
     def close(self) -> None:
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 class TaskAnswers(Closing):
@@ -99,6 +99,13 @@ class TaskAnswers(Closing):
         self._answers = touched(most * questions.size)
         self._asked = remote.questions(questions, self._results, self._answers)
         self._fd = program.iterator(pid, lib.SNAP_OF_THREADS)
+
+    def lend(self, to: Any, data: int) -> None:
+        """To a snap_instant, which is to read them in place of `read`."""
+        to.tasks_fd = self._fd
+        to.tasks, to.tasks_size = ffi.from_buffer("snap_task[]", self._tasks), len(self._tasks)
+        to.unlike = ffi.from_buffer("unsigned char[]", self._unlike)
+        to.bits, to.data, to.questions = self._bits, data, self._asked
 
     def read(self, tids: Sequence[int], data: int) -> bool:
         """Answers for these threads; `data`: where the calls of `questions` would write. False:

@@ -13,7 +13,7 @@ import msgspec
 from .. import manifest
 from ..kernel import procfs
 from ..kernel.closing import Closing
-from ..kernel.ptrace import StateRoom
+from ..kernel.ptrace import StateRoom, States
 from ..kernel.task_iterator import TaskAnswers
 from ..manifest import Descriptor, Mapping, OpenFile, Process, Thread, pack
 from . import credentials, pending
@@ -23,7 +23,7 @@ from .questions import Questions, ThreadQuestions
 
 if TYPE_CHECKING:
     from ..freeze import Frozen
-    from ..kernel.ptrace import State, States, Tracee
+    from ..kernel.ptrace import State, Tracee
     from .statement import Statement
 
 _NONE_PENDING = b"\nSigPnd:\t0000000000000000\n"
@@ -92,6 +92,29 @@ class Gathered:
         for tracee in (leader, *some):
             if _NONE_PENDING not in statuses[tracee.tid]:
                 self.thread_pending[tracee.tid] = tracee.pending(shared=False)
+
+    @classmethod
+    def over(cls, frozen: Frozen, prepared: Preparation) -> Gathered:
+        """Of a stop that is over: made where `prepared` has been read elsewhere, all of it, the
+        statement holds, and no signal waits for anybody."""
+        statement = prepared.statement
+        assert statement is not None
+        assert statement.answers is not None
+        replies = _from_outside(prepared, prepared.questions, statement.answers)
+        facts, files = replies.questions.facts, prepared.files
+        files.looked()
+        return cls(
+            frozen=frozen,
+            facts=facts,
+            stopped=frozen.group_stopped,
+            prepared=prepared,
+            registers=frozen.restarting(),
+            replies=replies,
+            states=States(frozen.threads, prepared.states),
+            tracees=frozen.threads,
+            asked=False,
+            later=lambda: facts.renew(Facts.read(facts.pid, [facts.pid], files)),
+        )
 
     def understood(self) -> Facts:
         """After `complete`, any time."""

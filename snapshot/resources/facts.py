@@ -92,6 +92,14 @@ class Open(Closing):
         assert self._reading is not None
         self._there = self._reading if self._reading.read() else None
 
+    def looked(self) -> None:
+        """The same, where it has been read by somebody else."""
+        self._there = self._reading
+
+    def place(self, name: str) -> int:
+        """Of a file among those of `prepare`; -1: this kernel does not have it."""
+        return self._places.get(name, -1)
+
     def beside(self, name: str) -> bytes | None:
         """maps or ksm_stat, as `look` has found it; None: it has not."""
         there = self._there

@@ -8,8 +8,9 @@ as that stays as it was, byte for byte, so do the answers: a later stop reads it
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..kernel._native import ffi
 from ..kernel.closing import Closing
 from ..kernel.remote import Packed, signals_in
 from ..kernel.task_iterator import ProcessRecord, TaskProgram
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .inquiry import Answers
 
 LOOKS = 8
+LATER = 3
+"""Stops that can have a look at whether it holds."""
 
 
 class Statement(Closing):
@@ -35,8 +38,8 @@ class Statement(Closing):
         self._record: bytes | None = None
         self._before: bytes | None = None
         with ExitStack() as stack:
-            records = [stack.enter_context(ProcessRecord(program, pid)) for _ in range(5)]
-            before, after, self._stopped, self._asked, self._later = records
+            records = [stack.enter_context(ProcessRecord(program, pid)) for _ in range(LATER + 4)]
+            before, after, self._stopped, self._asked, *self._later = records
             self._files = stack.enter_context(Open(pid, [pid]))
             self._meant = before.read()
             self.questions = Questions(Facts.read(pid, [pid], self._files), *place)
@@ -98,7 +101,12 @@ class Statement(Closing):
 
     def holds(self) -> bool:
         """In a later stop: nothing has changed."""
-        return self._record is not None and self._later.read() == self._record
+        return self._record is not None and self._later.pop().read() == self._record
+
+    def lend(self, to: Any) -> None:
+        """To a snap_instant, which is to look in place of `holds`; `lasts` is true."""
+        to.record_fd = self._later.pop().fd
+        to.record = ffi.from_buffer("unsigned char[]", self._record)
 
     def close(self) -> None:
         self._held.close()
