@@ -18,6 +18,7 @@ from .examine import Examination
 from .kernel import procfs
 from .kernel.fault_list import FaultList
 from .kernel.task_iterator import TaskProgram
+from .kernel.warm import warm_others
 from .maps import Line
 from .pump import LostError, OutrunError, Pump, Round
 from .resources import descriptors
@@ -253,6 +254,12 @@ class Ahead:
         self._examine_again()  # while nobody waits for us
         with self.pump.held():
             self.plan_running(protection)
+
+    def warm(self) -> None:
+        """What is copied in the pause because it cannot be armed is used shortly before."""
+        windows = self.examination.plan.windows
+        ranges = ((one.start, one.end) for one in windows if not one.armed and one.object is None)
+        warm_others(self.pump.pid, self._pagemap, ranges)
 
     def _is_current(self) -> bool:
         """Whether the target, which runs, still is as it was when it was examined."""

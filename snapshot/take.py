@@ -36,7 +36,7 @@ from .kernel.refusal import capable
 from .kernel.remote import NOTHING, SCRATCH_SIZE, Interview, data_area
 from .kernel.room import Room, find_room
 from .kernel.task_iterator import TaskProgram
-from .kernel.warm import warm
+from .kernel.warm import warm_ours
 from .kernel.watchdog import Watchdog
 from .manifest import Host, Manifest, Process, TakeStats
 from .maps import gap
@@ -240,6 +240,7 @@ def _attempt(job: _Take, *, guarded: bool, last: bool) -> bool:
             place = _Place(room, scratch)
             first, protection = None, None
             if passes:
+                warm_ours()
                 first, protection = _visit(job, ahead, statement, place, after_pump)
             if first is None or protection is None:
                 first, protection = _stop(
@@ -428,9 +429,10 @@ def _instant(
             pump.forget_reading()
             pump.read_beside(prepared.reading)
             held.callback(pump.forget_reading)
-            warm()
+            warm_ours()
             if pump.passes:
                 ahead.catch_up(protection)
+                ahead.warm()
             quick = _quick(job, ahead, first, prepared, most) if quickly else None
             if quick is not None:
                 held.enter_context(quick)

@@ -115,6 +115,9 @@ class Victim:
         value: int = struct.unpack_from("q", self._page, 8 * FIELDS.index(field))[0]
         return value
 
+    def put(self, field: str, value: int) -> None:
+        struct.pack_into("q", self._page, 8 * FIELDS.index(field), value)
+
     def wake(self) -> None:
         """What the program does with it is its own affair."""
         assert self.process.stdin is not None

@@ -1,8 +1,8 @@
-/* Memory of this process that will be needed while somebody waits. */
+/* Memory, ours or another's, that will be needed while somebody waits. */
 #pragma once
 #include <stdint.h>
 
-/* Reads a byte of each page that is there of ranges[2 * i] up to ranges[2 * i + 1], page aligned addresses;
- * pagemap: a descriptor of /proc/self/pagemap. What is unmapped meanwhile is passed over. -> how many pages,
- * -ENOTTY: a kernel before 6.7. */
-int64_t snap_warm(int pagemap, const uint64_t *ranges, uint64_t count);
+/* Reads a byte of each page that is there of ranges[2 * i] up to ranges[2 * i + 1], page aligned addresses in
+ * process `pid`, whose /proc/PID/pagemap is `pagemap`; anonymous: but those of files. What is unmapped meanwhile
+ * is passed over. -> how many pages, -ENOTTY: a kernel before 6.7. */
+int64_t snap_warm(int pid, int pagemap, int anonymous, const uint64_t *ranges, uint64_t count);
