@@ -27,6 +27,7 @@ CASE = "restore"
 TOUCHES = 2000
 MISSING_NS = 2000
 """A page that is there is read in less."""
+SHOWN = 5
 AFTER_SECONDS = 0.3
 STEADY_SECONDS = 60
 LARGEST_EAGER_MIB = 4096
@@ -140,11 +141,13 @@ def _runs_at(felt: Felt, ran: Ran) -> int:
         if gap.begin < ran.began < gap.end:
             return gap.end
     gaps = ", ".join(
-        f"{(g.begin - ran.began) / 1e6:.1f} to {(g.end - ran.began) / 1e6:.1f}" for g in felt.clock
+        f"{(g.begin - ran.began) / 1e6:.1f} to {(g.end - ran.began) / 1e6:.1f}"
+        for g in felt.clock[:SHOWN]
     )
     raise Failed(
         f"{AFTER_SECONDS} s after a restore of {(ran.ended - ran.began) / 1e6:.0f} ms the process "
-        f"has not read its clock; gaps, in ms from the begin of the command: {gaps or 'none'}"
+        f"has not read its clock; the first of {len(felt.clock)} gaps, in ms from the begin of the "
+        f"command: {gaps or 'none'}"
     )
 
 
