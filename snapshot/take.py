@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,7 @@ STALL = 10.0
 GATE_SECONDS = 0.05
 PROGRESS_SECONDS = 0.1
 QUICK_TRIES = 2
+"""In one call; then T0 is made step by step."""
 DESCRIPTORS = 1024
 """More than a take has open: not in the pause must their table grow."""
 
@@ -418,12 +419,11 @@ def _instant(
     most += len(ahead.touched) * PAGE
     clock = Stopwatch()
 
-    def report() -> None:
-        _report(job, pump, "protecting")
-
     with ExitStack() as held:
 
-        def ready(quickly: bool) -> tuple[Preparation, Instant | None]:
+        def ready(
+            quickly: bool, report: Callable[[], None]
+        ) -> tuple[Preparation, Instant | None]:
             """What is needed in a stop, and last what changes all the time."""
             prepared = held.enter_context(Preparation(job.pid, first.data, statement))
             pump.forget_reading()
@@ -454,11 +454,12 @@ def _instant(
                     table = descriptors.Capture(job.pid, -1, prepared.reading)
                     return _Pause(taken.taken_at, taken.gathered, table, taken.stopped_us)
                 job.stops_us.append(quick.stopped_us)
-                prepared, quick = ready(quick.may_do and tries < QUICK_TRIES)
+                # Nothing of the caller's runs in this thread.
+                prepared, quick = ready(quick.may_do and tries < QUICK_TRIES, lambda: None)
                 tries += 1
             return _pause(job, ahead, first, prepared, most, tracer, clock)
 
-        made = ready(True)
+        made = ready(True, lambda: _report(job, pump, "protecting"))
         pause = tracer.run(stop)
     job.stops_us.append(pause.stopped_us)
     pump.rested()
