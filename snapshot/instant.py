@@ -29,7 +29,6 @@ from .resources.capture import Gathered, Preparation
 
 log = logging.getLogger("snap")
 
-_NONE_WAITS = b"\nSigPnd:\t0000000000000000\nShdPnd:\t0000000000000000\n"
 _POINTS: dict[int, tuple[faults.Point, ...]] = {
     lib.SNAP_WHEN_STOPPED: ("second-stop",),
     lib.SNAP_WHEN_CAPTURED: ("captured", "clean-again"),
@@ -51,7 +50,7 @@ _WHY = {
     lib.SNAP_NOT_PLACES: "a thread was on its way home",
     lib.SNAP_NOT_ANSWERS: "threads are not alike, or have to be asked",
     lib.SNAP_NOT_STATEMENT: "the process has changed since it was asked",
-    lib.SNAP_NOT_FILES: "a signal waits, or pages may be merged",
+    lib.SNAP_NOT_FILES: "a signal waits, or a file of /proc is not as it was",
     lib.SNAP_NOT_TABLE: "descriptors have to be asked",
     lib.SNAP_NOT_MAPS: "it has mapped or unmapped memory",
     lib.SNAP_NOT_PUMP: "the fault thread has ended",
@@ -86,6 +85,7 @@ class Instant(Closing):
         `stay`: one thread, if anything is unsaved. TargetError: it is gone."""
         assert prepared.statement is not None
         assert prepared.outside is not None
+        assert prepared.record is not None
         assert first.guarded is not None
         pid, most_threads = first.pid, prepared.states.most
         self._pump, self._first, self._prepared = pump, first, prepared
@@ -100,19 +100,19 @@ class Instant(Closing):
         self._code = touched(most_threads * ffi.sizeof("snap_code"))
         self._tids = touched(most_threads * ffi.sizeof("int"))
         self._stops = touched(most_threads * ffi.sizeof("int"))
-        self._maps = ffi.from_buffer(maps)
+        files = prepared.files
+        self._known = maps, files.now("ksm_stat") or b""
         made.pid, made.folder, made.most = pid, self._folder, most_threads
         made.again, made.timeout_us = ptrace.call_set(RESTARTED), int(STOP_TIMEOUT * 1e6)
         made.guard, made.guard_end = first.guarded.start, first.guarded.stop
         made.pump, made.most_bytes, made.stays = pump.handle, most, stay
-        made.assists = pump.has_time
         prepared.outside.lend(made, prepared.questions.place[0])
-        prepared.statement.lend(made)
+        prepared.statement.lend(made, prepared.record)
         made.reading = prepared.reading.handle
-        made.maps, made.maps_length = self._maps, len(maps)
-        made.maps_at, made.status_at, made.merges_at = map(
-            prepared.files.place, ("maps", "status", "ksm_stat")
-        )
+        made.status_at = files.place("status")
+        names = (made.maps, "maps"), (made.merges, "ksm_stat")
+        for (known, name), text in zip(names, self._known, strict=True):
+            known.at, known.text, known.length = files.place(name), ffi.from_buffer(text), len(text)
         made.tids = ffi.from_buffer("int[]", self._tids)
         made.stops = ffi.from_buffer("int[]", self._stops)
         made.registers = ffi.from_buffer("unsigned char[]", self._registers)
@@ -127,13 +127,12 @@ class Instant(Closing):
     @staticmethod
     def is_ordinary(pump: Pump, first: Frozen, prepared: Preparation, maps: bytes) -> bool:
         """Whether T0 can be made so, as far as can be told while the target runs."""
-        statement, outside = prepared.statement, prepared.outside
-        if not (maps and pump.passes and pump.has_time and statement and outside):
+        if not (maps and pump.passes and pump.has_time and prepared.statement and prepared.record):
             return False
         facts = prepared.questions.facts
-        quiet = _NONE_WAITS in facts.status_texts[facts.pid]
-        merges = prepared.files.place("ksm_stat") < 0 and procfs.mergeable(facts.pid)
-        return first.guarded is not None and quiet and not (facts.nested or merges)
+        waits = facts.status.mask("SigPnd") | facts.status.mask("ShdPnd")
+        merges = procfs.mergeable(facts.pid, prepared.files.now("ksm_stat"))
+        return first.guarded is not None and not (waits or facts.nested or merges)
 
     def take(self) -> Taken | None:
         """None: it is no T0, and the target runs on. OutrunError, LateError, KernelError."""
@@ -150,7 +149,7 @@ class Instant(Closing):
             if made.ordered and why != lib.SNAP_NOT_PUMP:
                 self._pump.forget_look()
             return None
-        self._pump.is_unsaved(made.settled)
+        self._pump.settled(made.settled)
         threads = [Tracee(tid, ptrace.TRACESYSGOOD) for tid in made.tids[0 : made.count]]
         threads[0].stop = made.leader_stop  # says whether somebody has stopped the process
         code = {

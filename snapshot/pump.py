@@ -197,7 +197,8 @@ class Pump(Closing):
         self._storers: list[Worker] = []
         self._fault_list: FaultList | None = None
         self._prepared: tuple[Plan, tuple[Any, int]] | None = None
-        self._has_time = False
+        self.has_time = False
+        """Of no descriptor anything has to be asked, as far as is known (`read_beside`)."""
         self.storing = Gate()
         self.passes = False
         """Writers wait for nobody: WriteProtection.passes."""
@@ -336,7 +337,7 @@ class Pump(Closing):
         looked. Before that is ordered; `forget_reading` afterwards. (Elsewhere it must serve
         writers: fdinfo of an epoll waits for who waits for his page.)"""
         if self.passes:
-            self._has_time = reading.look_ahead()
+            self.has_time = reading.look_ahead()
             lib.snap_pump_errand(self._pump, *reading.errand)
 
     def order_look(self, most: int) -> None:
@@ -357,19 +358,13 @@ class Pump(Closing):
     def assist(self) -> None:
         """The caller takes his share of that look, if it goes on, and there are no descriptors that
         he will have to ask."""
-        if self._has_time:
+        if self.has_time:
             lib.snap_pump_assist(self._pump)
 
     @property
     def handle(self) -> Any:
         """For C: snap_pump *."""
         return self._pump
-
-    @property
-    def has_time(self) -> bool:
-        """Of no descriptor anything has to be asked, as far as is known: the fault thread reads
-        them."""
-        return self._has_time
 
     def forget_look(self) -> None:
         """A look was ordered for a T0 that was none, and the target runs: none is good any more."""
@@ -443,10 +438,11 @@ class Pump(Closing):
             meanwhile()
         finally:
             result = lib.snap_pump_await_settled(self._pump)
-        return self.is_unsaved(result)
+        return self.settled(result)
 
-    def is_unsaved(self, result: int) -> bool:
-        """What settling has come to, of a T0 that is over or not."""
+    def settled(self, result: int) -> bool:
+        """As `settle`, where the fault thread was told to by somebody else, and came to `result`;
+        the target may run on already."""
         if result == -errno.E2BIG:
             raise OutrunError(f"{mib(self._raw().remainder_bytes)} had been written again at T0")
         unsaved = self._answered(result, self._copying, "snap check") > 0

@@ -451,6 +451,7 @@ def _instant(
                     clock.stages_us |= taken.stages_us
                     if taken.stays:
                         faults.point("stays")
+                    # Of none of them anything is asked, so there is no pidfd.
                     table = descriptors.Capture(job.pid, -1, prepared.reading)
                     return _Pause(taken.taken_at, taken.gathered, table, taken.stopped_us)
                 job.stops_us.append(quick.stopped_us)

@@ -14,7 +14,7 @@ from .. import manifest
 from ..kernel import procfs
 from ..kernel.closing import Closing
 from ..kernel.ptrace import StateRoom, States
-from ..kernel.task_iterator import TaskAnswers
+from ..kernel.task_iterator import ProcessRecord, TaskAnswers
 from ..manifest import Descriptor, Mapping, OpenFile, Process, Thread, pack
 from . import credentials, pending
 from .facts import Facts, Open
@@ -216,6 +216,8 @@ class Preparation(Closing):
         self, pid: int, place: tuple[int, int], statement: Statement | None = None
     ) -> None:
         self.statement = statement if statement is not None and statement.lasts() else None
+        self.record: ProcessRecord | None = None
+        """To see whether that holds."""
         self.outside: TaskAnswers | None = None
         with ExitStack() as stack:
             self.files = stack.enter_context(Open(pid))
@@ -234,6 +236,7 @@ class Preparation(Closing):
                 with suppress(OSError):
                     made = TaskAnswers(statement.program, pid, most, packed)
                     self.outside = stack.enter_context(made)
+                    self.record = stack.enter_context(ProcessRecord(statement.program, pid))
             self._held = stack.pop_all()
 
     def close(self) -> None:
@@ -282,8 +285,10 @@ def _read_outside(frozen: Frozen, prepared: Preparation) -> bool:
 
 def _unasked(prepared: Preparation) -> Replies | None:
     """None: the process has changed, the leader has to be asked."""
-    statement = prepared.statement
-    if statement is None or statement.answers is None or not statement.holds():
+    statement, record = prepared.statement, prepared.record
+    if statement is None or statement.answers is None or record is None:
+        return None
+    if not statement.holds(record):
         return None
     return _from_outside(prepared, prepared.questions, statement.answers)
 

@@ -96,6 +96,11 @@ class Open(Closing):
         """The same, where it has been read by somebody else."""
         self._there = self._reading
 
+    def now(self, name: str) -> bytes | None:
+        """One of those of `prepare`, while the process runs; None: this kernel does not have it."""
+        fd = self._files.get(name)
+        return procfs.read_again(fd) if fd is not None else None
+
     def place(self, name: str) -> int:
         """Of a file among those of `prepare`; -1: this kernel does not have it."""
         return self._places.get(name, -1)

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from .inquiry import Answers
 
 LOOKS = 8
-LATER = 3
-"""Stops that can have a look at whether it holds."""
 
 
 class Statement(Closing):
@@ -38,8 +36,8 @@ class Statement(Closing):
         self._record: bytes | None = None
         self._before: bytes | None = None
         with ExitStack() as stack:
-            records = [stack.enter_context(ProcessRecord(program, pid)) for _ in range(LATER + 4)]
-            before, after, self._stopped, self._asked, *self._later = records
+            records = [stack.enter_context(ProcessRecord(program, pid)) for _ in range(4)]
+            before, after, self._stopped, self._asked = records
             self._files = stack.enter_context(Open(pid, [pid]))
             self._meant = before.read()
             self.questions = Questions(Facts.read(pid, [pid], self._files), *place)
@@ -99,13 +97,13 @@ class Statement(Closing):
         state: timers.State = answer(self.answers)
         return not state.intervals and not state.posix
 
-    def holds(self) -> bool:
-        """In a later stop: nothing has changed."""
-        return self._record is not None and self._later.pop().read() == self._record
+    def holds(self, record: ProcessRecord) -> bool:
+        """In a later stop, for which `record` was made: nothing has changed."""
+        return self._record is not None and record.read() == self._record
 
-    def lend(self, to: Any) -> None:
+    def lend(self, to: Any, record: ProcessRecord) -> None:
         """To a snap_instant, which is to look in place of `holds`; `lasts` is true."""
-        to.record_fd = self._later.pop().fd
+        to.record_fd = record.fd
         to.record = ffi.from_buffer("unsigned char[]", self._record)
 
     def close(self) -> None:

@@ -18,8 +18,6 @@
 #define FIRST_CODE 32     /* bytes of it before the thread, as arch_x86_64.py looks for the number of a call */
 #define INSTRUCTION 2     /* bytes of `syscall` */
 #define NONE_WAIT "\nSigPnd:\t0000000000000000\nShdPnd:\t0000000000000000\n"
-#define NO_PAGES "ksm_rmap_items 0\n"
-#define MERGES "ksm_mergeable: yes"
 
 static void tell(const snap_instant *t, int time)
 {
@@ -181,11 +179,20 @@ static const char *text(const snap_reading *r, int i, size_t *length)
     return r->room + start;
 }
 
-static int has(const snap_reading *r, int i, const char *what)
+static int none_waits(const snap_reading *r, int status)
 {
     size_t length;
-    const char *at = text(r, i, &length);
-    return memmem(at, length, what, strlen(what)) != NULL;
+    const char *at = text(r, status, &length);
+    return memmem(at, length, NONE_WAIT, strlen(NONE_WAIT)) != NULL;
+}
+
+static int is_as_it_was(const snap_reading *r, const snap_known_file *known)
+{
+    size_t length;
+    if (known->at < 0)
+        return 1;
+    const char *now = text(r, known->at, &length);
+    return length == known->length && memcmp(now, known->text, length) == 0;
 }
 
 static int read_files(const snap_instant *t)
@@ -198,17 +205,9 @@ static int read_files(const snap_instant *t)
     for (int i = 0; i < r->count; i++)
         if (r->error || r->ends[i] < 0)
             return SNAP_NOT_FILES;
-    size_t length;
-    if (t->merges_at >= 0) {
-        const char *merges = text(r, t->merges_at, &length);
-        if (length < strlen(NO_PAGES) || memcmp(merges, NO_PAGES, strlen(NO_PAGES)) != 0 ||
-            has(r, t->merges_at, MERGES))
-            return SNAP_NOT_FILES;
-    }
-    if (!has(r, t->status_at, NONE_WAIT))
+    if (!none_waits(r, t->status_at) || !is_as_it_was(r, &t->merges))
         return SNAP_NOT_FILES;
-    const char *maps = text(r, t->maps_at, &length);
-    return length == t->maps_length && memcmp(maps, t->maps, length) == 0 ? 0 : SNAP_NOT_MAPS;
+    return is_as_it_was(r, &t->maps) ? 0 : SNAP_NOT_MAPS;
 }
 
 /* ---- memory --------------------------------------------------------------------------------------- */
@@ -229,7 +228,7 @@ static int is_stale(snap_pump *pump)
 }
 
 /* A signal may have come since `status` was read: the queue is looked at after that. */
-static int none_waits(const snap_instant *t)
+static int queue_is_empty(const snap_instant *t)
 {
     unsigned char info[128];
     return snap_peek_signals(t->pid, 1, 0, info, 1) == 0;
@@ -258,8 +257,7 @@ static int take(snap_instant *t)
         return SNAP_NOT_PUMP;
     if (snap_get_states(t->tids, t->count, t->registers, t->states, t->areas, t->area))
         return SNAP_NOT_THREADS;
-    if (t->assists)
-        snap_pump_assist(t->pump);
+    snap_pump_assist(t->pump);
     if ((r = read_files(t)))
         return r;
     came_to(t, SNAP_WHEN_CAPTURED);
@@ -272,7 +270,7 @@ static int take(snap_instant *t)
     if (is_stale(t->pump))
         return SNAP_NOT_MAPS;
     came_to(t, SNAP_WHEN_HELD);
-    if (!none_waits(t))
+    if (!queue_is_empty(t))
         return SNAP_NOT_FILES;
     if (snap_pump_touched(t->pump, NULL, 0) < 0 ||
         snap_pump_order_settle(t->pump, t->most_bytes, SNAP_TRUST_COPIES | SNAP_TRUST_COVER) < 0)

@@ -17,18 +17,25 @@ typedef struct {
     unsigned char bytes[40]; /* SNAP_CODE */
 } snap_code;
 
+/* A file that has to be as it was. */
+typedef struct {
+    int at; /* which one of the files of the reading; -1: there is none */
+    const char *text;
+    uint64_t length;
+} snap_known_file;
+
 /* Why it is not T0. */
 #define SNAP_NOT_THREADS 1  /* they come and go, or there is no room for them; or it has ended */
 #define SNAP_NOT_LATE 2     /* one does not stop, and is ours until it does: stops[i] is -ETIMEDOUT */
 #define SNAP_NOT_PLACES 3   /* one stands in the guard */
 #define SNAP_NOT_ANSWERS 4  /* not all can be told from outside, or threads have signals that wait, or other ids */
 #define SNAP_NOT_STATEMENT 5 /* the process is not as it was when it was asked */
-#define SNAP_NOT_FILES 6    /* a file of /proc could not be read, signals wait, or pages may be merged */
+#define SNAP_NOT_FILES 6    /* a file of /proc could not be read, signals wait, or `merges` is not as it was */
 #define SNAP_NOT_TABLE 7    /* descriptors that have to be asked */
 #define SNAP_NOT_MAPS 8     /* it has mapped or unmapped something */
 #define SNAP_NOT_PUMP 9     /* its thread has ended */
 
-/* Times of a stop. */
+/* Times of a stop: SNAP_WHEN_… */
 #define SNAP_WHEN_TOLD 0 /* the first thread was */
 #define SNAP_WHEN_STOPPED 1
 #define SNAP_WHEN_CAPTURED 2
@@ -36,7 +43,6 @@ typedef struct {
 #define SNAP_WHEN_HELD 4
 #define SNAP_WHEN_SETTLED 5
 #define SNAP_WHEN_GONE 6 /* the last one was let go */
-#define SNAP_TIMES 7
 
 typedef struct {
     /* The memory of all this stays the caller's. */
@@ -50,7 +56,6 @@ typedef struct {
     snap_pump *pump;
     uint64_t most_bytes;    /* as of snap_pump_order_settle */
     int stays;              /* one stays seized if anything is unsaved, or to be proved */
-    int assists;            /* see snap_pump_assist */
     int tasks_fd;           /* snap_task_iterator: read once */
     snap_task *tasks;
     uint64_t tasks_size;    /* bytes */
@@ -61,9 +66,8 @@ typedef struct {
     int record_fd;          /* likewise, of the process */
     const unsigned char *record; /* as it was: sizeof(snap_process) bytes */
     snap_reading *reading;
-    const char *maps;       /* as they were */
-    uint64_t maps_length;
-    int maps_at, status_at, merges_at; /* of the files of `reading`; merges_at (ksm_stat) -1: there is none */
+    int status_at;          /* of the files of `reading` */
+    snap_known_file maps, merges; /* merges: ksm_stat */
     void (*point)(int);     /* for tests: told of each time as it comes, of the last one before it; or NULL */
 
     int *tids, *stops;      /* `most` of each of these; the leader is the first */
@@ -80,7 +84,7 @@ typedef struct {
     int ordered;            /* the pump has been told to look */
     int settled;            /* as of snap_pump_await_settled */
     int64_t taken_ns;       /* CLOCK_REALTIME */
-    int64_t times_us[7];    /* SNAP_TIMES, CLOCK_MONOTONIC; 0: it did not come to that */
+    int64_t times_us[7];    /* by SNAP_WHEN_…, CLOCK_MONOTONIC; 0: it did not come to that */
 } snap_instant;
 
 /* 0: `settled` says whether memory was; SNAP_NOT_… By the thread that is to be the tracer; the caller has told
