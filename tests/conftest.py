@@ -19,7 +19,7 @@ import pytest
 
 from snapshot.ahead import EVERYTHING
 from snapshot.kernel.task_iterator import TaskProgram
-from tests.harness import hugepages, kernel, processes, redis, victims
+from tests.harness import hugepages, kernel, last_words, processes, redis, victims
 from tests.harness.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def last_words_are_kept(request: pytest.FixtureRequest) -> Iterator[None]:
+    with last_words.kept(request.config):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left(
+    last_words_are_kept: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """No process and no mount of ours outlives the tests."""
     processes.become_subreaper()
     signal.signal(signal.SIGTERM, _terminated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def test_snap_is_stopped(spawn: Spawn, snap: Snap, stage: str) -> None:
     ran = snap("take", victim.pid, "--now", "--stall", STALL, "--hook", hook, ok=False)
     assert ran.code == -signal.SIGKILL
     assert f"process {victim.pid} is not kept waiting" in ran.err
+    assert re.search(r"^snap: snap-faults: (-?\d+|running) in \w+$", ran.err, re.MULTILINE)
     unharmed(victim)
     assert snap.names() == []
     snap("take", victim.pid, "--name", "next")

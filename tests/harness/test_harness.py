@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Spawn
+from tests.conftest import ROOT, Spawn
 from tests.harness import ledger, oracle, processes, redis, victims
 from tests.harness.ledger import Ledger
 from tests.harness.oracle import PAGE
@@ -383,3 +383,28 @@ def test_a_victim_that_does_not_start_is_told(tmp_path: Path) -> None:
     victims.build()
     with pytest.raises(RuntimeError, match="did not get ready"):
         Victim(tmp_path, [str(victims.BIN / "writer"), "--kind", "nonsense"])
+
+
+def test_what_was_captured_is_told_when_the_tests_are_killed(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(
+        "import pytest\n"
+        "from tests.harness import last_words\n"
+        "@pytest.fixture(scope='session', autouse=True)\n"
+        "def kept(request):\n"
+        "    with last_words.kept(request.config):\n"
+        "        yield\n"
+    )
+    (tmp_path / "test_ends.py").write_text(
+        "import os, signal\n"
+        "def test_ends():\n"
+        "    os.write(2, b'why it ended')\n"
+        "    if 'END' in os.environ:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    words = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    words += ["-p", "no:cacheprovider", str(tmp_path)]
+    outside = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for more, told in (({}, False), ({"END": "1"}, True)):
+        ran = subprocess.run(words, env=outside | more, capture_output=True, text=True)
+        assert ran.returncode == (-signal.SIGKILL if told else 0), ran
+        assert ("why it ended" in ran.stderr) == told

@@ -39,6 +39,7 @@ struct snap_watchdog {
     int snap; /* pidfd of this process */
     int snap_pid;
     char text[160];
+    char tasks[32];
 };
 
 static int64_t now_ms(void)
@@ -118,6 +119,59 @@ static void forget(snap_watchdog *w)
     free(w);
 }
 
+/* Up to the first of `end`, or of what ends any of these files. */
+static long read_word(const char *folder, const char *task, const char *file, char end, char *out, size_t size)
+{
+    char path[64];
+    char *to = path;
+    for (const char *part[] = {folder, "/", task, "/", file}, **p = part; p < part + 5; p++)
+        for (const char *c = *p; *c && to < path + sizeof path - 1; c++)
+            *to++ = *c;
+    *to = 0;
+    long fd = snap_arch_raw(SYS_open, (long)path, O_RDONLY | O_CLOEXEC, 0);
+    long got = fd < 0 ? 0 : snap_arch_raw(SYS_read, fd, (long)out, (long)size);
+    if (fd >= 0)
+        snap_arch_raw(SYS_close, fd, 0, 0);
+    long length = 0;
+    while (length < got && out[length] != end && out[length] != '\n')
+        length++;
+    return length;
+}
+
+static char *put(char *to, const char *from, long length)
+{
+    for (long i = 0; i < length; i++)
+        *to++ = from[i];
+    return to;
+}
+
+/* On stderr, for each thread of snap: "snap: NAME: CALL in WHERE", its system call and the function of the
+ * kernel that it waits in (proc_pid_syscall(5), proc_pid_wchan(5)), or "running". */
+static void tell(const snap_watchdog *w)
+{
+    char line[256], entries[2048], word[64];
+    long fd = snap_arch_raw(SYS_open, (long)w->tasks, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0), size;
+    snap_arch_raw(SYS_write, 2, (long)w->text, (long)strlen(w->text));
+    while (fd >= 0 && (size = snap_arch_raw(SYS_getdents64, fd, (long)entries, sizeof entries)) > 0) {
+        struct dirent64 *entry;
+        for (long at = 0; at < size; at += entry->d_reclen) {
+            entry = (struct dirent64 *)(entries + at);
+            if (entry->d_name[0] == '.')
+                continue;
+            char *to = put(line, "snap: ", 6);
+            to = put(to, word, read_word(w->tasks, entry->d_name, "comm", 0, word, sizeof word));
+            to = put(to, ": ", 2);
+            to = put(to, word, read_word(w->tasks, entry->d_name, "syscall", ' ', word, sizeof word));
+            to = put(to, " in ", 4);
+            to = put(to, word, read_word(w->tasks, entry->d_name, "wchan", 0, word, sizeof word));
+            *to++ = '\n';
+            snap_arch_raw(SYS_write, 2, (long)line, to - line);
+        }
+    }
+    if (fd >= 0)
+        snap_arch_raw(SYS_close, fd, 0, 0);
+}
+
 /* The other process. It has this one's memory: a copy of it would make every first write of snap to a
  * page of its own a fault, hundreds of them while the target stands still. So it has no thread-local
  * memory of its own, and makes its system calls without errno as long as snap lives. */
@@ -139,8 +193,8 @@ static int watch(void *argument)
             break;
         if (now_ms() - w->beat_ms <= w->stall_ms)
             continue;
+        tell(w); /* before: then there is nothing to be seen any more */
         snap_arch_raw(SYS_pidfd_send_signal, w->snap, SIGKILL, 0);
-        snap_arch_raw(SYS_write, 2, (long)w->text, (long)strlen(w->text));
         if (snap_arch_raw(SYS_poll, (long)&ends, 1, END_MS) == 0)
             let_go(w->target, w->snap_pid, w->uffd);
         break;
@@ -181,6 +235,7 @@ int snap_watchdog_start(int target, int stall_ms, snap_watchdog **made)
         snprintf(w->text, sizeof w->text,
                  "snap: stood still for %d ms; ended, so that process %d is not kept waiting\n",
                  stall_ms, target);
+        snprintf(w->tasks, sizeof w->tasks, "/proc/%d/task", w->snap_pid);
         r = start_other(w);
     }
     if (w->snap >= 0)
