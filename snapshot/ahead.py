@@ -177,6 +177,7 @@ class Ahead:
         writers wait for nobody OutrunError is raised."""
         if self.pump.passes:
             self._gain(report)
+            self.pump.listed_round(report)
             return
         if self._copies and self._left_by_copying(report) <= REMAINDER:
             return

@@ -445,6 +445,7 @@ def _instant(
 
         def stop() -> _Pause:
             (prepared, quick), tries = made, 1
+            pump.listed_round(lambda: None)
             while quick is not None:
                 taken = quick.take()
                 if taken is not None:

@@ -44,7 +44,7 @@ struct touch { uint64_t at, ns; };
 
 static uint64_t *memory;
 static size_t page_count;
-static struct lane clock_lane = { .name = "clock" };
+static struct lane clock_lane;  /* all zeros: not in .data, which is the file's, and copied in the pause */
 static struct lane writer_lanes[WRITERS];
 static struct touch *touches;
 static _Atomic uint64_t touch_count;
@@ -322,6 +322,7 @@ int main(int argc, char **argv)
     must(touches != MAP_FAILED, "touches");
     for (size_t page = 0; page < page_count; page++)
         fill_page(page, 0, option_text("fill", "mixed"));
+    clock_lane.name = "clock";
     victim_ready();
     for (;;) {
         struct timespec often = { 0, 200000000 };

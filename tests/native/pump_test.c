@@ -429,6 +429,10 @@ static int one_instant(int pid, int channel, char *staging, int spill, int numbe
     CHECK(!pthread_create(&runner, NULL, run, runner_parts));
     shared->local = pokes ? 2 : number / 4 % 2;
     copy_ahead(pump, rounds);
+    for (int i = 0; passes && i < number % 3; i++) { /* as before T0; right after one another, too */
+        CHECK(!snap_pump_order_listed_round(pump));
+        await(pump, NULL);
+    }
     if (pokes && rand() % 2)
         poke(pid, (uint64_t)number + 1);
     park();

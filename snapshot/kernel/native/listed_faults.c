@@ -1,7 +1,7 @@
 /* A list of faults in place of a look at all memory (written.c). The kernel lists the writes that it lets
  * through, as they fault (fault_list.c): at T0 only those are looked at that fell since a look, so the pause does
- * not follow the size. A fault is listed before it is handled, perhaps long before: so not the last look counts,
- * but the one before it.
+ * not follow the size. A fault is listed before it is handled: so those count too that were listed some time before
+ * the last look began (IN_FLIGHT_NS). Looks of the same kind ahead of T0 leave little to it.
  *
  * The list alone proves nothing: who writes without a fault is not in it. So all that is covered is looked at
  * after T0, while it is still protected. What is found written then must have been looked at at T0, or be listed;
@@ -15,8 +15,10 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define RANGES 512
+#define IN_FLIGHT_NS UINT64_C(500000) /* from being listed to being let through, at most; mostly 2 us */
 
 void snap_pump_list(snap_pump *p, const snap_fault_ring *ring, uint64_t pages_each, int quiet_ms)
 {
@@ -24,7 +26,7 @@ void snap_pump_list(snap_pump *p, const snap_fault_ring *ring, uint64_t pages_ea
     p->ring = ring;
     p->pages_each = pages_each;
     p->quiet_ns = (uint64_t)quiet_ms * 1000000;
-    p->looks = 0;
+    p->mark_count = 0;
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -33,13 +35,35 @@ static uint64_t count_of(const snap_fault_ring *ring)
     return atomic_load_explicit(&ring->count, memory_order_acquire);
 }
 
+static void push(snap_pump *p, fault_mark one)
+{
+    if (p->mark_count == MARKS)
+        memmove(p->marks, p->marks + 1, --p->mark_count * sizeof one);
+    p->marks[p->mark_count++] = one;
+}
+
+static fault_mark here(const snap_pump *p)
+{
+    return (fault_mark){now_ns(), count_of(p->ring)};
+}
+
 void faults_mark(snap_pump *p)
 {
-    if (!p->ring)
-        return;
-    p->marks[0] = p->marks[1];
-    p->marks[1] = count_of(p->ring);
-    p->looks++;
+    if (p->ring)
+        push(p, here(p));
+}
+
+/* What was listed before a mark had been let through when a later look began, and was found by that, if enough lies
+ * between the two. Of which look: the newest; of none: the oldest. */
+static bool find_start(snap_pump *p)
+{
+    size_t i = p->mark_count, last = i - 1;
+    if (i < 2)
+        return false;
+    while (--i && p->marks[i].at_ns + IN_FLIGHT_NS > p->marks[last].at_ns)
+        continue;
+    p->listed_from = p->marks[i].faults;
+    return true;
 }
 
 static int by_value(const void *left, const void *right)
@@ -48,15 +72,15 @@ static int by_value(const void *left, const void *right)
     return l < r ? -1 : l > r;
 }
 
-/* The faults since the look before the last one, as pages in order, each once. False: there were too many. */
+/* The faults that count, as pages in order, each once. False: there were too many. */
 static bool read_ring(snap_pump *p)
 {
     uint64_t count = count_of(p->ring);
     addresses *to = &p->faulted;
     to->count = 0;
-    if (count - p->marks[0] > SNAP_RING_SIZE)
+    if (count - p->listed_from > SNAP_RING_SIZE)
         return false;
-    for (uint64_t i = p->marks[0]; i != count; i++) {
+    for (uint64_t i = p->listed_from; i != count; i++) {
         uint64_t *slot = VECTOR_PUSH(to);
         if (!slot)
             return false;
@@ -87,12 +111,56 @@ static bool choose(snap_pump *p, addresses *chunks)
     return true;
 }
 
+/* The chunks of what may have been written since it was looked at, if these are known. */
+static bool find_recent(snap_pump *p, addresses *chunks)
+{
+    bool quiet = !p->event_ns || now_ns() - p->event_ns > p->quiet_ns;
+    return p->ring && quiet && find_start(p) && read_ring(p) && choose(p, chunks);
+}
+
+static int protect_step(snap_pump *p, uint64_t start)
+{
+    int r = 0;
+    for (size_t k = ledger_above(p, start); !r && k < p->windows.count; k++) {
+        const snap_window w = p->windows.at[p->by_start[k]].is;
+        if (w.start >= start + STEP)
+            break;
+        uint64_t from = w.start > start ? w.start : start, end = start + STEP;
+        if (coverable(p, &w))
+            r = written_part(p, &w, from, w.end < end ? w.end : end, true);
+    }
+    return r;
+}
+
+/* Steps: a huge page that is protected whole stays one. */
+int faults_protect(snap_pump *p)
+{
+    addresses chunks = {0};
+    int r = 0;
+    uint64_t before = UINT64_MAX;
+    const fault_mark begun = p->ring ? here(p) : (fault_mark){0};
+    bool known = find_recent(p, &chunks);
+    for (size_t i = 0; !r && known && i < chunks.count; i++) {
+        uint64_t start = chunks.at[i] & ~(STEP - 1);
+        bool any;
+        if (start == before)
+            continue;
+        before = start;
+        r = protect_step(p, start);
+        if (!r)
+            r = serve(p, &any);
+    }
+    if (known)
+        push(p, begun);
+    free(chunks.at);
+    return r;
+}
+
 int faults_list(snap_pump *p)
 {
     addresses chunks = {0};
     int r = 0;
-    bool quiet = !p->event_ns || now_ns() - p->event_ns > p->quiet_ns;
-    p->by_list = p->ring && p->looks > 1 && quiet && read_ring(p) && choose(p, &chunks);
+    p->by_list = find_recent(p, &chunks);
     p->counters.listed = p->by_list;
     p->forks = p->by_list ? atomic_load(&p->ring->forks) : 0;
     p->looked_at.count = 0;

@@ -480,16 +480,25 @@ static int give_order(snap_pump *p, int order)
 int snap_pump_order_round(snap_pump *p, int patient)
 {
     p->patient = patient;
+    p->only_listed = false;
     return give_order(p, ORDER_ROUND);
 }
 
 int snap_pump_order_last_round(snap_pump *p)
 {
+    p->only_listed = false;
+    return give_order(p, ORDER_LAST_ROUND);
+}
+
+int snap_pump_order_listed_round(snap_pump *p)
+{
+    p->only_listed = true;
     return give_order(p, ORDER_LAST_ROUND);
 }
 
 int snap_pump_order_written(snap_pump *p)
 {
+    p->only_listed = false;
     return give_order(p, ORDER_WRITTEN);
 }
 
@@ -707,7 +716,7 @@ static bool outrun(const snap_pump *p, int order)
 static int look_for_written(snap_pump *p)
 {
     be_urgent(p, false);
-    return written_list(p);
+    return p->only_listed ? faults_protect(p) : written_list(p);
 }
 
 static int only_look(snap_pump *p)

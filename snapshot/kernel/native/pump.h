@@ -163,6 +163,8 @@ void snap_pump_stop(snap_pump *pump);
  * round: protect what is not, copy what has no copy of a time since when it was protected.
  * A round that is not `patient` is given up when writers undo most of what it does.
  * last_round: the same, whatever the pace.
+ * listed_round: where writers pass, the same of what is listed (snap_pump_list) and may not have been looked at
+ * since; of nothing, where that is not known.
  * written: where writers pass, only protect what was written, and count it.
  * arm: only protect it, so that T0 finds little to do; it is saved afterwards. `throttled`: who writes meanwhile
  * is let through once in a millisecond.
@@ -173,6 +175,7 @@ void snap_pump_stop(snap_pump *pump);
  * given while it still looks, or has not begun to: who awaits it then takes his share of that. */
 int snap_pump_order_round(snap_pump *pump, int patient);
 int snap_pump_order_last_round(snap_pump *pump);
+int snap_pump_order_listed_round(snap_pump *pump);
 int snap_pump_order_written(snap_pump *pump);
 int snap_pump_order_arm(snap_pump *pump, int throttled);
 int snap_pump_order_open(snap_pump *pump, const uint64_t *addresses, size_t count);

@@ -147,6 +147,14 @@ typedef VECTOR(range) ranges;
 typedef VECTOR(place) places;
 typedef VECTOR(uint64_t) addresses;
 
+#define MARKS 16
+
+/* A look began. */
+typedef struct {
+    uint64_t at_ns;
+    uint64_t faults; /* in the ring then */
+} fault_mark;
+
 enum { NO_ORDER, ORDER_ROUND, ORDER_LAST_ROUND, ORDER_ARM, ORDER_WRITTEN, ORDER_OPEN, ORDER_LOOK,
        ORDER_HOLD };
 
@@ -193,8 +201,10 @@ struct snap_pump {
     uint64_t held_ahead;        /* pages that it has copied */
     const snap_fault_ring *ring; /* see listed_faults.c; NULL: nobody lists */
     uint64_t pages_each, quiet_ns; /* see snap_pump_list */
-    uint64_t marks[2];          /* faults in it when the last look but one began, and the last one */
-    unsigned looks;             /* since there is a ring */
+    fault_mark marks[MARKS];    /* the newest last */
+    size_t mark_count;
+    uint64_t listed_from;       /* faults in it before those that count */
+    bool only_listed;           /* this round looks at nothing else */
     uint64_t forks;             /* in it at T0 */
     bool by_list;               /* at T0 only what it lists was looked at, and that is not proved yet */
     addresses faulted;          /* pages, sorted: what it lists */
@@ -391,6 +401,8 @@ int written_part(snap_pump *p, const snap_window *w, uint64_t start, uint64_t en
 /* listed_faults.c */
 /* A look at all that is covered begins. */
 void faults_mark(snap_pump *p);
+/* The same of what may have been written since the last looks, if that is known: protects it, and lists it. */
+int faults_protect(snap_pump *p);
 /* At T0: 1 if chunks with pages that may have been written are listed now; 0: all must be looked at. */
 int faults_list(snap_pump *p);
 /* After T0: whether what is in [start, end), run-time addresses, is not known to be as at T0, and can only be looked
