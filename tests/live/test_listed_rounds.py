@@ -18,7 +18,7 @@ from tests.harness import oracle, processes
 pytestmark = pytest.mark.live
 
 WRITTEN = 50
-"""Pages, each in a chunk of its own: T0 does with a list of one chunk for 1,024 pages at most."""
+"""Pages, each in a chunk of its own."""
 PAGE = 4096
 TARGET = f"""
 import mmap, sys
