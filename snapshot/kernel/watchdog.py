@@ -11,7 +11,8 @@ from .errnames import error_text
 
 
 class Watchdog(Closing):
-    """Kills this process (SIGKILL) when nobody has called `beat` for `seconds`; a context manager.
+    """Kills this process (SIGKILL) when nobody has called `beat` for `seconds`, in which the
+    machine ran; a context manager.
 
     The kernel lets the target go then: the last close of its userfaultfd and the end of its tracer.
     """

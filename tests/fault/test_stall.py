@@ -7,11 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Snap, Spawn
+from tests.conftest import ROOT, Reap, Snap, Spawn
 from tests.harness import processes
 from tests.harness.faulting import faulting
 from tests.harness.victims import BIN, Victim
@@ -49,6 +50,54 @@ def test_snap_is_stopped(spawn: Spawn, snap: Snap, stage: str) -> None:
     assert snap.names() == []
     snap("take", victim.pid, "--name", "next")
     assert snap("verify", "next").json["ok"]
+
+
+BEATING = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from snapshot.kernel.watchdog import Watchdog
+with Watchdog(1, {STALL}) as watchdog:
+    watchdog.beat()
+    print(flush=True)
+    while sys.stdin.readline() != "end\\n":
+        watchdog.beat()
+        print(flush=True)
+"""
+
+
+def test_the_whole_machine_stands_still(reap: Reap) -> None:
+    """The watchdog too: it comes first when time goes on, long after the last beat by the clock."""
+    pipe = subprocess.PIPE
+    words = [sys.executable, "-c", BEATING]
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, bufsize=1) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        reap.add(process.pid)
+        assert process.stdout.readline() == "\n"
+        (watchdog,) = (
+            pid
+            for pid in processes.descendants(os.getpid())
+            if "snap-watchdog" in processes.command_line(pid)
+        )
+        both = (process.pid, watchdog)
+        for pid in both:
+            os.kill(pid, signal.SIGSTOP)
+        processes.wait_until(lambda: {*map(processes.state, both)} == {"T"}, "their stop")
+        time.sleep(2 * STALL)  # what is waited for is that time passes
+        looks = switches(watchdog)
+        os.kill(watchdog, signal.SIGCONT)
+        processes.wait_until(lambda: switches(watchdog) >= looks + 2, "a look of the watchdog")
+        os.kill(process.pid, signal.SIGCONT)
+        process.stdin.write("beat\n")
+        assert process.stdout.readline() == "\n"
+        process.stdin.write("end\n")
+        assert process.wait(20) == 0
+
+
+def switches(pid: int) -> int:
+    """How often it has waited for something."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.split("\nvoluntary_ctxt_switches:")[1].split()[0])
 
 
 def test_ctrl_z_does_not_stop_it(spawn: Spawn, snap: Snap) -> None:

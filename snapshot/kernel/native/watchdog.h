@@ -5,8 +5,9 @@
 
 typedef struct snap_watchdog snap_watchdog;
 
-/* Starts one. It kills this process (SIGKILL) when `beat` has not been called for stall_ms; `target`
- * is only named in its message on stderr. It is not seen by wait(2) without __WALL, and ends with
+/* Starts one. It kills this process (SIGKILL) when `beat` has not been called for stall_ms, as far as
+ * the machine ran meanwhile: eight looks in a row have found no beat. `target` is only named in its
+ * message on stderr. It is not seen by wait(2) without __WALL, and ends with
  * this process. Returns 0 and *made, or -errno. */
 int snap_watchdog_start(int target, int stall_ms, snap_watchdog **made);
 /* From any thread. */
