@@ -17,6 +17,8 @@ from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
 WALL = 0x40000000  # __WALL of wait4(2): threads too
+_ONE_LOOK = 0.5
+"""Seconds that a look and its pause count for at most."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -26,12 +28,16 @@ def become_subreaper() -> None:
 
 
 def wait_until(true: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
-    """Until `true()` holds: for states that nothing announces. TimeoutError names `what`."""
-    end = time.monotonic() + seconds
+    """Until `true()` holds: for states that nothing announces. TimeoutError names `what`. A time in
+    which the whole machine stood still counts little."""
+    waited, before = 0.0, time.monotonic()
     pause = 0.0005
     while not true():
-        if time.monotonic() > end:
+        now = time.monotonic()
+        waited += min(now - before, _ONE_LOOK)
+        if waited > seconds:
             raise TimeoutError(f"{what}: not after {seconds:g} s")
+        before = now
         time.sleep(pause)
         pause = min(pause * 1.5, 0.02)
 
