@@ -19,7 +19,7 @@ import pytest
 
 from snapshot.ahead import EVERYTHING
 from snapshot.kernel.task_iterator import TaskProgram
-from tests.harness import hugepages, kernel, last_words, processes, redis, victims
+from tests.harness import hugepages, kernel, last_words, processes, redis, slow_tests, victims
 from tests.harness.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = kernel.why_no_root() or kernel.why_no_write_protect()
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with slow_tests.told(item):
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@ byte that is flipped, a thread that stands still.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -408,3 +409,34 @@ def test_what_was_captured_is_told_when_the_tests_are_killed(tmp_path: Path) -> 
         ran = subprocess.run(words, env=outside | more, capture_output=True, text=True)
         assert ran.returncode == (-signal.SIGKILL if told else 0), ran
         assert ("why it ended" in ran.stderr) == told
+
+
+def test_who_takes_long_says_what_the_machine_did(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(
+        "import pytest\n"
+        "from tests.harness import slow_tests\n"
+        "slow_tests.LONG = 0.2\n"
+        "@pytest.hookimpl(wrapper=True)\n"
+        "def pytest_runtest_protocol(item):\n"
+        "    with slow_tests.told(item):\n"
+        "        return (yield)\n"
+    )
+    (tmp_path / "test_takes.py").write_text(
+        "import time\n"
+        "def test_long():\n"
+        "    begin = time.process_time()\n"
+        "    while time.process_time() < begin + 0.3:\n"
+        "        pass\n"
+        "def test_short():\n"
+        "    pass\n"
+    )
+    words = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    words += ["-p", "no:cacheprovider", str(tmp_path)]
+    outside = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(words, env=outside, capture_output=True, text=True, check=True)
+    (line,) = (line for line in ran.stdout.splitlines() if " took " in line)
+    told = re.match(r"test_takes.py::test_long took (\S+) s: processors used for (\S+) s, ", line)
+    assert told is not None, line
+    assert float(told[1]) >= 0.3
+    assert float(told[2]) >= 0.2
+    assert re.search(r"; most used by \d+ \S.* \d+ s, ", line)
