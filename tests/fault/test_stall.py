@@ -74,11 +74,8 @@ def test_the_whole_machine_stands_still(reap: Reap) -> None:
         assert process.stdout is not None
         reap.add(process.pid)
         assert process.stdout.readline() == "\n"
-        (watchdog,) = (
-            pid
-            for pid in processes.descendants(os.getpid())
-            if "snap-watchdog" in processes.command_line(pid)
-        )
+        processes.wait_until(lambda: len(watchdogs()) == 1, "its watchdog")
+        (watchdog,) = watchdogs()
         both = (process.pid, watchdog)
         for pid in both:
             os.kill(pid, signal.SIGSTOP)
@@ -92,6 +89,12 @@ def test_the_whole_machine_stands_still(reap: Reap) -> None:
         assert process.stdout.readline() == "\n"
         process.stdin.write("end\n")
         assert process.wait(20) == 0
+
+
+def watchdogs() -> list[int]:
+    """Of this process and its children, as far as they have their names by now."""
+    below = processes.descendants(os.getpid())
+    return [pid for pid in below if "snap-watchdog" in processes.command_line(pid)]
 
 
 def switches(pid: int) -> int:

@@ -404,7 +404,7 @@ def test_what_was_captured_is_told_when_the_tests_are_killed(tmp_path: Path) -> 
     )
     words = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path)]
     words += ["-p", "no:cacheprovider", str(tmp_path)]
-    outside = {**os.environ, "PYTHONPATH": str(ROOT)}
+    outside = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
     for more, told in (({}, False), ({"END": "1"}, True)):
         ran = subprocess.run(words, env=outside | more, capture_output=True, text=True)
         assert ran.returncode == (-signal.SIGKILL if told else 0), ran
@@ -432,7 +432,7 @@ def test_who_takes_long_says_what_the_machine_did(tmp_path: Path) -> None:
     )
     words = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path)]
     words += ["-p", "no:cacheprovider", str(tmp_path)]
-    outside = {**os.environ, "PYTHONPATH": str(ROOT)}
+    outside = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
     ran = subprocess.run(words, env=outside, capture_output=True, text=True, check=True)
     (line,) = (line for line in ran.stdout.splitlines() if " took " in line)
     told = re.match(r"test_takes.py::test_long took (\S+) s: processors used for (\S+) s, ", line)
