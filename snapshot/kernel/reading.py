@@ -10,14 +10,16 @@ from typing import Any
 
 from . import fdtable
 from ._native import ffi, lib
+from .closing import Closing
 from .touched import touched
 
 _LINKS = 3
 
 
-class Reading:
+class Reading(Closing):
     """Made before the process is stopped: where all of it will be. `files`: descriptors of ours, of
-    files of /proc that stay open as long as this may be read; `size`: bytes that they may have."""
+    files of /proc that stay open as long as this may be read; `size`: bytes that they may have.
+    What has been read stays when this is closed."""
 
     def __init__(self, pid: int, files: Sequence[int], size: int) -> None:
         """TargetError (gone) or DeniedError."""
@@ -34,6 +36,10 @@ class Reading:
         made.room = ffi.from_buffer("char[]", self._room)
         made.table, made.table_size = ffi.from_buffer("char[]", self._table), len(self._table)
         made.links = ffi.from_buffer("char[]", self._links)
+
+    def close(self) -> None:
+        """Of what was opened for its descriptors."""
+        lib.snap_forget_table(self.handle)
 
     # --- files and links ----------------------------------------------------------------------
 
@@ -64,6 +70,7 @@ class Reading:
         """Before the process is stopped: `told`, as it would be now."""
         lib.snap_read_table(self.handle)
         self.handle.listed = 0
+        lib.snap_know_table(self.handle)  # it takes longer where that fails
         return self.told
 
     @property

@@ -153,6 +153,8 @@ class Open(Closing):
         return [bytes(self._room[marks[i] : marks[i + 1]]) for i in range(len(fds))]
 
     def close(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
         for fd in (*self._files.values(), *self._threads.values()):
             os.close(fd)
         self._files.clear()

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from snapshot.kernel._native import lib
+from snapshot.kernel._native import ffi, lib
 
 from snapshot.errors import DeniedError, KernelError, TargetError
 from snapshot.freeze import freeze
@@ -268,6 +268,59 @@ def test_a_reading_is_what_proc_says(code: str, told: bool, tmp_path: Path) -> N
     finally:
         process.kill()
         process.wait()
+
+
+BEFORE = """
+a = os.open("a", os.O_RDWR | os.O_CREAT)
+b = os.dup(a)
+c = os.eventfd(4)
+many = [os.eventfd(0) for _ in range(80)]
+os.write(1, b".")
+for line in sys.stdin:
+    exec(line)
+    os.write(1, b".")
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ("os.lseek(a, 5, os.SEEK_SET)", True),
+        ("os.ftruncate(a, 9)", True),
+        ("os.rename('a', 'd')", True),
+        ("os.unlink('a')", True),
+        ("os.set_blocking(b, False)", True),
+        ("os.eventfd_write(c, 1)", True),
+        ("os.close(b); assert os.open('a', os.O_RDONLY) == b", True),
+        ("os.close(many[-1]); assert os.open('a', os.O_RDONLY) == many[-1]", True),
+        ("os.close(b)", False),
+        ("os.dup(a)", False),
+        ("os.dup2(b, 200); os.close(b)", False),
+        ("os.dup2(many[-1], 200); os.close(many[-1])", False),
+    ],
+)
+def test_descriptors_that_were_looked_at_before(change: str, same: bool, tmp_path: Path) -> None:
+    """Nothing of them is as it was then: only which there are, if that is so still."""
+    with child(f"os.chdir({str(tmp_path)!r}){BEFORE}") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with Reading(process.pid, [], 1) as reading:
+            reading.look_ahead()
+            before = reading.entries
+            process.stdin.write(change.encode() + b"\n")
+            process.stdin.flush()
+            assert process.stdout.read(1) == b"."
+            room = ffi.new("char[]", 1 << 20)
+            used = lib.snap_descriptors_read_known(reading.handle.known, room, len(room))
+            assert (used > 0) == same
+            assert same or used == -errno.ESTALE
+            run, of = reading.errand
+            run(of)
+            found = fdtable.entries(process.pid, grouped=True)
+            assert before != found == reading.entries
+        assert not reading.handle.known
+        run(of)
+        assert reading.entries == found
 
 
 def test_many_descriptors_and_long_fdinfo() -> None:

@@ -32,6 +32,7 @@
 #endif
 
 #define NS_PER_SECOND 1000000000
+#define MOST_OPEN 64 /* of fdinfo, at once: of 1,024 descriptors that a process may have by default */
 
 int snap_pidfd_getfd(int pidfd, int fd) {
     long got = syscall(SYS_pidfd_getfd, pidfd, fd, 0);
@@ -98,21 +99,37 @@ static int open_directory(int pid, const char *name) {
     return fd < 0 ? -errno : fd;
 }
 
-/* -> bytes read, or -errno */
-static int64_t read_whole(int directory, const char *name, char *to, uint64_t room) {
+static int open_in(int directory, const char *name) {
     int fd = openat(directory, name, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return -errno;
+    return fd < 0 ? -errno : fd;
+}
+
+/* -> bytes read, or -errno */
+static int64_t read_from_start(int fd, char *to, uint64_t room) {
     uint64_t have = 0;
     ssize_t got = 1;
     while (got > 0 && have < room) {
-        got = read(fd, to + have, room - have);
+        got = pread(fd, to + have, room - have, (off_t)have);
         if (got > 0)
             have += (uint64_t)got;
     }
-    int failed = errno;
+    return got < 0 ? -errno : (int64_t)have;
+}
+
+static int64_t read_whole(int directory, const char *name, char *to, uint64_t room) {
+    int fd = open_in(directory, name);
+    if (fd < 0)
+        return fd;
+    int64_t have = read_from_start(fd, to, room);
     close(fd);
-    return got < 0 ? -failed : (int64_t)have;
+    return have;
+}
+
+static size_t count_records(const char *buffer, uint64_t used) {
+    size_t count = 0;
+    for (uint64_t at = 0; at < used; at += ((const snap_descriptor *)(buffer + at))->length)
+        count++;
+    return count;
 }
 
 static int has_no_file(const char *link) {
@@ -139,8 +156,9 @@ static uint32_t asks(const snap_descriptor *one, const char *link) {
     return !one->links || S_ISFIFO(one->mode);
 }
 
-/* Fills one record. -> its length, 0 when the descriptor is gone or not wanted, or -errno. */
-static int64_t read_one(int links, int infos, const char *name, int only_files, char *to,
+/* Fills one record. info: its fdinfo, open, or -1. -> its length, 0 when the descriptor is gone or not
+ * wanted, or -errno. */
+static int64_t read_one(int links, int infos, const char *name, int info, int only_files, char *to,
                         uint64_t room) {
     snap_descriptor *one = (snap_descriptor *)to;
     if (room < sizeof *one + SNAP_LINK_MAX + 8)
@@ -171,16 +189,17 @@ static int64_t read_one(int links, int infos, const char *name, int only_files, 
         one->links = (uint32_t)st.st_nlink;
     }
     room -= sizeof *one + (uint64_t)length + 1 + 8; /* a record is padded with at most 7 bytes */
-    int64_t info = read_whole(infos, name, link + length + 1, room);
-    if (info < 0)
-        return info == -ENOENT ? 0 : info;
-    if ((uint64_t)info == room)
+    char *told = link + length + 1;
+    int64_t got = info < 0 ? read_whole(infos, name, told, room) : read_from_start(info, told, room);
+    if (got < 0)
+        return got == -ENOENT ? 0 : got;
+    if ((uint64_t)got == room)
         return -ENOSPC; /* there may be more */
-    one->flags = flags_in(link + length + 1, (uint64_t)info);
+    one->flags = flags_in(told, (uint64_t)got);
     one->asks = asks(one, link);
-    memmove(link + length, link + length + 1, (size_t)info);
-    one->info_length = (uint32_t)info;
-    one->length = (uint32_t)(sizeof *one + (uint64_t)length + (uint64_t)info + 7) & ~7u;
+    memmove(link + length, told, (size_t)got);
+    one->info_length = (uint32_t)got;
+    one->length = (uint32_t)(sizeof *one + (uint64_t)length + (uint64_t)got + 7) & ~7u;
     return one->length;
 }
 
@@ -198,7 +217,7 @@ int64_t snap_descriptors_read(int pid, int only_files, char *buffer, uint64_t si
             break;
         if (entry->d_name[0] == '.')
             continue;
-        result = read_one(links, infos, entry->d_name, only_files, buffer + used, size - used);
+        result = read_one(links, infos, entry->d_name, -1, only_files, buffer + used, size - used);
         if (result > 0)
             used += (uint64_t)result;
     }
@@ -209,6 +228,70 @@ int64_t snap_descriptors_read(int pid, int only_files, char *buffer, uint64_t si
     if (infos >= 0)
         close(infos);
     return result < 0 ? result : (int64_t)used;
+}
+
+typedef struct {
+    char name[12];
+    int info; /* its fdinfo, open, or -1: it is opened each time */
+} known_descriptor;
+
+struct snap_known_descriptors {
+    int links;
+    int infos;
+    int count;
+    known_descriptor at[];
+};
+
+int snap_descriptors_know(int pid, const char *buffer, uint64_t used, snap_known_descriptors **known) {
+    size_t count = count_records(buffer, used);
+    snap_known_descriptors *k = malloc(sizeof *k + count * sizeof *k->at);
+    if (!k)
+        return -ENOMEM;
+    k->count = 0;
+    k->links = open_directory(pid, "fd");
+    k->infos = open_directory(pid, "fdinfo");
+    int failed = k->links < 0 ? k->links : k->infos < 0 ? k->infos : 0;
+    for (uint64_t at = 0; !failed && at < used; at += ((const snap_descriptor *)(buffer + at))->length) {
+        known_descriptor *one = &k->at[k->count];
+        snprintf(one->name, sizeof one->name, "%d", ((const snap_descriptor *)(buffer + at))->fd);
+        one->info = k->count++ < MOST_OPEN ? open_in(k->infos, one->name) : -1;
+    }
+    *known = k;
+    if (failed) {
+        snap_descriptors_forget(k);
+        *known = NULL;
+    }
+    return failed;
+}
+
+int64_t snap_descriptors_read_known(const snap_known_descriptors *known, char *buffer, uint64_t size) {
+    struct stat directory; /* its size: how many there are, since Linux 6.2 */
+    if (fstat(known->links, &directory) < 0)
+        return -errno;
+    if (directory.st_size != known->count)
+        return -ESTALE;
+    uint64_t used = 0;
+    for (int i = 0; i < known->count; i++) {
+        const known_descriptor *one = &known->at[i];
+        int64_t length = read_one(known->links, known->infos, one->name, one->info, 0, buffer + used, size - used);
+        if (length <= 0)
+            return length ? length : -ESTALE;
+        used += (uint64_t)length;
+    }
+    return (int64_t)used;
+}
+
+void snap_descriptors_forget(snap_known_descriptors *known) {
+    if (!known)
+        return;
+    for (int i = 0; i < known->count; i++)
+        if (known->at[i].info >= 0)
+            close(known->at[i].info);
+    if (known->infos >= 0)
+        close(known->infos);
+    if (known->links >= 0)
+        close(known->links);
+    free(known);
 }
 
 /* Whether two descriptors may share a struct file: 0, or their order. */
@@ -243,9 +326,7 @@ static int by_file(const void *a, const void *b, void *of) {
 }
 
 int snap_descriptors_group(int pid, char *buffer, uint64_t used) {
-    size_t count = 0;
-    for (uint64_t at = 0; at < used; at += ((snap_descriptor *)(buffer + at))->length)
-        count++;
+    size_t count = count_records(buffer, used);
     snap_descriptor **records = malloc((count + 1) * sizeof *records);
     if (!records)
         return -ENOMEM;

@@ -66,6 +66,16 @@ typedef struct {
  * of `buffer` (8-byte aligned); ENOSPC when it is too small: try again with a larger one. EACCES,
  * ENOENT, ESRCH as open(2) of /proc/PID/fd. */
 int64_t snap_descriptors_read(int pid, int only_files, char *buffer, uint64_t size);
+/* The same descriptors once more, in half the time: what it takes is looked up and opened before.
+ * `buffer` is what snap_descriptors_read found without only_files. -> 0 or -errno; the caller
+ * forgets *known. */
+typedef struct snap_known_descriptors snap_known_descriptors;
+int snap_descriptors_know(int pid, const char *buffer, uint64_t used, snap_known_descriptors **known);
+/* As snap_descriptors_read. ESTALE: they are others by now, or this kernel does not tell how many they
+ * are. */
+int64_t snap_descriptors_read_known(const snap_known_descriptors *known, char *buffer, uint64_t size);
+/* NULL is allowed. */
+void snap_descriptors_forget(snap_known_descriptors *known);
 /* Finds which of those records share a struct file (`file`), by kcmp(2): of one inode. 0 or -errno. */
 int snap_descriptors_group(int pid, char *buffer, uint64_t used);
 

@@ -1,8 +1,6 @@
 #define _GNU_SOURCE
 #include "reading.h"
 
-#include "descriptors.h"
-
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -34,7 +32,9 @@ static int is_told(const char *table, uint64_t used)
 void snap_read_table(void *reading)
 {
     snap_reading *r = reading;
-    int64_t used = snap_descriptors_read(r->pid, 0, r->table, r->table_size);
+    int64_t used = r->known ? snap_descriptors_read_known(r->known, r->table, r->table_size) : -ESTALE;
+    if (used < 0)
+        used = snap_descriptors_read(r->pid, 0, r->table, r->table_size);
     if (used > 0) {
         int grouped = snap_descriptors_group(r->pid, r->table, (uint64_t)used);
         r->told = is_told(r->table, (uint64_t)used);
@@ -42,4 +42,17 @@ void snap_read_table(void *reading)
     }
     r->table_used = used;
     r->listed = 1;
+}
+
+int snap_know_table(snap_reading *r)
+{
+    snap_forget_table(r);
+    return r->table_used < 0 ? (int)r->table_used
+                             : snap_descriptors_know(r->pid, r->table, (uint64_t)r->table_used, &r->known);
+}
+
+void snap_forget_table(snap_reading *r)
+{
+    snap_descriptors_forget(r->known);
+    r->known = NULL;
 }
