@@ -1,6 +1,7 @@
-"""redis-server comes back: its first reply, and its first 10,000 GETs, 5,000 a second, open loop.
+"""redis-server comes back: its first reply, and its first 10,000 GETs.
 
-The client tries to connect all the time; GETs count when they were due after the first reply.
+The client tries to connect all the time; GETs count when they were due after the first reply. They
+are due 5,000 times a second, open loop, or each when the one before is answered.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ COUNT = 10_000
 SECONDS = 3.5
 """From the end of the command on."""
 LONGEST_SECONDS = 120
-MODES = ("lazy", "lazy, again", "eager")
-"""`again`: what the restore of that image before waited for comes first."""
+FULL, ONE = "5,000/s", "one by one"
+MODES = (("lazy", FULL), ("lazy, again", FULL), ("eager", FULL), ("lazy", ONE), ("eager", ONE))
+"""And the client. `again`: what the restore of that image before waited for comes first."""
 LATE_US = 1000
 ROUNDS = {1024: 2, 4096: 1}
 """Up to so many MiB of data."""
@@ -54,23 +56,28 @@ def _ours(bench: Bench, snap: Snap, place: Path, mib: int, way: str) -> None:
     server = Redis(place)
     try:
         keys = fill(place, server.socket_path, mib)
-        for number_ in range(rounds):  # one for each, for none knows at first what comes first
-            snap("take", server.pid, "--name", f"image-{number_}")
+        for image in itertools.product(range(rounds), (FULL, ONE)):
+            snap("take", server.pid, "--name", _name(*image))
     finally:
         server.kill()
     # "Again" has to come after "lazy": the only two whose order is kept.
-    for number_, mode in itertools.product(range(rounds), MODES):
-        bench.say(f"replies: {size(mib)}, {mode}, {way}")
+    for number_, (mode, requests) in itertools.product(range(rounds), MODES):
+        bench.say(f"replies: {size(mib)}, {mode}, {requests}, {way}")
         machine.warm(mib + 512)
-        client = _client(place, server, keys)
+        client = _client(place, server, keys, requests)
         try:
-            ran = snap("restore", f"image-{number_}", f"--{mode.partition(',')[0]}")
+            ran = snap("restore", _name(number_, requests), f"--{mode.partition(',')[0]}")
             row = {"seconds": ran.seconds, "ready_us": ran.answer["ready_us"]}
             row |= _felt(client, ran.began)
         finally:
             client.kill()
             snap.end()
-        bench.emit(CASE, way, mib=mib, mode=mode, round=number_, **row)
+        bench.emit(CASE, way, mib=mib, mode=mode, client=requests, round=number_, **row)
+
+
+def _name(number_: int, requests: str) -> str:
+    """Of an image of its own: none knows at first what comes first."""
+    return f"image-{number_}-{'one' if requests == ONE else 'full'}"
 
 
 def _criu(bench: Bench, place: Path, mib: int) -> None:
@@ -81,10 +88,12 @@ def _criu(bench: Bench, place: Path, mib: int) -> None:
             raise Failed("criu dump of redis")
     finally:
         server.kill()
-    for number_, mode in in_turn(bench.rounds(ROUNDS, mib), ("lazy", "eager")):
-        bench.say(f"replies: {size(mib)}, {mode}, criu")
+    ways = [f"{mode}, {requests}" for mode in ("lazy", "eager") for requests in (FULL, ONE)]
+    for number_, both in in_turn(bench.rounds(ROUNDS, mib), ways):
+        mode, _, requests = both.partition(", ")
+        bench.say(f"replies: {size(mib)}, {both}, criu")
         machine.warm(mib + 512)
-        client = _client(place, server, keys)
+        client = _client(place, server, keys, requests)
         pager = None
         try:
             measured, pager = criu.restore(place, lazy=mode == "lazy")
@@ -95,11 +104,13 @@ def _criu(bench: Bench, place: Path, mib: int) -> None:
             if pager is not None:
                 pager.kill()
                 pager.wait()
-        bench.emit(CASE, "criu", mib=mib, mode=mode, round=number_, **row)
+        bench.emit(CASE, "criu", mib=mib, mode=mode, client=requests, round=number_, **row)
 
 
-def _client(place: Path, server: Redis, keys: int) -> Client:
-    return Client(place, server.socket_path, keys, get=1, rate=RATE, seconds=LONGEST_SECONDS)
+def _client(place: Path, server: Redis, keys: int, requests: str) -> Client:
+    closed = int(requests == ONE)
+    options = {"get": 1, "closed": closed, "rate": RATE, "seconds": LONGEST_SECONDS}
+    return Client(place, server.socket_path, keys, **options)
 
 
 def _felt(client: Client, began: int) -> Row:
@@ -120,12 +131,12 @@ def report(rows: Rows) -> Sequence[Part]:
     notes = sorted({f"{row['way']}: {row['why_not']}." for row in rows if "why_not" in row})
     measured = Rows(row for row in rows if "mib" in row)
     lines = []
-    for mib, way, mode in measured.distinct("mib", "way", "mode"):
-        here = measured.where(mib=mib, way=way, mode=mode)
+    for mib, requests, way, mode in measured.distinct("mib", "client", "way", "mode"):
+        here = measured.where(mib=mib, client=requests, way=way, mode=mode)
         names = ["first_reply_us", *(f"get_{mark}_us" for mark in ("p50", "p99", "p999", "max"))]
         cells = [spread(here.values(name), 1e-3) for name in [*names, "steady_us"]]
-        lines.append([size(mib), way, mode, *cells, number(here.median("late"))])
-    columns = ("data", "way", "mode", "first reply", "p50", "p99", "p99.9", "max",
+        lines.append([size(mib), requests, way, mode, *cells, number(here.median("late"))])
+    columns = ("data", "GETs", "way", "mode", "first reply", "p50", "p99", "p99.9", "max",
                "the last above 1 ms, after the first reply", "how many")  # fmt: skip
     title = f"redis comes back: the first reply, and {COUNT:,} GETs from then on, ms"
     return [Table(f"{title}: median (largest)", columns, lines), *notes, _plot(measured)]
@@ -136,8 +147,8 @@ def _plot(rows: Rows) -> Plot:
              "GET p99.9": "get_p999_us", "GET max": "get_max_us"}  # fmt: skip
 
     def draw(axes: Any) -> None:
-        for mib, way, mode in rows.where().distinct("mib", "way", "mode"):
-            here = rows.where(mib=mib, way=way, mode=mode)
+        for mib, way, mode in rows.where(client=FULL).distinct("mib", "way", "mode"):
+            here = rows.where(mib=mib, client=FULL, way=way, mode=mode)
             values = [(here.median(name) or 0) / 1000 for name in marks.values()]
             name = mode if way == OURS else f"{way} {mode}"
             axes.plot(list(marks), values, marker="o", label=f"{size(mib)}, {name}")
@@ -145,4 +156,4 @@ def _plot(rows: Rows) -> Plot:
         axes.set_ylabel("ms")
         axes.legend()
 
-    return Plot("replies", "redis comes back", draw)
+    return Plot("replies", f"redis comes back, {FULL}", draw)

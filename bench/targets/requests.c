@@ -3,6 +3,7 @@
  *
  *   --socket PATH  --rate N  --seconds S  --keys K  --log PATH
  *   --get 1            GET instead of SET
+ *   --closed 1         a request is due when the one before it is answered, whatever the rate
  *   --fill 1           SET every key once, in order, not at random
  *   --connections N    the requests go through them in turn (16)
  *   --watch PID        how long the server's main thread ran, and waited for a CPU
@@ -53,7 +54,7 @@ static struct watched *watched;
 static uint64_t watches, watches_most, last_watch, tick_ns;
 static int watch_fd = -1, stat_fd, poll_fd;
 static uint64_t keys;
-static bool get, filling;
+static bool get, filling, closed;
 static char pool[POOL];
 
 static const char *option(const char *name, const char *otherwise)
@@ -223,11 +224,13 @@ static void run(uint64_t rate)
     uint64_t begin = now_ns();
 
     for (uint64_t i = 0; i < wanted; i++)
-        requests[i].due = begin + i * SECOND / rate;
+        requests[i].due = begin + (closed ? 0 : i * SECOND / rate);
     while (answered < issued || (issued < wanted && !stopping)) {
         uint64_t now = now_ns();
-        bool more = issued < wanted && !stopping;
+        bool more = issued < wanted && !stopping && !(closed && answered < issued);
         must(now - begin < (wanted / rate + 120) * SECOND, "answers are missing");
+        if (closed && more)
+            requests[issued].due = now;
         if (more && requests[issued].due <= now) {
             issue();
             continue;
@@ -286,6 +289,7 @@ int main(int argc, char **argv)
     wanted = rate * number("seconds", "10");
     keys = number("keys", "1");
     get = number("get", "0") != 0;
+    closed = number("closed", "0") != 0;
     ways = number("connections", "16");
     must(rate && keys && ways && ways <= CONNECTIONS, "an option");
     filling = number("fill", "0") != 0;
