@@ -386,6 +386,14 @@ def test_a_victim_that_does_not_start_is_told(tmp_path: Path) -> None:
         Victim(tmp_path, [str(victims.BIN / "writer"), "--kind", "nonsense"])
 
 
+def pytest_in(directory: Path, more: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Another pytest, of the tests there alone; `more`: of environment."""
+    words = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(directory)]
+    words += ["-p", "no:cacheprovider", str(directory)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": "", **more}
+    return subprocess.run(words, env=environment, capture_output=True, text=True)
+
+
 def test_what_was_captured_is_told_when_the_tests_are_killed(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(
         "import pytest\n"
@@ -402,11 +410,8 @@ def test_what_was_captured_is_told_when_the_tests_are_killed(tmp_path: Path) -> 
         "    if 'END' in os.environ:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    words = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path)]
-    words += ["-p", "no:cacheprovider", str(tmp_path)]
-    outside = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
     for more, told in (({}, False), ({"END": "1"}, True)):
-        ran = subprocess.run(words, env=outside | more, capture_output=True, text=True)
+        ran = pytest_in(tmp_path, more)
         assert ran.returncode == (-signal.SIGKILL if told else 0), ran
         assert ("why it ended" in ran.stderr) == told
 
@@ -430,10 +435,8 @@ def test_who_takes_long_says_what_the_machine_did(tmp_path: Path) -> None:
         "def test_short():\n"
         "    pass\n"
     )
-    words = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(tmp_path)]
-    words += ["-p", "no:cacheprovider", str(tmp_path)]
-    outside = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
-    ran = subprocess.run(words, env=outside, capture_output=True, text=True, check=True)
+    ran = pytest_in(tmp_path, {})
+    assert ran.returncode == 0, ran
     (line,) = (line for line in ran.stdout.splitlines() if " took " in line)
     told = re.match(r"test_takes.py::test_long took (\S+) s: processors used for (\S+) s, ", line)
     assert told is not None, line
