@@ -27,6 +27,12 @@ def become_subreaper() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
+def give_memory_back() -> None:
+    """What malloc keeps of what was freed here: oracles are made of single pages, gigabytes of them
+    in all the tests, and each fork copies the page tables of what is kept."""
+    _libc.malloc_trim(0)
+
+
 def wait_until(true: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
     """Until `true()` holds: for states that nothing announces. TimeoutError names `what`. A time in
     which the whole machine stood still counts little."""
