@@ -53,7 +53,7 @@ def test_snap_is_stopped(spawn: Spawn, snap: Snap, stage: str) -> None:
 
 
 BEATING = f"""
-import sys, time
+import sys
 sys.path.insert(0, {str(ROOT)!r})
 from snapshot.kernel.watchdog import Watchdog
 with Watchdog(1, {STALL}) as watchdog:

@@ -444,13 +444,9 @@ int snap_read_files(const int *fds, int count, char *out, uint64_t size, int64_t
 {
     uint64_t used = 0;
     for (int i = 0; i < count; i++) {
-        uint64_t begin = used;
-        ssize_t got;
-        while ((got = pread(fds[i], out + used, size - used, (off_t)(used - begin))) > 0)
-            used += (uint64_t)got;
-        ends[i] = got < 0 ? -errno : (int64_t)used;
-        if (got < 0)
-            used = begin;
+        const int64_t got = read_from_start(fds[i], out + used, size - used);
+        used += got < 0 ? 0 : (uint64_t)got;
+        ends[i] = got < 0 ? got : (int64_t)used;
         if (used == size)
             return -ENOSPC;
     }
