@@ -57,12 +57,6 @@ def interrupted(victim: Victim) -> int:
     return victim.status().values[3]
 
 
-def nothing_watches() -> bool:
-    found = processes.descendants(os.getpid())
-    watching = [pid for pid in found if "snap-watchdog" in processes.command_line(pid)]
-    return all(processes.ended(pid) for pid in watching)
-
-
 def test_documented() -> None:
     """docs/failure-modes.md has one line for each point."""
     text = (ROOT / "docs" / "failure-modes.md").read_text()
@@ -102,7 +96,7 @@ def test_at_a_point(
         assert ran.code == -signal.SIGKILL, f"{point} was not reached: {ran.err}"
         victim.goes_on()
         assert lasting_changes(before, observe) == ""
-        wait_until(nothing_watches, "the end of the watchdog")
+        wait_until(processes.nothing_watches, "the end of the watchdog")
         if point in IMAGE_EXISTS:
             assert image in snap.names()
             assert snap("verify", image).json["ok"]
@@ -206,7 +200,7 @@ def killed_at_random(
             if died % 50 == 0:
                 whole(store)
         assert taker("last") == 0
-    wait_until(nothing_watches, "the end of the watchdogs")
+    wait_until(processes.nothing_watches, "the end of the watchdogs")
     whole(store)
     print(f"{died} died, {survived} were faster")
 

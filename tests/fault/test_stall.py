@@ -22,19 +22,13 @@ pytestmark = pytest.mark.live
 STALL = 1
 
 
-def nothing_watches() -> bool:
-    found = processes.descendants(os.getpid())
-    watching = [pid for pid in found if "snap-watchdog" in processes.command_line(pid)]
-    return all(processes.ended(pid) for pid in watching)
-
-
 def unharmed(victim: Victim) -> None:
     victim.goes_on()
     victim.verify()
     status = Path(f"/proc/{victim.pid}/status").read_text()
     assert "TracerPid:\t0" in status
     assert " uw" not in Path(f"/proc/{victim.pid}/smaps").read_text()
-    processes.wait_until(nothing_watches, "the end of the watchdog")
+    processes.wait_until(processes.nothing_watches, "the end of the watchdog")
 
 
 @pytest.mark.parametrize("stage", ["frozen", "resumed"])
@@ -74,8 +68,8 @@ def test_the_whole_machine_stands_still(reap: Reap) -> None:
         assert process.stdout is not None
         reap.add(process.pid)
         assert process.stdout.readline() == "\n"
-        processes.wait_until(lambda: len(watchdogs()) == 1, "its watchdog")
-        (watchdog,) = watchdogs()
+        processes.wait_until(lambda: len(processes.watchdogs()) == 1, "its watchdog")
+        (watchdog,) = processes.watchdogs()
         both = (process.pid, watchdog)
         for pid in both:
             os.kill(pid, signal.SIGSTOP)
@@ -89,12 +83,6 @@ def test_the_whole_machine_stands_still(reap: Reap) -> None:
         assert process.stdout.readline() == "\n"
         process.stdin.write("end\n")
         assert process.wait(20) == 0
-
-
-def watchdogs() -> list[int]:
-    """Of this process and its children, as far as they have their names by now."""
-    below = processes.descendants(os.getpid())
-    return [pid for pid in below if "snap-watchdog" in processes.command_line(pid)]
 
 
 def switches(pid: int) -> int:

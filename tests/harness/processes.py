@@ -107,6 +107,16 @@ def command_line(pid: int) -> str:
     return f"{comm} [{state(pid)}]"
 
 
+def watchdogs() -> list[int]:
+    """Of takes of this process and of those below it, as far as they have their names by now."""
+    return [pid for pid in descendants(os.getpid()) if "snap-watchdog" in command_line(pid)]
+
+
+def nothing_watches() -> bool:
+    """Whether all of those have ended."""
+    return all(map(ended, watchdogs()))
+
+
 def threads(pid: int) -> str:
     """Each thread with its state, its tracer and where in the kernel it waits: for messages."""
     found = []
